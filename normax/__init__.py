@@ -1,0 +1,19 @@
+"""normax: normalization for JAX and Flax. Pure functions, explicit state."""
+
+from normax.batch import batch_norm as batch_norm
+from normax.batch import normalize_batch as normalize_batch
+from normax.group import group_norm as group_norm
+from normax.layer import instance_norm as instance_norm
+from normax.layer import layer_norm as layer_norm
+from normax.layer import rms_norm as rms_norm
+from normax.moments import Moments as Moments
+from normax.moments import RunningStats as RunningStats
+from normax.moments import merge as merge
+from normax.moments import moments as moments
+from normax.moments import update as update
+from normax.standardize import standardize as standardize
+from normax.weight import SpectralState as SpectralState
+from normax.weight import spectral_norm as spectral_norm
+from normax.weight import weight_norm as weight_norm
+
+__version__ = "0.1.0"

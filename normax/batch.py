@@ -1,0 +1,180 @@
+"""Batch normalization: statistics of each feature over everything else, remembered for later."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from normax import axes as ax
+from normax import measure as me
+from normax.moments import Moments, RunningStats, update
+from normax.standardize import normalize, standardize
+
+
+def batch_norm(
+    x: ArrayLike,
+    stats: RunningStats,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    use_running_average: bool,
+    feature_axes: ax.Axes = -1,
+    momentum: float | None = 0.99,
+    epsilon: float = 1e-5,
+    mask: ArrayLike | None = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+    unbiased: bool = False,
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, RunningStats]:
+    r"""Normalizes each feature over the batch and every other axis.
+
+    .. math:: y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta
+
+    In training :math:`\mu, \sigma^2` are those of this batch and the running statistics move
+    towards them; at inference they are the running statistics, which stay as they are.
+
+    Args:
+      x: array of any rank, floating-point or complex.
+      stats: `RunningStats` of shape `x.shape[feature_axes]`.
+      scale: gamma, of shape `x.shape[feature_axes]`, the axes ascending; None is one.
+      bias: beta, of the same shape; None is zero.
+      use_running_average: True at inference, False in training. A Python bool.
+      feature_axes: axes that keep statistics of their own; every other axis is reduced.
+      momentum: weight of the past in the running statistics; None makes them the statistics of
+        all data seen. See `update`.
+      epsilon: added to the variance, inside the root.
+      mask: booleans that broadcast to `x.shape`. False entries read as absent: they may hold NaN,
+        move no statistic and no gradient, and come out as `bias`.
+      axis_name: name, or names, of a mapped axis whose devices pool their statistics, by count.
+      axis_index_groups: groups of device indices that pool among themselves.
+      unbiased: remember the variance times n / (n - 1), as PyTorch does.
+      dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
+
+    Returns:
+      The output, of the shape of `x`, and the new `RunningStats`, of the dtypes of `stats`. No
+      gradient flows through the statistics.
+
+    Raises:
+      ValueError: a shape that is not the feature shape; axes out of range or repeated; epsilon
+        below 0; momentum outside [0, 1]; one value per feature in training; an unbound axis_name.
+      TypeError: integer `x`; a traced `use_running_average`.
+
+    Where others differ: PyTorch's momentum is one minus this one, and it remembers the unbiased
+    variance; Keras's epsilon is 1e-3; flax averages the means of devices, not the entries.
+
+    Example:
+      >>> import jax.numpy as jnp, normax
+      >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+      >>> stats = normax.RunningStats.create(2)
+      >>> y, stats = normax.batch_norm(x, stats, use_running_average=False, momentum=None)
+      >>> print(y.round(3))
+      [[-1. -1.]
+       [ 1.  1.]]
+      >>> print(stats.mean, stats.var)
+      [ 2. 20.] [  1. 100.]
+      >>> y, _ = normax.batch_norm(x, stats, use_running_average=True)
+      >>> print(y.round(3)[0])
+      [-1. -1.]
+
+    Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
+    Internal Covariate Shift", 2015, https://arxiv.org/abs/1502.03167.
+    """
+    name = "batch_norm"
+    ax.check_switch(name, "use_running_average", use_running_average)
+    x = ax.to_float_array(name, x)
+    features = ax.sorted_axes(name, "feature_axes", feature_axes, x.ndim)
+    for label, leaf in zip(RunningStats._fields, stats, strict=True):
+        ax.check_feature_shape(name, f"stats.{label}", jnp.shape(leaf), x, features)
+    if use_running_average:
+        mean, var = (ax.along(jnp.asarray(v), x.ndim, features) for v in (stats.mean, stats.var))
+        y = normalize(
+            x,
+            mean,
+            var,
+            ax.to_parameter(name, "scale", scale, x, features),
+            ax.to_parameter(name, "bias", bias, x, features),
+            epsilon=ax.to_epsilon(name, epsilon),
+            mask=ax.to_mask(name, mask, x),
+            dtype=dtype,
+        )
+        return y, stats
+    ax.check_momentum(name, momentum)
+    reduction = me.Reduction.over(
+        name, ax.other_axes(features, x.ndim), True, axis_name, axis_index_groups
+    )
+    ax.check_more_than_one_value(name, me.count_entries(reduction, x), x)
+    y, m = normalize_batch(
+        x,
+        scale,
+        bias,
+        feature_axes=feature_axes,
+        epsilon=epsilon,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
+    )
+    return y, update(stats, lax.stop_gradient(m), momentum, unbiased=unbiased)
+
+
+def normalize_batch(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    feature_axes: ax.Axes = -1,
+    epsilon: float = 1e-5,
+    mask: ArrayLike | None = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, Moments]:
+    """Normalizes by the statistics of this batch and returns them; nothing is remembered.
+
+    `batch_norm` in training without its state: for initialization, for batch statistics at test
+    time, and for callers who decide for themselves what to do with the moments.
+
+    Args:
+      x: array of any rank, floating-point or complex.
+      scale: as in `batch_norm`.
+      bias: as in `batch_norm`.
+      feature_axes: as in `batch_norm`.
+      epsilon: as in `batch_norm`.
+      mask: as in `batch_norm`.
+      axis_name: as in `batch_norm`.
+      axis_index_groups: as in `batch_norm`.
+      dtype: as in `batch_norm`.
+
+    Returns:
+      The output, of the shape of `x`, and the `Moments` of the batch, differentiable.
+
+    Raises:
+      ValueError: as `batch_norm`, but one value per feature is taken: it comes out as `bias`.
+      TypeError: integer `x`.
+
+    Example:
+      >>> import jax.numpy as jnp, normax
+      >>> y, m = normax.normalize_batch(jnp.array([[1.0], [3.0]]))
+      >>> print(m.mean, m.var, m.count)
+      [2.] [1.] [2]
+
+    Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167.
+    """
+    x = ax.to_float_array("batch_norm", x)
+    features = ax.sorted_axes("batch_norm", "feature_axes", feature_axes, x.ndim)
+    return standardize(
+        x,
+        scale,
+        bias,
+        reduction_axes=ax.other_axes(features, x.ndim),
+        feature_axes=features,
+        epsilon=epsilon,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
+        caller="batch_norm",
+    )

@@ -1,0 +1,273 @@
+"""Measure, merge, pool over devices, remember: the statistics behind every normalizer."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from normax import axes as ax
+from normax import measure as me
+
+
+class Moments(NamedTuple):
+    """What was measured: how many entries, their mean, and their variance.
+
+    A pytree whose three leaves have one shape, that of the entries after reduction.
+    `Moments(0, 0.0, 0.0)` is the identity of `merge`.
+
+    Attributes:
+      count: number of entries, int32. It stops at 2**31 - 1 rather than wrapping around.
+      mean: their mean, float32 at least; complex for complex entries; 0 if measured uncentred.
+      var: their biased variance E|x - mean|^2, real; E|x|^2 if measured uncentred.
+    """
+
+    count: Any
+    mean: Any
+    var: Any
+
+
+class RunningStats(NamedTuple):
+    """What is remembered between steps: one type, whatever the options.
+
+    Attributes:
+      mean: running mean, of the feature shape.
+      var: running variance, of the feature shape, real.
+      count: number of entries seen, int32, of the feature shape.
+    """
+
+    mean: Any
+    var: Any
+    count: Any
+
+    @classmethod
+    def create(cls, feature_shape, dtype: DTypeLike = jnp.float32) -> "RunningStats":
+        """Returns the state before any data: mean 0, variance 1, count 0.
+
+        Args:
+          feature_shape: shape of the statistics, `x.shape[feature_axes]`; an int is one axis.
+          dtype: dtype of the mean, float32 at least; the variance has its real part's.
+
+        Returns:
+          A `RunningStats`; its leaves keep their dtypes for ever.
+
+        >>> mean, var, count = RunningStats.create(2)
+        >>> print(mean, var, count)
+        [0. 0.] [1. 1.] [0 0]
+        """
+        dtype = ax.compute_dtype(dtype)
+        return cls(
+            mean=jnp.zeros(feature_shape, dtype),
+            var=jnp.ones(feature_shape, ax.real_dtype(dtype)),
+            count=jnp.zeros(feature_shape, jnp.int32),
+        )
+
+
+def moments(
+    x: ArrayLike,
+    axes: ax.Axes,
+    *,
+    mask: ArrayLike | None = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+) -> Moments:
+    r"""Measures the count, mean and biased variance of `x` over `axes`.
+
+    .. math:: n = \sum 1,\quad \mu = \frac1n \sum x,\quad \sigma^2 = \frac1n \sum |x - \mu|^2
+
+    over the valid entries. The deviations are centred a second time before they are squared, so
+    the variance is right where the mean is a million times the deviation.
+
+    Args:
+      x: array of any rank and floating-point or complex dtype.
+      axes: axis or axes to reduce; negative counts from the end.
+      mask: booleans that broadcast to `x.shape`; False entries read as absent and may hold NaN.
+      axis_name: name, or names, of a mapped axis to pool over. Counts are pooled too, so unequal
+        masks on devices give the statistics of the whole batch. One collective.
+      axis_index_groups: groups of device indices along `axis_name` that pool among themselves.
+
+    Returns:
+      `Moments` of the shape of `x` without `axes`, float32 at least.
+
+    Raises:
+      ValueError: axes out of range, repeated or none; a mask that does not broadcast; an
+        `axis_name` that is not bound.
+      TypeError: integer `x`, or a mask that is neither boolean nor integer.
+
+    Where others differ: flax averages the means of devices, whatever each of them counted;
+    `use_fast_variance=True`, its default, subtracts squares and returns noise at a large mean.
+
+    Example:
+      >>> import jax.numpy as jnp, normax
+      >>> x = jnp.array([1.0, 3.0, jnp.nan])
+      >>> count, mean, var = normax.moments(x, 0, mask=jnp.array([True, True, False]))
+      >>> print(count, mean, var)
+      2 2.0 1.0
+
+    The corrected two-pass form: Chan, Golub, LeVeque, "Algorithms for computing the sample
+    variance", 1983.
+    """
+    x = ax.to_float_array("moments", x)
+    axes = ax.reduced_axes("moments", "axes", axes, x.ndim)
+    mask = ax.to_mask("moments", mask, x)
+    reduction = me.Reduction.over("moments", axes, True, axis_name, axis_index_groups)
+    return to_moments(reduction, x, me.measure(reduction, x, mask))
+
+
+def to_moments(reduction: me.Reduction, x: jax.Array, measured: me.Measured) -> Moments:
+    """Returns what was measured on `x` as `Moments`, without the reduced axes."""
+    count = me.count_entries(reduction, x, measured)
+    if isinstance(count, int):
+        count = min(count, me.MAX_COUNT)
+    count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), measured.var.shape)
+    mean = jnp.zeros_like(measured.var)
+    if measured.mean is not None:
+        mean = measured.mean + measured.rest
+    leaves = (count, mean, measured.var)
+    return Moments(*(jnp.squeeze(leaf, reduction.axes) for leaf in leaves))
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    r"""Returns the moments of two sets of entries taken together.
+
+    .. math::
+        n = n_a + n_b,\quad w = n_b / n,\quad \delta = \mu_b - \mu_a,\quad
+        \mu = \mu_a + w \delta,\quad
+        \sigma^2 = (1 - w) \sigma_a^2 + w \sigma_b^2 + w (1 - w) |\delta|^2
+
+    Associative and commutative up to rounding, exact in the counts; `Moments(0, 0.0, 0.0)` is the
+    identity. Use it to join batches, microbatches, chunks of a stream or devices.
+
+    Args:
+      a: `Moments` of any shape.
+      b: `Moments` whose leaves have the shape and dtype of those of `a`.
+
+    Returns:
+      `Moments` of the same shape.
+
+    Raises:
+      ValueError: the two have different shapes.
+
+    Example:
+      >>> import jax.numpy as jnp, normax
+      >>> x = jnp.arange(6.0)
+      >>> whole = normax.moments(x, 0)
+      >>> parts = normax.merge(normax.moments(x[:2], 0), normax.moments(x[2:], 0))
+      >>> bool(jnp.allclose(parts.var, whole.var)), int(parts.count)
+      (True, 6)
+
+    Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+    variances", 1979.
+    """
+    if jnp.shape(a.mean) != jnp.shape(b.mean):
+        raise ValueError(
+            "merge: expected moments of one shape, got means of shapes "
+            f"{jnp.shape(a.mean)} and {jnp.shape(b.mean)}"
+        )
+    count = _add_counts(jnp.asarray(a.count), jnp.asarray(b.count))
+    dtype = jnp.result_type(a.var)
+    n_a, n_b = jnp.asarray(a.count, dtype), jnp.asarray(b.count, dtype)
+    # n_a + n_b, not count: a count that has reached its limit must not tip the weights.
+    weight = n_b / jnp.maximum(n_a + n_b, 1)
+    delta = b.mean - a.mean
+    var = (1 - weight) * a.var + weight * b.var + weight * (1 - weight) * me.square(delta)
+    return Moments(count, a.mean + weight * delta, var)
+
+
+def update(
+    stats: RunningStats,
+    m: Moments,
+    momentum: float | None = 0.99,
+    *,
+    unbiased: bool = False,
+) -> RunningStats:
+    r"""Folds the moments of a batch into running statistics.
+
+    .. math:: \mu \leftarrow \alpha \mu + (1 - \alpha) \mu_B,\qquad
+              \sigma^2 \leftarrow \alpha \sigma^2 + (1 - \alpha) \sigma_B^2
+
+    with momentum :math:`\alpha`, the weight of the past; or, with `momentum=None`, by `merge`:
+    then the state holds the statistics of all data seen. Where the batch has no valid entry the
+    state stays as it is, bit for bit.
+
+    Args:
+      stats: the state so far, `RunningStats` of any shape.
+      m: `Moments` of the same shape.
+      momentum: weight of the past in [0, 1], a number or a scalar array; None merges.
+      unbiased: remember the variance times n / (n - 1), as PyTorch does; the default remembers
+        the biased one, as Keras and Flax do.
+
+    Returns:
+      `RunningStats` of the dtypes of `stats`.
+
+    Raises:
+      ValueError: shapes differ, or a Python `momentum` is outside [0, 1].
+      TypeError: complex moments for a real state.
+
+    Where others differ: PyTorch's momentum is the weight of the new batch, one minus this one.
+
+    Example:
+      >>> import jax.numpy as jnp, normax
+      >>> stats = normax.RunningStats.create(())
+      >>> batch = normax.moments(jnp.array([1.0, 3.0]), 0)
+      >>> print(normax.update(stats, batch, momentum=0.75).mean)
+      0.5
+      >>> print(normax.update(stats, batch, momentum=None).mean)
+      2.0
+
+    Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
+    """
+    ax.check_momentum("update", momentum)
+    if jnp.shape(m.mean) != jnp.shape(stats.mean):
+        raise ValueError(
+            f"update: expected moments of shape {jnp.shape(stats.mean)}, that of the running "
+            f"statistics, got {jnp.shape(m.mean)}"
+        )
+    if jnp.iscomplexobj(m.mean) and not jnp.iscomplexobj(stats.mean):
+        raise TypeError(
+            f"update: expected real moments for a running mean of {jnp.result_type(stats.mean)}, "
+            f"got {jnp.result_type(m.mean)}; create the statistics with a complex dtype"
+        )
+    average = _cumulative if momentum is None else functools.partial(_exponential, momentum)
+    mean, var = average(stats, m, unbiased)
+    some = jnp.asarray(m.count) > 0
+    return RunningStats(
+        mean=jnp.where(some, mean.astype(stats.mean.dtype), stats.mean),
+        var=jnp.where(some, var.astype(stats.var.dtype), stats.var),
+        count=_add_counts(stats.count, m.count),
+    )
+
+
+def _exponential(momentum, stats, m, unbiased):
+    """Returns the moving average of mean and variance."""
+    dtype = ax.promote(m.var.dtype, stats.var.dtype)
+    past = jnp.asarray(momentum, dtype)
+    var = m.var.astype(dtype)
+    if unbiased:
+        var = var * _bessel(jnp.asarray(m.count, dtype))
+    mean = past * stats.mean + (1 - past) * m.mean
+    return mean, past * stats.var + (1 - past) * var
+
+
+def _cumulative(stats, m, unbiased):
+    """Returns mean and variance of all entries seen."""
+    past = Moments(stats.count, stats.mean, stats.var)
+    if unbiased:
+        past = past._replace(var=past.var / _bessel(jnp.asarray(past.count, past.var.dtype)))
+    all_seen = merge(past, m)
+    var = all_seen.var
+    if unbiased:
+        var = var * _bessel(jnp.asarray(all_seen.count, var.dtype))
+    return all_seen.mean, var
+
+
+def _bessel(count):
+    """Returns n / (n - 1), and 1 where n < 2 so that a single entry's variance stays 0."""
+    return jnp.where(count < 2, 1, count / jnp.maximum(count - 1, 1))
+
+
+def _add_counts(a, b):
+    """Returns a + b, held at the largest int32 instead of wrapping around."""
+    a, b = jnp.asarray(a, jnp.int32), jnp.asarray(b, jnp.int32)
+    return jnp.where(a > me.MAX_COUNT - b, me.MAX_COUNT, a + b)

@@ -1,0 +1,65 @@
+"""Pool statistics over devices: one exchange, exact for unequal counts, any groups."""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+DIGIT = 4096  # A count below 2**31 travels as two floats, each exact in float32.
+
+
+def sum_over_devices(axis_name, groups, value):
+    """Returns `value` summed over the devices of this device's group. Linear: it transposes."""
+    if axis_name is None:
+        return value
+    if groups is None:
+        return lax.psum(value, axis_name)
+    # shard_map has no axis_index_groups: each group adds in a slot of its own instead.
+    mine = _group_of_device(groups)[lax.axis_index(axis_name)]
+    return lax.psum(_in_slot(value, mine, len(groups)), axis_name)[mine]
+
+
+def devices(axis_name, groups):
+    """Returns how many devices pool with this one, itself included: an int where all agree."""
+    if axis_name is None:
+        return 1
+    if groups is None:
+        return lax.axis_size(axis_name)
+    sizes = {len(group) for group in groups}
+    if len(sizes) == 1:
+        return sizes.pop()
+    return jnp.sum(members(axis_name, groups), dtype=jnp.int32)
+
+
+def members(axis_name, groups):
+    """Returns for each device whether it pools with this one."""
+    if groups is None:
+        return jnp.ones(lax.axis_size(axis_name), bool)
+    group = _group_of_device(groups)
+    return group == group[lax.axis_index(axis_name)]
+
+
+def gather(axis_name, groups, *values):
+    """Returns each value of every device, stacked along a new leading axis, in one all-reduce.
+
+    Devices outside this device's group read as zeros. A psum of slots rather than an all_gather:
+    its result is known to be the same on every device, so that what is computed from it may leave
+    a shard_map as a replicated value.
+    """
+    index = lax.axis_index(axis_name)
+    slots = lax.psum(_in_slot(jnp.stack(values), index, lax.axis_size(axis_name)), axis_name)
+    if groups is not None:
+        pooled = jnp.expand_dims(members(axis_name, groups), tuple(range(1, slots.ndim)))
+        slots = jnp.where(pooled, slots, 0)
+    return tuple(jnp.moveaxis(slots, 1, 0))
+
+
+def _group_of_device(groups):
+    group = np.zeros(sum(map(len, groups)), np.int32)
+    for index, devices in enumerate(groups):
+        group[list(devices)] = index
+    return jnp.asarray(group)
+
+
+def _in_slot(value, index, size):
+    slots = jnp.expand_dims(jnp.arange(size), tuple(range(1, value.ndim + 1)))
+    return jnp.where(slots == index, value[None], jnp.zeros((), value.dtype))

@@ -1,0 +1,175 @@
+"""The one differentiable primitive: measure, standardize, rescale."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike, DTypeLike
+
+from normax import axes as ax
+from normax import measure as me
+from normax.moments import Moments, to_moments
+
+
+class Plan(NamedTuple):
+    """What `standardize` is to do, known when it is traced."""
+
+    reduction: me.Reduction
+    epsilon: float
+    floor: float
+    dtype: Any
+
+
+def standardize(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    reduction_axes: ax.Axes,
+    feature_axes: ax.Axes = -1,
+    centered: bool = True,
+    epsilon: float = 1e-6,
+    floor: float = 0.0,
+    mask: ArrayLike | None = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+    dtype: DTypeLike | None = None,
+    caller: str = "standardize",
+) -> tuple[jax.Array, Moments]:
+    r"""Standardizes `x` by its own statistics, then rescales it; every normalizer is a call of it.
+
+    .. math:: \hat{x} = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}, \qquad
+              y = \hat{x} \gamma + \beta
+
+    Its derivative is the projection
+    :math:`d\hat{x} = \rho\,(P t - \hat{x} \langle \hat{x}, P t \rangle)`, where P subtracts the
+    mean, :math:`\rho` is the reciprocal deviation, and the means are those of the statistics:
+    masked and pooled alike. It is linear JAX code, so its transpose is the textbook's backward
+    pass; forward mode, reverse mode and their compositions follow from it. Kept for it are `x` as
+    it came and the statistics of each group.
+
+    Args:
+      x: array of any rank, floating-point or complex.
+      scale: gamma, of shape `x.shape[feature_axes]`, the axes ascending; None is one.
+      bias: beta, of the same shape; None is zero.
+      reduction_axes: axes that are summarised together.
+      feature_axes: axes that have a scale and bias of their own.
+      centered: subtract the mean; False divides by the root mean square.
+      epsilon: added to the variance, inside the root.
+      floor: a group whose variance plus epsilon is not above it comes out as `bias`.
+      mask: booleans that broadcast to `x.shape`. False entries read as absent: they may hold NaN,
+        move no statistic and no gradient, and come out as `bias`.
+      axis_name: name, or names, of a mapped axis whose devices pool their statistics, by count.
+      axis_index_groups: groups of device indices that pool among themselves.
+      dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
+      caller: the function to name in error messages.
+
+    Returns:
+      An array of the shape of `x`, and the `Moments` it was standardized by, of the shape of `x`
+      without `reduction_axes`.
+
+    Raises:
+      ValueError: axes out of range or repeated; a scale or bias that is not of the feature shape;
+        epsilon below 0; a mask that does not broadcast; an unbound axis_name.
+      TypeError: integer `x`.
+
+    Example:
+      >>> import jax.numpy as jnp, normax
+      >>> y, m = normax.standardize(jnp.array([[1.0, 3.0]]), reduction_axes=(0, 1))
+      >>> print(y.round(3), m.mean, m.var)
+      [[-1.  1.]] 2.0 1.0
+    """
+    x = ax.to_float_array(caller, x)
+    reduced = ax.sorted_axes(caller, "reduction_axes", reduction_axes, x.ndim)
+    features = ax.sorted_axes(caller, "feature_axes", feature_axes, x.ndim)
+    reduction = me.Reduction.over(caller, reduced, centered, axis_name, axis_index_groups)
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    y, measured = _standardize(
+        Plan(reduction, ax.to_epsilon(caller, epsilon), floor, dtype),
+        x,
+        ax.to_parameter(caller, "scale", scale, x, features),
+        ax.to_parameter(caller, "bias", bias, x, features),
+        ax.to_mask(caller, mask, x),
+    )
+    return y, to_moments(reduction, x, measured)
+
+
+def normalize(x, mean, var, scale=None, bias=None, *, epsilon, mask=None, dtype=None):
+    """Standardizes `x` by the statistics it is given, then rescales it; all broadcast to x."""
+    dtype = x.dtype if dtype is None else dtype
+    return _normalize(epsilon, dtype, x, mean, var, scale, bias, mask)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(0, 1))
+def _normalize(epsilon, dtype, x, mean, var, scale, bias, mask):
+    """Kept for the backward pass: the arguments, nothing of x's size in float32."""
+    x, mean = _alike(me.present(x, mask), mean)
+    d = x - mean if mask is None else jnp.where(mask, x - mean, 0)
+    return _rescale(
+        jnp.multiply(*_alike(d, reciprocal_deviation(var, epsilon))), scale, bias, dtype
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _standardize(plan, x, scale, bias, mask):
+    measured = me.measure(plan.reduction, x, mask)
+    _, _, xhat = _xhat(plan, x, measured, mask)
+    return _rescale(xhat, scale, bias, plan.dtype), measured
+
+
+@functools.partial(_standardize.defjvp, symbolic_zeros=True)
+def _standardize_jvp(plan, primals, tangents):
+    x, scale, bias, mask = primals
+    y, measured = _standardize(plan, x, scale, bias, mask)
+    moves = [None if isinstance(t, SymbolicZero) else t for t in tangents[:3]]
+    dy, dmean, dvar = _tangents(plan, x, scale, mask, measured, *moves)
+    return (y, measured), (dy, me.measured_tangents(measured, dmean, dvar))
+
+
+@functools.partial(jax.checkpoint, static_argnums=(0,))
+def _tangents(plan, x, scale, mask, measured, dx, dscale, dbias):
+    """Returns the tangents of y, mean and var. Kept for the backward pass: the arguments."""
+    d, rstd, xhat = _xhat(plan, x, measured, mask)
+    dmean, dvar = jax.tree.map(jnp.zeros_like, (measured.mean, measured.var))
+    terms = []
+    if dx is not None:
+        t = me.present(dx, mask)
+        dmean, dvar = me.moment_tangents(plan.reduction, d, t, measured)
+        pt = me.deviation(t, dmean, 0, mask)
+        dxhat = rstd * (pt - xhat * (0.5 * (rstd * dvar)))
+        terms.append(dxhat if scale is None else jnp.multiply(*_alike(dxhat, scale)))
+    if dscale is not None:
+        terms.append(jnp.multiply(*_alike(xhat, dscale)))
+    if dbias is not None:
+        terms.append(jnp.broadcast_to(dbias, x.shape))
+    return functools.reduce(jnp.add, _alike(*terms)).astype(plan.dtype), dmean, dvar
+
+
+def _xhat(plan, x, measured, mask):
+    d = me.deviation(me.present(x, mask), measured.mean, measured.rest, mask)
+    rstd = reciprocal_deviation(measured.var, plan.epsilon, plan.floor)
+    return d, rstd, d * rstd
+
+
+def reciprocal_deviation(var, epsilon, floor=0.0):
+    """Returns 1 / sqrt(var + epsilon); 0, and so are its derivatives, where that is a floor."""
+    squared = var + epsilon
+    above = squared > floor
+    return jnp.where(above, jax.lax.rsqrt(jnp.where(above, squared, 1)), 0)
+
+
+def _rescale(xhat, scale, bias, dtype):
+    """Returns `xhat * scale + bias`, rounded once at the end."""
+    if scale is not None:
+        xhat = jnp.multiply(*_alike(xhat, scale))
+    if bias is not None:
+        xhat = jnp.add(*_alike(xhat, bias))
+    return xhat.astype(dtype)
+
+
+def _alike(*arrays):
+    """Returns the arrays in their common dtype, float32 at least."""
+    dtype = ax.promote(jnp.float32, *(array.dtype for array in arrays))
+    return [array.astype(dtype) for array in arrays]

@@ -1,0 +1,171 @@
+"""Normalizers of weights: by length (weight norm) and by largest singular value (spectral)."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from normax import axes as ax
+from normax.standardize import standardize
+
+
+def weight_norm(
+    v: ArrayLike,
+    g: ArrayLike | None = None,
+    *,
+    feature_axes: ax.Axes | None = -1,
+    epsilon: float = 1e-12,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    r"""Gives each output's weights the length `g`, whatever the length of `v`.
+
+    .. math:: w = g \frac{v}{\|v\|}
+
+    the length taken over every axis but `feature_axes`.
+
+    Args:
+      v: kernel of any rank, floating-point or complex.
+      g: lengths, of shape `v.shape[feature_axes]`, the axes ascending; None is one.
+      feature_axes: axes whose entries have a length of their own; None or () is none: the whole
+        kernel has one length.
+      epsilon: vectors not longer than this come out as zero, with a zero derivative.
+      dtype: dtype of the output, that of `v` by default; all is computed in float32 at least.
+
+    Returns:
+      An array of the shape of `v`.
+
+    Raises:
+      ValueError: axes out of range or repeated; a `g` that is not of the feature shape; epsilon
+        below 0.
+      TypeError: integer `v`.
+
+    Where others differ: flax adds epsilon to the squared length, so that vectors shorter than
+    1e-6 are not normalized; PyTorch and Equinox return NaN for a zero vector.
+
+    Example:
+      >>> import jax.numpy as jnp, normax
+      >>> v = jnp.array([[3.0, 0.0], [4.0, 1e-9]])
+      >>> print(normax.weight_norm(v, jnp.array([10.0, 1.0])).round(3))
+      [[6. 0.]
+       [8. 1.]]
+
+    Salimans and Kingma, "Weight Normalization", 2016, https://arxiv.org/abs/1602.07868.
+    """
+    name = "weight_norm"
+    v = ax.to_float_array(name, v, "v")
+    features = ax.sorted_axes(
+        name, "feature_axes", () if feature_axes is None else feature_axes, v.ndim
+    )
+    reduced = ax.other_axes(features, v.ndim)
+    size = max(math.prod(v.shape[axis] for axis in reduced), 1)
+    shape = tuple(v.shape[axis] for axis in features)
+    g = jnp.ones(shape) if g is None else ax.to_float_array(name, g, "g")
+    ax.check_feature_shape(name, "g", g.shape, v, features)
+    w, _ = standardize(
+        v,
+        # |v| is the root mean square times the root of the number of entries.
+        g.astype(ax.compute_dtype(g.dtype)) / math.sqrt(size),
+        reduction_axes=reduced,
+        feature_axes=features,
+        centered=False,
+        epsilon=0.0,
+        floor=ax.to_epsilon(name, epsilon) ** 2 / size,
+        dtype=dtype,
+        caller=name,
+    )
+    return w
+
+
+class SpectralState(NamedTuple):
+    """What the power iteration remembers.
+
+    Attributes:
+      u: right singular vector so far, a row of shape `(1, w.shape[-1])`.
+      sigma: the largest singular value it gave, a scalar.
+    """
+
+    u: Any
+    sigma: Any
+
+    @classmethod
+    def create(cls, key: jax.Array, features: int, dtype: DTypeLike = jnp.float32):
+        """Returns a random start for a kernel with `features` outputs.
+
+        >>> import jax
+        >>> SpectralState.create(jax.random.key(0), 3).u.shape
+        (1, 3)
+        """
+        return cls(jax.random.normal(key, (1, features), dtype), jnp.ones((), dtype))
+
+
+def spectral_norm(
+    w: ArrayLike,
+    state: SpectralState,
+    *,
+    n_steps: int = 1,
+    epsilon: float = 1e-12,
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, SpectralState]:
+    r"""Divides a kernel by its largest singular value, as power iteration estimates it.
+
+    .. math:: v \leftarrow \frac{W u}{\|W u\|},\quad u \leftarrow \frac{W^T v}{\|W^T v\|},\quad
+              \sigma = v^T W u,\quad \bar{W} = W / \sigma
+
+    with W of shape (everything else, outputs). No gradient flows through u and v, so that of
+    :math:`\bar{W}` is :math:`(G - \langle G, \bar{W} \rangle v u^T) / \sigma`.
+
+    Args:
+      w: kernel of rank 2 or more; its leading axes are flattened.
+      state: `SpectralState` with `u` of shape `(1, w.shape[-1])`.
+      n_steps: power iterations, at least 1.
+      epsilon: a vector not longer than this is not divided by its length.
+      dtype: dtype of the output, that of `w` by default; all is computed in float32 at least.
+
+    Returns:
+      An array of the shape of `w`, and the new `SpectralState`, of the dtypes of `state`. A zero
+      kernel comes out as zero.
+
+    Raises:
+      ValueError: `w` of rank below 2; `u` of another shape; `n_steps` below 1; epsilon below 0.
+      TypeError: integer `w`.
+
+    Where others differ: PyTorch and Equinox iterate 15 times at the start and return NaN for a
+    zero kernel.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, normax
+      >>> w = jnp.diag(jnp.array([4.0, 1.0]))
+      >>> state = normax.SpectralState.create(jax.random.key(0), 2)
+      >>> w_bar, state = normax.spectral_norm(w, state, n_steps=20)
+      >>> print(w_bar.round(3), state.sigma.round(3))
+      [[1.   0.  ]
+       [0.   0.25]] 4.0
+
+    Miyato, Kataoka, Koyama and Yoshida, "Spectral Normalization for Generative Adversarial
+    Networks", 2018, https://arxiv.org/abs/1802.05957.
+    """
+    name = "spectral_norm"
+    w = ax.to_float_array(name, w, "w")
+    ax.check_spectral(name, w, jnp.shape(state.u), n_steps)
+    epsilon = ax.to_epsilon(name, epsilon)
+    matrix = w.astype(ax.compute_dtype(w.dtype)).reshape(-1, w.shape[-1])
+    fixed = lax.stop_gradient(matrix)
+    u = lax.stop_gradient(jnp.asarray(state.u)).astype(matrix.dtype)
+    v = None
+    for _ in range(n_steps):
+        v = _unit(jnp.matmul(u, fixed.T, precision="highest"), epsilon)
+        u = _unit(jnp.matmul(v, fixed, precision="highest"), epsilon)
+    sigma = jnp.sum(v.T * matrix * u)
+    bar = (matrix / jnp.where(sigma == 0, 1, sigma)).reshape(w.shape)
+    new = SpectralState(
+        u.astype(jnp.result_type(state.u)),
+        lax.stop_gradient(sigma).astype(jnp.result_type(state.sigma)),
+    )
+    return bar.astype(w.dtype if dtype is None else dtype), new
+
+
+def _unit(row, epsilon):
+    return weight_norm(row, feature_axes=None, epsilon=epsilon)
