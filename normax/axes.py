@@ -31,7 +31,7 @@ def to_float_array(name: str, x: ArrayLike, label: str = "x") -> jax.Array:
 
 def sorted_axes(name: str, label: str, axes: Axes, ndim: int) -> tuple[int, ...]:
     """Returns `axes` as non-negative, ascending axes of an array of rank `ndim`."""
-    given = (axes,) if isinstance(axes, numbers.Integral) else axes
+    given: Any = (axes,) if isinstance(axes, numbers.Integral) else axes
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise TypeError(f"{name}: expected {label} to be an int or several ints, got {axes!r}")
     given = tuple(given)
@@ -119,6 +119,17 @@ def check_feature_shape(
         )
 
 
+def shape_along(name: str, label: str, axes: Axes, x: ArrayLike) -> tuple[int, ...]:
+    """Returns the lengths of x along `axes`, ascending: the shape of a scale and bias."""
+    shape = jnp.shape(x)
+    return tuple(shape[axis] for axis in sorted_axes(name, label, axes, len(shape)))
+
+
+def feature_shape(num_features: int | Iterable[int]) -> tuple[int, ...]:
+    """Returns the shape of a scale and bias for one number of features, or several."""
+    return tuple(num_features) if isinstance(num_features, Iterable) else (num_features,)
+
+
 def along(value: jax.Array, ndim: int, axes: tuple[int, ...]) -> jax.Array:
     """Returns `value` with its axes at `axes` of rank `ndim` and length 1 elsewhere."""
     return jnp.expand_dims(value, other_axes(axes, ndim))
@@ -203,6 +214,16 @@ def check_spectral(name: str, w: jax.Array, u_shape: tuple, n_steps: Any) -> Non
         raise ValueError(f"{name}: expected n_steps to be an int of at least 1, got {n_steps!r}")
 
 
+def is_weight(value: jax.Array, matrices_only: bool) -> bool:
+    """Returns whether a parameter has rank 2 or more; refuses one above 2 where told to."""
+    if matrices_only and value.ndim > 2:
+        raise ValueError(
+            f"SpectralNorm: expected weights of rank 2, got shape {value.shape}. "
+            f"Input is {value.ndim}D but error_on_non_matrix is True"
+        )
+    return value.ndim > 1
+
+
 def check_more_than_one_value(name: str, count: Any, x: jax.Array) -> None:
     """Refuses a training batch that has one value per feature: its variance means nothing."""
     if isinstance(count, int) and count == 1:
@@ -244,14 +265,14 @@ def real_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.finfo(dtype).dtype
 
 
-def promote(*dtypes: DTypeLike) -> jnp.dtype:
+def promote(*operands: Any) -> jnp.dtype:
     """Returns the common dtype by JAX's standard rules, also where strict rules are in force."""
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*dtypes)
+        return jnp.result_type(*operands)
 
 
 def result_dtype(dtype: DTypeLike | None, *operands: Any) -> jnp.dtype:
     """Returns Flax's dtype for a result: `dtype`, or what the operands present promote to."""
     if dtype is not None:
         return jnp.dtype(dtype)
-    return promote(*(operand.dtype for operand in operands if operand is not None))
+    return promote(*(operand for operand in operands if operand is not None))

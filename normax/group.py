@@ -99,7 +99,7 @@ def group_norm(
     return y.reshape(x.shape)
 
 
-def _split(value, axis, split):
+def _split(value: Any, axis: int, split: tuple[int, int]) -> Any:
     """Returns `value` with its features split into groups and members."""
     if value is None:
         return None

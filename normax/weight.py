@@ -154,7 +154,7 @@ def spectral_norm(
     matrix = w.astype(ax.compute_dtype(w.dtype)).reshape(-1, w.shape[-1])
     fixed = lax.stop_gradient(matrix)
     u = lax.stop_gradient(jnp.asarray(state.u)).astype(matrix.dtype)
-    v = None
+    v = u
     for _ in range(n_steps):
         v = _unit(jnp.matmul(u, fixed.T, precision="highest"), epsilon)
         u = _unit(jnp.matmul(v, fixed, precision="highest"), epsilon)

@@ -1,0 +1,156 @@
+"""Normalizers of weights, as nnx modules around a layer."""
+
+import contextlib
+
+from flax import nnx
+
+from normax import options
+from normax.nnx.plumbing import Promoting, signed
+
+
+@contextlib.contextmanager
+def _replaced(variables, values):
+    """Lets a layer see other values of its variables, and puts the old ones back.
+
+    The parameters themselves are never written over: they are what the optimizer moves.
+    """
+    before = [variable.get_value() for variable in variables]
+    try:
+        for variable, value in zip(variables, values, strict=True):
+            variable.set_value(value)
+        yield
+    finally:
+        for variable, value in zip(variables, before, strict=True):
+            variable.set_value(value)
+
+
+def _of(state, path, param, what):
+    """Returns the entry that belongs to a parameter of the layer."""
+    if path not in state:
+        raise ValueError(
+            f"{what}: expected the layer's parameters to be those it was constructed with, got "
+            f"a new one at {'/'.join(map(str, path))} of shape {param.shape}"
+        )
+    return state[path]
+
+
+@signed
+@options.documented
+class WeightNorm(Promoting, options.WeightNormOptions, nnx.Module):
+    """A layer with weights of learned length; `flax.nnx.WeightNorm`, over `normax.weight_norm`.
+
+    Variables: those of the layer, which keep their own values, and `scales`, a `nnx.Param` for
+    each weight by its path in the layer. They train, as Flax's do not.
+
+    Example:
+      >>> import jax, normax.nnx as nn
+      >>> from flax import nnx
+      >>> layer = nn.WeightNorm(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+      >>> layer(jax.numpy.ones((1, 3))).shape
+      (1, 2)
+      >>> layer.scales["kernel",].shape
+      (2,)
+
+    Options of nnx:
+      variable_filter: which parameters of the layer to normalize.
+      promote_dtype: Flax's function of the weight and scale; it decides the weight's dtype.
+      rngs: random keys for the scales.
+    """
+
+    def __init__(
+        self,
+        layer_instance,
+        *,
+        variable_filter=nnx.PathContains("kernel"),  # noqa: B008
+        promote_dtype=Promoting.promote_dtype,
+        rngs,
+        **kwargs,
+    ):
+        options.WeightNormOptions.__init__(self, layer_instance, **kwargs)
+        self.variable_filter = nnx.filterlib.to_predicate(variable_filter)
+        self.promote_dtype = promote_dtype
+        self.scales = nnx.data(None)
+        if self.use_scale:
+            self.scales = nnx.data(
+                {path: self._create_scale(rngs, param) for path, param in self._weights()}
+            )
+
+    def __call__(self, x, *args, **kwargs):
+        """Calls the layer with its weights normalized."""
+        weights = self._weights()
+        values = [self._normalize(path, param) for path, param in weights]
+        with _replaced([param for _, param in weights], values):
+            return self.layer_instance(x, *args, **kwargs)
+
+    def _weights(self):
+        params = nnx.to_flat_state(nnx.state(self.layer_instance, nnx.Param))
+        return [(path, param) for path, param in params if self.variable_filter(path, param)]
+
+    def _create_scale(self, rngs, param):
+        return nnx.Param(self.scale_init(rngs.params(), self.scale_shape(param), self.param_dtype))
+
+    def _normalize(self, path, param):
+        scale = _of(self.scales, path, param, "WeightNorm")[...] if self.use_scale else None
+        return self.normalize(param[...], scale)
+
+
+@signed
+@options.documented
+class SpectralNorm(options.SpectralNormOptions, nnx.Module):
+    """A layer with weights of largest singular value 1; `flax.nnx.SpectralNorm`.
+
+    Over `normax.spectral_norm`, for every parameter of rank 2 or more. Variables: those of the
+    layer, which keep their own values, and `batch_stats`, a `nnx.BatchStat` for each `u` and
+    `sigma` by the weight's path.
+
+    Example:
+      >>> import jax, normax.nnx as nn
+      >>> from flax import nnx
+      >>> layer = nn.SpectralNorm(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+      >>> layer(jax.numpy.ones((1, 3))).shape
+      (1, 2)
+
+    Options of nnx:
+      update_stats: whether to keep the iteration's state, in training; here or at the call.
+      rngs: random keys for the start of the iteration.
+    """
+
+    def __init__(self, layer_instance, *, update_stats=True, rngs, **kwargs):
+        options.SpectralNormOptions.__init__(self, layer_instance, **kwargs)
+        self.set_view(not update_stats)
+        state = {}
+        for path, param in self._weights():
+            start = self.create_state(rngs.params(), param)
+            state[(*path, "u")] = nnx.BatchStat(start.u)
+            state[(*path, "sigma")] = nnx.BatchStat(start.sigma)
+        self.batch_stats = nnx.data(state)
+
+    def __call__(self, x, update_stats=None, **kwargs):
+        """Calls the layer with its weights normalized; `update_stats` keeps the state."""
+        # model.train() and model.eval() set use_running_average, which is the opposite.
+        update_stats = not self.use_running_average if update_stats is None else update_stats
+        weights = self._weights()
+        values = [self._normalize(path, param, update_stats) for path, param in weights]
+        with _replaced([param for _, param in weights], values):
+            return self.layer_instance(x, **kwargs)
+
+    def set_view(self, use_running_average: bool | None = None):
+        """Sets the mode, for `nnx.view`.
+
+        Args:
+          use_running_average: True at inference, False in training; None leaves it.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+    def _weights(self):
+        params = nnx.to_flat_state(nnx.state(self.layer_instance, nnx.Param))
+        return [(path, param) for path, param in params if self.applies_to(param)]
+
+    def _normalize(self, path, param, update_stats):
+        u = _of(self.batch_stats, (*path, "u"), param, "SpectralNorm")
+        sigma = _of(self.batch_stats, (*path, "sigma"), param, "SpectralNorm")
+        weight, new = self.normalize(param[...], u[...], sigma[...])
+        if update_stats:
+            u[...], sigma[...] = new
+        return weight
