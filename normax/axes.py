@@ -38,7 +38,7 @@ def sorted_axes(name: str, label: str, axes: Axes, ndim: int) -> tuple[int, ...]
     for axis in given:
         if not isinstance(axis, numbers.Integral) or isinstance(axis, bool):
             raise TypeError(f"{name}: expected {label} to be an int or several ints, got {axes!r}")
-        if not -ndim <= axis < ndim:
+        if not -ndim <= int(axis) < ndim:
             raise ValueError(
                 f"{name}: expected {label} within [{-ndim}, {ndim}) for x of rank {ndim}, "
                 f"got {axes!r}"

@@ -7,7 +7,7 @@ and defaults are Flax's; what Flax lacks comes last.
 
 import dataclasses
 import inspect
-from typing import Any, ClassVar
+from typing import Any, ClassVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,11 @@ from normax.weight import SpectralState, spectral_norm, weight_norm
 
 Initializer = Any
 
-options = dataclasses.dataclass(eq=False, repr=False)
+
+@dataclass_transform(eq_default=False)
+def options(cls):
+    """Makes a class a set of options; equality and representation are left to the module."""
+    return dataclasses.dataclass(eq=False, repr=False)(cls)
 
 
 def documented(module):
