@@ -11,6 +11,9 @@ from normax.moments import RunningStats as RunningStats
 from normax.moments import merge as merge
 from normax.moments import moments as moments
 from normax.moments import update as update
+from normax.regularize import norm_constraint as norm_constraint
+from normax.regularize import norm_labels as norm_labels
+from normax.regularize import norm_penalty as norm_penalty
 from normax.standardize import standardize as standardize
 from normax.weight import SpectralState as SpectralState
 from normax.weight import spectral_norm as spectral_norm

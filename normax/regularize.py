@@ -1,0 +1,128 @@
+"""Penalties and projections of scale and bias, on optax: what Keras calls regularizers and
+constraints of gamma and beta, in JAX's way.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+Function = Callable[[jax.Array], jax.Array]
+
+
+def norm_labels(params: Any) -> Any:
+    """Labels each parameter: "scale" or "bias" of a normalizer, or "other".
+
+    A normalizer is a node that holds nothing but a scale, a bias, or both; so the bias of a Dense
+    or Conv, which has a kernel beside it, is "other". The lengths of weight normalization are
+    "scale". For `optax.masked`, `optax.multi_transform`, or to keep weight decay off them.
+
+    Args:
+      params: parameters of a linen or nnx model, a nested dict or `nnx.State`.
+
+    Returns:
+      A pytree of the structure of `params`, of strings.
+
+    Example:
+      >>> import normax
+      >>> params = {"Dense_0": {"kernel": 1.0, "bias": 0.0}, "norm": {"scale": 1.0, "bias": 0.0}}
+      >>> normax.norm_labels(params)["norm"]
+      {'bias': 'bias', 'scale': 'scale'}
+      >>> normax.norm_labels(params)["Dense_0"]
+      {'bias': 'other', 'kernel': 'other'}
+    """
+    siblings: dict[tuple, set] = {}
+    for path, _ in jax.tree.leaves_with_path(params):
+        *parent, name = _names(path)
+        siblings.setdefault(tuple(parent), set()).add(name)
+
+    def label(path, _):
+        *parent, name = _names(path)
+        # linen names a weight's lengths `Dense_0/kernel/scale`; nnx keeps them under `scales`.
+        if name.endswith("/scale") or parent[-1:] == ["scales"]:
+            return "scale"
+        return name if siblings[tuple(parent)] <= {"scale", "bias"} else "other"
+
+    return jax.tree.map_with_path(label, params)
+
+
+def norm_penalty(
+    params: Any, *, scale: Function | None = None, bias: Function | None = None
+) -> jax.Array | float:
+    r"""Sums a penalty over the scales, and one over the biases, of a model's normalizers.
+
+    .. math:: \sum_\gamma f(\gamma) + \sum_\beta h(\beta)
+
+    Args:
+      params: parameters of a linen or nnx model.
+      scale: function of each scale that returns a scalar; None is no penalty.
+      bias: the same for each bias.
+
+    Returns:
+      A scalar, to be added to the loss; 0.0 where there is nothing to penalize.
+
+    Example:
+      >>> import jax.numpy as jnp, normax, optax
+      >>> params = {"norm": {"scale": jnp.array([1.0, 2.0]), "bias": jnp.zeros(2)}}
+      >>> squared = lambda v: 0.1 * optax.tree.norm(v, squared=True)
+      >>> print(normax.norm_penalty(params, scale=squared))
+      0.5
+
+    Keras, `BatchNormalization(gamma_regularizer=..., beta_regularizer=...)`.
+    """
+    functions = {"scale": scale, "bias": bias}
+    labelled = zip(jax.tree.leaves(norm_labels(params)), jax.tree.leaves(params), strict=True)
+    chosen = [(functions.get(label), leaf) for label, leaf in labelled]
+    return sum((function(leaf) for function, leaf in chosen if function is not None), start=0.0)
+
+
+def norm_constraint(
+    *, scale: Function | None = None, bias: Function | None = None
+) -> optax.GradientTransformation:
+    """Projects the scales and biases of a model's normalizers after each optimizer step.
+
+    Args:
+      scale: projection of each scale, such as `optax.projections.projection_non_negative`; None
+        leaves them.
+      bias: the same for each bias.
+
+    Returns:
+      An optax transformation, to be chained last.
+
+    Raises:
+      ValueError: by its update, without `params`.
+
+    Example:
+      >>> import jax.numpy as jnp, normax, optax
+      >>> nonnegative = normax.norm_constraint(scale=optax.projections.projection_non_negative)
+      >>> tx = optax.chain(optax.sgd(1.0), nonnegative)
+      >>> params = {"norm": {"scale": jnp.array([0.5, 2.0])}}
+      >>> grads = {"norm": {"scale": jnp.array([1.0, 1.0])}}
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates)["norm"]["scale"])
+      [0. 1.]
+
+    Keras, `BatchNormalization(gamma_constraint=..., beta_constraint=...)`.
+    """
+    functions = {"scale": scale, "bias": bias}
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("norm_constraint: expected params in update(updates, state, params)")
+        moved = optax.apply_updates(params, updates)
+
+        def project(label, step, old, new):
+            function = functions.get(label)
+            return step if function is None else function(new) - old
+
+        labels = norm_labels(params)
+        return jax.tree.map(project, labels, updates, params, moved), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _names(path) -> list[str]:
+    """Returns the keys of a path as strings, without the attribute nnx keeps a value under."""
+    keys = [key for key in path if not isinstance(key, jax.tree_util.GetAttrKey)]
+    return [str(getattr(key, "key", getattr(key, "idx", key))) for key in keys]

@@ -1,0 +1,304 @@
+"""Jitted train and eval steps for models with running statistics, linen and nnx alike."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen, nnx
+from jax.typing import DTypeLike
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that a step changes: a pytree, to be donated, saved and restored.
+
+    Attributes:
+      step: number of steps taken, int32.
+      params: the parameters that the optimizer moves, in their own dtypes.
+      model_state: every other variable of the model; in linen a dict of collections, such as
+        `batch_stats`; in nnx the state that is not `nnx.Param`.
+      opt_state: the optimizer's state.
+      key: random key; each step folds its number in.
+      bind: binds variables to the model; static.
+      tx: the optax optimizer; static.
+    """
+
+    step: jax.Array
+    params: Any
+    model_state: Any
+    opt_state: Any
+    key: jax.Array
+    bind: Any = flax.struct.field(pytree_node=False)
+    tx: optax.GradientTransformation = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def create(
+        cls,
+        model: linen.Module,
+        tx: optax.GradientTransformation,
+        key: jax.Array,
+        *args: Any,
+        rngs: tuple[str, ...] = ("dropout",),
+        **kwargs: Any,
+    ) -> "TrainState":
+        """Initializes a linen model and the optimizer.
+
+        Args:
+          model: a `flax.linen.Module`.
+          tx: any optax optimizer.
+          key: random key, for the parameters now and for `rngs` at each step.
+          *args: arguments of the model's call; only their shapes and dtypes matter.
+          rngs: names of the random streams that the model draws from in training.
+          **kwargs: keyword arguments of the model's call.
+
+        Returns:
+          A `TrainState`.
+
+        Example:
+          >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
+          >>> from normax import train
+          >>> state = train.TrainState.create(
+          ...     nn.Dense(2), optax.sgd(0.1), jax.random.key(0), jnp.ones((1, 3))
+          ... )
+          >>> state.params["kernel"].shape
+          (3, 2)
+        """
+        init_key, key = jax.random.split(key)
+        variables = dict(
+            model.init({"params": init_key, **dict.fromkeys(rngs, key)}, *args, **kwargs)
+        )
+        params = variables.pop("params", {})
+        bind = LinenBinding(model, tuple(rngs))
+        return cls(jnp.zeros((), jnp.int32), params, variables, tx.init(params), key, bind, tx)
+
+    @classmethod
+    def from_nnx(
+        cls, model: nnx.Module, tx: optax.GradientTransformation, key: jax.Array | None = None
+    ) -> "TrainState":
+        """Takes the state out of an nnx model; `state.model` gives the model back.
+
+        Args:
+          model: a `flax.nnx.Module`.
+          tx: any optax optimizer.
+          key: random key, kept in the state; an nnx model draws from its own streams.
+
+        Returns:
+          A `TrainState`.
+
+        Example:
+          >>> import optax
+          >>> from flax import nnx
+          >>> from normax import train
+          >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+          >>> state = train.TrainState.from_nnx(model, optax.sgd(0.1))
+          >>> state.model.kernel.shape
+          (3, 2)
+        """
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+        # Copies: the state is donated at each step, and the model must survive that.
+        params, rest = jax.tree.map(jnp.copy, (params, rest))
+        key = jax.random.key(0) if key is None else key
+        step = jnp.zeros((), jnp.int32)
+        return cls(step, params, rest, tx.init(params), key, NNXBinding(graph), tx)
+
+    @property
+    def variables(self) -> dict:
+        """The variables of a linen model, for `model.apply`."""
+        return {"params": self.params, **self.model_state}
+
+    @property
+    def batch_stats(self) -> Any:
+        """The running statistics of a linen model."""
+        return self.model_state.get("batch_stats", {})
+
+    @property
+    def model(self) -> Any:
+        """The nnx model, with the variables of this state."""
+        return self.bind.merge(self.params, self.model_state)
+
+
+class LinenBinding:
+    """Binds variables to a linen model."""
+
+    def __init__(self, model: linen.Module, rngs: tuple[str, ...]):
+        self.model, self.rngs = model, rngs
+
+    def __call__(self, params, model_state, key, *, train, dtype):
+        """Returns the model with its variables."""
+        return BoundLinen(self, params, model_state, key, train, dtype)
+
+
+class BoundLinen:
+    """A linen model with its variables: call it as the model; each call moves `model_state`."""
+
+    def __init__(self, binding, params, model_state, key, train, dtype):
+        self.binding, self.params, self.model_state = binding, params, model_state
+        self.key, self.train, self.dtype = key, train, dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Applies the model."""
+        args, kwargs = cast((args, kwargs), self.dtype)
+        variables = {"params": cast(self.params, self.dtype), **self.model_state}
+        self.key, *keys = jax.random.split(self.key, len(self.binding.rngs) + 1)
+        if self.train:
+            kwargs["rngs"] = dict(zip(self.binding.rngs, keys, strict=True))
+            kwargs["mutable"] = list(self.model_state)
+        out = self.binding.model.apply(variables, *args, **kwargs)
+        if self.train:
+            out, updates = out
+            self.model_state = {**self.model_state, **updates}
+        return cast_back(out, self.dtype)
+
+
+class NNXBinding:
+    """Binds variables to an nnx model."""
+
+    def __init__(self, graph):
+        self.merge = lambda params, rest: nnx.merge(graph, params, rest, copy=True)
+
+    def __call__(self, params, model_state, key, *, train, dtype):
+        """Returns the model with its variables, in training or inference."""
+        model = self.merge(cast(params, dtype), model_state)
+        model.train() if train else model.eval()
+        return BoundNNX(model, dtype)
+
+
+class BoundNNX:
+    """An nnx model with its variables: call it, or use its attributes, as the model."""
+
+    def __init__(self, model, dtype):
+        self._model, self._dtype = model, dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Applies the model."""
+        args, kwargs = cast((args, kwargs), self._dtype)
+        return cast_back(self._model(*args, **kwargs), self._dtype)
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    @property
+    def model_state(self):
+        """What the calls so far have left of the state that is not `nnx.Param`."""
+        return nnx.split(self._model, nnx.Param, ...)[2]
+
+
+def cast(tree: Any, dtype: DTypeLike | None) -> Any:
+    """Returns a pytree with its real floating-point arrays in `dtype`; None leaves them."""
+
+    def leaf(value):
+        real = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
+        return value.astype(dtype) if real else value
+
+    return tree if dtype is None else jax.tree.map(leaf, tree)
+
+
+def cast_back(tree: Any, dtype: DTypeLike | None) -> Any:
+    """Returns what a model gave in `dtype` in float32, for the loss."""
+    return tree if dtype is None else cast(tree, jnp.float32)
+
+
+def train_step(
+    loss: Callable[[Any, Any, bool], Any],
+    *,
+    dtype: DTypeLike | None = None,
+    loss_scale: float = 1.0,
+    donate: bool = True,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
+    """Builds a jitted training step for any model, loss and optax optimizer.
+
+    Args:
+      loss: a function `loss(model, batch, train)` of the model bound to its variables, called as
+        the model itself is, and of a batch, any pytree. It returns a scalar, or a scalar and a
+        dict of metrics. Each call of the model in it moves the running statistics once.
+      dtype: mixed precision: the model computes in this dtype, such as `jnp.bfloat16`. The
+        parameters are kept, and the loss, gradients, optimizer and running statistics computed,
+        in float32.
+      loss_scale: the loss is multiplied by it and the gradients divided, so that those of
+        float16 do not underflow.
+      donate: let the new state take the memory of the old one, which is then gone.
+
+    Returns:
+      A function `step(state, batch)` that returns the new state, and the metrics with the loss
+      under "loss".
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, normax.linen, optax
+      >>> from normax import train
+      >>> class Model(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x, train):
+      ...         x = normax.linen.BatchNorm(use_running_average=not train)(x)
+      ...         return nn.Dense(1)(x)
+      >>> def loss(model, batch, train):
+      ...     x, y = batch
+      ...     return optax.l2_loss(model(x, train=train)[:, 0], y).mean()
+      >>> x = jax.random.normal(jax.random.key(0), (32, 3))
+      >>> state = train.TrainState.create(
+      ...     Model(), optax.adam(0.1), jax.random.key(1), x, train=False
+      ... )
+      >>> step = train.train_step(loss)
+      >>> for _ in range(50):
+      ...     state, metrics = step(state, (x, x[:, 0]))
+      >>> bool(metrics["loss"] < 0.1), int(state.step)
+      (True, 50)
+    """
+
+    def step(state, batch):
+        def objective(params):
+            key = jax.random.fold_in(state.key, state.step)
+            model = state.bind(params, state.model_state, key, train=True, dtype=dtype)
+            value, metrics = _value_and_metrics(loss(model, batch, True))
+            return value * loss_scale, (metrics, model.model_state)
+
+        grads, (metrics, model_state) = jax.grad(objective, has_aux=True)(state.params)
+        grads = jax.tree.map(lambda grad: grad / loss_scale, grads)
+        updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
+        new = state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            model_state=model_state,
+            opt_state=opt_state,
+        )
+        return new, metrics
+
+    return jax.jit(step, donate_argnums=(0,) if donate else ())
+
+
+def eval_step(
+    loss: Callable[[Any, Any, bool], Any], *, dtype: DTypeLike | None = None
+) -> Callable[[TrainState, Any], dict]:
+    """Builds a jitted evaluation step: the same loss, with `train` False and nothing changed.
+
+    Args:
+      loss: as in `train_step`.
+      dtype: as in `train_step`.
+
+    Returns:
+      A function `evaluate(state, batch)` that returns the metrics, the loss under "loss".
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
+      >>> from normax import train
+      >>> x = jnp.ones((4, 3))
+      >>> state = train.TrainState.create(nn.Dense(2), optax.sgd(0.1), jax.random.key(0), x)
+      >>> evaluate = train.eval_step(lambda model, batch, train: (model(batch) ** 2).mean())
+      >>> sorted(evaluate(state, x))
+      ['loss']
+    """
+
+    def evaluate(state, batch):
+        model = state.bind(state.params, state.model_state, state.key, train=False, dtype=dtype)
+        return _value_and_metrics(loss(model, batch, False))[1]
+
+    return jax.jit(evaluate)
+
+
+def _value_and_metrics(result):
+    """Returns the loss, and the metrics with the loss among them."""
+    value, metrics = result if isinstance(result, tuple) else (result, {})
+    if jnp.shape(value) != ():
+        raise ValueError(f"loss: expected a scalar, got shape {jnp.shape(value)}; take its mean")
+    return value, {"loss": value, **metrics}
