@@ -1,6 +1,7 @@
 """What every nnx module here shares: its signature, its parameters, and Flax's dtype rule."""
 
 import dataclasses
+import functools
 import inspect
 from types import MappingProxyType
 
@@ -14,21 +15,28 @@ NO_METADATA = MappingProxyType({})
 
 
 def signed(module):
-    """Shows a module's options in its signature, as keywords with their defaults."""
-    own = list(inspect.signature(module.__init__).parameters.values())
-    names = {parameter.name for parameter in own}
-    extra = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
-            annotation=field.type,
+    """Gives a module a constructor of its own that shows the options, with their defaults."""
+    construct = module.__init__
+    shown: dict[str, inspect.Parameter] = {}
+    for cls in module.__mro__:
+        if "__init__" in vars(cls) and cls.__module__.startswith(__package__ or ""):
+            parameters = inspect.signature(cls.__init__).parameters
+            shown = {**parameters, **shown}
+    for field in dataclasses.fields(module):
+        keyword = inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default
         )
-        for field in dataclasses.fields(module)
-        if field.name not in names
-    ]
-    shown = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    module.__init__.__signature__ = inspect.Signature([*shown, *extra])
+        shown.setdefault(field.name, keyword)
+    kinds = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    positional = [p for p in shown.values() if p.kind not in kinds]
+    keywords = [p for p in shown.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+
+    @functools.wraps(construct)
+    def __init__(self, *args, **kwargs):
+        construct(self, *args, **kwargs)
+
+    vars(__init__)["__signature__"] = inspect.Signature([*positional, *keywords])
+    module.__init__ = __init__
     return module
 
 

@@ -1,0 +1,185 @@
+"""Options that several modules have, and what makes a class a set of options."""
+
+import dataclasses
+import inspect
+from typing import Any, ClassVar, dataclass_transform
+
+import jax.numpy as jnp
+from jax.nn import initializers
+
+from normax import axes as ax
+
+Initializer = Any
+
+
+@dataclass_transform(eq_default=False)
+def options(cls):
+    """Makes a class a set of options; equality and representation are left to the module."""
+    return dataclasses.dataclass(eq=False, repr=False)(cls)
+
+
+def documented(module):
+    """Appends the options' documentation to a module's docstring."""
+    sections = [
+        inspect.cleandoc(vars(cls).get("__doc__") or "").partition("Args:\n")[2].rstrip()
+        for cls in reversed(module.__mro__)
+        if cls.__module__.startswith("normax.")
+    ]
+    body = "\n".join(section for section in sections if section)
+    module.__doc__ = f"{inspect.cleandoc(module.__doc__)}\n\nOptions:\n{body}\n"
+    return module
+
+
+@options
+class Output:
+    """Options of the output.
+
+    Args:
+      epsilon: added to the variance, inside the root.
+      dtype: dtype of the output; None is what the input and the parameters promote to.
+      param_dtype: dtype that the parameters are created with.
+    """
+
+    epsilon: float = 1e-6
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    def output_dtype(self, x, *params):
+        """Returns the dtype of the output, by Flax's rule."""
+        return ax.result_dtype(self.dtype, x, *params)
+
+
+@options
+class Affine(Output):
+    """Options of scale and bias.
+
+    Args:
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale; a linear layer that follows can do without.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+    """
+
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+
+
+@options
+class Scaled(Output):
+    """Options of a scale.
+
+    Args:
+      use_scale: whether there is a scale.
+      scale_init: initializer of the scale.
+    """
+
+    use_bias: ClassVar[bool] = False
+    use_scale: bool = True
+    scale_init: Initializer = initializers.ones
+
+
+@options
+class Pooled:
+    """Options of statistics over devices.
+
+    Args:
+      axis_name: name, or names, of a mapped axis over which statistics are pooled, by count.
+      axis_index_groups: groups of device indices that pool among themselves.
+      use_fast_variance: taken for Flax's sake; the variance is always the accurate one.
+      force_float32_reductions: False keeps running statistics in `param_dtype`, as in Flax;
+        reductions are in float32 at least, whatever this says.
+    """
+
+    axis_name: Any = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+
+@options
+class LayerAxes:
+    """Options of which axes.
+
+    Args:
+      reduction_axes: axes that are summarised together.
+      feature_axes: axes that have a scale and bias of their own.
+    """
+
+    reduction_axes: ax.Axes = -1
+    feature_axes: ax.Axes = -1
+
+
+@options
+class FeatureAxes:
+    """Options of which features.
+
+    Args:
+      feature_axes: axes that keep statistics, a scale and a bias of their own.
+    """
+
+    feature_axes: ax.Axes = -1
+
+
+@options
+class Groups:
+    """Options of which groups.
+
+    Args:
+      num_groups: number of groups; it must divide the number of features.
+      group_size: features in a group, in place of `num_groups`, which then must be None.
+    """
+
+    num_groups: int | None = 32
+    group_size: int | None = None
+
+
+@options
+class GroupAxes:
+    """Options of which axes.
+
+    Args:
+      reduction_axes: axes that are summarised together, the feature axis among them; every axis
+        but the leading one by default.
+    """
+
+    reduction_axes: ax.Axes | None = None
+
+
+@options
+class Running:
+    """Options of running statistics.
+
+    Args:
+      use_running_average: True at inference, False in training; here or at the call.
+      axis: axis or axes that keep statistics, a scale and a bias of their own.
+      momentum: weight of the past; None makes the running statistics those of all data seen, and
+        keeps their count beside them.
+    """
+
+    use_running_average: bool | None = None
+    axis: ax.Axes = -1
+    momentum: float | None = 0.99
+
+
+@options
+class Wrapper:
+    """Options of a module around a module.
+
+    Args:
+      layer_instance: the layer whose weights are normalized.
+    """
+
+    layer_instance: Any
+
+
+@options
+class PowerIteration(Wrapper):
+    """Options of a power iteration.
+
+    Args:
+      n_steps: power iterations at each call; 0 leaves the weights as they are.
+    """
+
+    n_steps: int = 1

@@ -1,0 +1,107 @@
+"""Who may import whom, what a shell may not do, and how long a file may be."""
+
+import ast
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import normax
+
+ROOT = pathlib.Path(normax.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# Rooms from the lowest up; a file may import from lower rooms and from its own.
+ROOMS = [
+    ["axes", "pool"],
+    ["measure"],
+    ["moments"],
+    ["standardize"],
+    ["batch", "layer", "group", "weight", "regularize"],
+    ["__init__"],
+    ["options"],
+    ["linen", "nnx"],
+    ["train"],
+    ["experiments"],
+]
+FLAX = {"linen", "nnx", "train", "experiments"}
+SHELLS = [path for path in FILES if path.relative_to(ROOT).parts[0] in ("linen", "nnx")]
+
+
+def room(name):
+    """Returns the height of the room that a module of normax is in."""
+    return next(height for height, names in enumerate(ROOMS) if name in names)
+
+
+def name_of(path):
+    """Returns the room's name for a file."""
+    first = path.relative_to(ROOT).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports_of(path):
+    """Yields the dotted names that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down(path):
+    here = name_of(path)
+    for imported in imports_of(path):
+        parts = imported.split(".")
+        if parts[0] == "flax":
+            assert here in FLAX, f"{path} imports {imported}"
+        if parts[0] != "normax" or len(parts) == 1 or here == "__init__":
+            continue
+        known = parts[1] if any(parts[1] in names for names in ROOMS) else "__init__"
+        assert room(known) <= room(here), f"{path} imports {imported}"
+        if {here, known} == {"linen", "nnx"}:
+            pytest.fail(f"{path} imports {imported}")
+
+
+@pytest.mark.parametrize("path", SHELLS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shells_have_no_arithmetic(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp | ast.AugAssign):
+            # `A | B` of types is no arithmetic.
+            assert isinstance(node.op, ast.BitOr), f"{path}:{node.lineno}"
+        assert not isinstance(node, ast.UnaryOp) or isinstance(node.op, ast.Not), (
+            f"{path}:{node.lineno}"
+        )
+    for imported in imports_of(path):
+        assert not imported.startswith(("jax.numpy", "jax.lax", "numpy")), f"{path}: {imported}"
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not names & {"numpy", "lax"}, path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_is_one_idea(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_importing_normax_does_not_import_flax():
+    code = "import sys, normax; sys.exit('flax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+
+
+def test_every_public_name_is_documented():
+    for name in dir(normax):
+        value = getattr(normax, name)
+        if name.startswith("_") or inspect.ismodule(value):
+            continue
+        doc = inspect.getdoc(value)
+        assert doc, name
+        if inspect.isfunction(value):
+            for section in ("Args:", "Returns:", "Example:", ">>> "):
+                assert section in doc, f"{name}: {section}"
+            for parameter in inspect.signature(value).parameters:
+                assert f"{parameter}:" in doc, f"{name}: {parameter}"
