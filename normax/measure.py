@@ -17,6 +17,7 @@ from normax import axes as ax
 from normax import pool
 
 MAX_COUNT = np.iinfo(np.int32).max
+DIGIT = 2.0**15
 
 
 class Reduction(NamedTuple):
@@ -43,7 +44,8 @@ class Measured(NamedTuple):
     """What was measured, with the reduced axes kept.
 
     `mean + rest` is the mean to twice the precision, both None where it was not to be subtracted.
-    `count` is None where there is no mask: then it is static, and nothing to keep.
+    `count` is None where there is no mask: then it is static, and nothing to keep. Otherwise it
+    is two floats, the count over and modulo `DIGIT`: exact in float32, and with a tangent.
     """
 
     count: Any
@@ -57,13 +59,13 @@ def measure(reduction: Reduction, x: jax.Array, mask: jax.Array | None) -> Measu
     """Measures `x` over a reduction; the arguments have been through `axes.py`."""
     entries = present(x, mask)
     count = None if mask is None else _count_valid(reduction, x, mask)
-    n = _at_least_one(_size(reduction, x) if mask is None else count, entries)
-    total = functools.partial(jnp.sum, axis=reduction.axes, keepdims=True)
+    n = _at_least_one(_size(reduction, x) if count is None else _number(count), entries)
+    total = functools.partial(_total, axes=reduction.axes)
     mean = rest = None
     if reduction.centered:
-        mean = total(entries) / n
+        mean = _over(total(entries), n)
         # The mean is rounded; the mean of what it leaves over carries the digits it lost.
-        rest = total(deviation(entries, mean, jnp.zeros_like(mean), mask)) / n
+        rest = _over(total(deviation(entries, mean, jnp.zeros_like(mean), mask)), n)
     var = total(square(deviation(entries, mean, rest, mask))) / n
     here = Measured(count, mean, rest, var)
     return here if reduction.axis_name is None else _pool(reduction, here)
@@ -86,24 +88,22 @@ def _measure_tangents(reduction, x, mask, measured, t):
 def moment_tangents(reduction, d, t, measured):
     """Returns how mean and variance move where the entries, at deviations `d`, move by `t`."""
     n = _at_least_one(count_entries(reduction, d, measured), d)
-    sums = [jnp.sum(v, reduction.axes, keepdims=True) for v in (t, _inner(d, t))]
+    sums = [_total(v, reduction.axes) for v in (t, _inner(d, t))]
     together = jnp.stack([v.astype(t.dtype) for v in sums])
     mean, inner = pool.sum_over_devices(reduction.axis_name, reduction.groups, together)
-    return mean / n if reduction.centered else None, 2 * jnp.real(inner) / n
+    return _over(mean, n) if reduction.centered else None, 2 * jnp.real(inner) / n
 
 
 def measured_tangents(measured, dmean, dvar):
-    """Returns the tangent of a `Measured`: a count has none, and the rest is a rounding error."""
-    count = None
-    if measured.count is not None:
-        count = np.zeros(measured.count.shape, jax.dtypes.float0)
-    return Measured(count, dmean, None if dmean is None else jnp.zeros_like(dmean), dvar)
+    """Returns the tangent of a `Measured`: a count does not move, nor does a rounding error."""
+    count, rest = jax.tree.map(jnp.zeros_like, (measured.count, measured.rest))
+    return Measured(count, dmean, rest, dvar)
 
 
 def count_entries(reduction, x, measured=None):
     """Returns how many entries were measured, over all devices: an int where that is static."""
     if measured is not None and measured.count is not None:
-        return measured.count
+        return _number(measured.count)
     return _size(reduction, x) * pool.devices(reduction.axis_name, reduction.groups)
 
 
@@ -121,6 +121,15 @@ def deviation(x, mean, rest, mask):
     return d if mask is None else jnp.where(mask, d, 0)
 
 
+def times(x, real):
+    """Returns `x * real`, x real or complex."""
+    return x * real.astype(x.dtype)
+
+
+def _over(x, real):
+    return x / real.astype(x.dtype)
+
+
 def square(x):
     """Returns |x|^2, real."""
     return _inner(x, x)
@@ -133,15 +142,45 @@ def _inner(a, b):
     return a * b
 
 
+def _total(x, axes):
+    """Returns the sum over axes, which are kept; one run of neighbouring axes after the other.
+
+    In one go, XLA on CPU adds over separate runs one number at a time: slowly, and with an error
+    that grows with their number. The division in between keeps it from joining them again.
+    """
+    runs: list[list[int]] = []
+    for axis in axes:
+        if runs and axis == runs[-1][-1] + 1:
+            runs[-1].append(axis)
+        else:
+            runs.append([axis])
+    length = 1
+    for run in runs[:-1]:
+        size = math.prod(x.shape[axis] for axis in run)
+        x, length = jnp.sum(x, run, keepdims=True) / max(size, 1), length * size
+    total = jnp.sum(x, runs[-1] if runs else (), keepdims=True)
+    return total * length if len(runs) > 1 else total
+
+
 def _size(reduction, x):
     """Returns how many entries of one device are summarised together."""
     return math.prod(x.shape[axis] for axis in reduction.axes)
 
 
 def _count_valid(reduction, x, mask):
-    """Returns how many entries of this device the mask lets count."""
+    """Returns how many entries of this device the mask lets count, as two digits."""
     repeats = math.prod(x.shape[axis] for axis in reduction.axes if mask.shape[axis] == 1)
-    return jnp.sum(mask, reduction.axes, dtype=jnp.int32, keepdims=True) * repeats
+    number = jnp.sum(mask, reduction.axes, dtype=jnp.int32, keepdims=True) * repeats
+    dtype = ax.real_dtype(ax.compute_dtype(x.dtype))
+    return tuple(digit.astype(dtype) for digit in jnp.divmod(number, jnp.int32(DIGIT)))
+
+
+def _number(count):
+    """Returns a count of two digits as int32, held at its largest."""
+    high, low = count
+    full = high * DIGIT >= 2.0**31
+    number = high.astype(jnp.int32) * jnp.int32(DIGIT) + low.astype(jnp.int32)
+    return jnp.where(full, MAX_COUNT, number)
 
 
 def _at_least_one(count, like):
@@ -160,23 +199,21 @@ def _pool(reduction, here):
     if reduction.centered:
         rows += [part(leaf) for leaf in (here.mean, here.rest) for part in split]
     if here.count is not None:
-        count = jnp.broadcast_to(here.count, here.var.shape)
-        rows += [digit.astype(real) for digit in jnp.divmod(count, pool.DIGIT)]
+        rows += [jnp.broadcast_to(digit, here.var.shape) for digit in here.count]
     var, *rows = pool.gather(axis_name, groups, *rows)
     if here.count is None:
         members = ax.along(pool.members(axis_name, groups), var.ndim, (0,))
         count, weights = None, members.astype(real) / pool.devices(axis_name, groups)
     else:
         *rows, high, low = rows
-        counts = high * pool.DIGIT + low
-        n = jnp.sum(counts, 0)
-        weights = counts / jnp.maximum(n, 1)
-        exact = jnp.sum(high.astype(jnp.int32) * pool.DIGIT + low.astype(jnp.int32), 0)
-        count = jnp.where(n < MAX_COUNT, exact, MAX_COUNT)
+        counts = high * DIGIT + low
+        weights = counts / jnp.maximum(jnp.sum(counts, 0), 1)
+        carry = jnp.floor(jnp.sum(low, 0) / DIGIT)
+        count = jnp.sum(high, 0) + carry, jnp.sum(low, 0) - carry * DIGIT
     if not reduction.centered:
         return Measured(count, None, None, jnp.sum(weights * var, 0))
     mean, rest = rows if len(split) == 1 else (jax.lax.complex(*rows[i:][:2]) for i in (0, 2))
-    center = jnp.sum(weights * mean, 0)
-    rest_of_all = jnp.sum(weights * ((mean - center) + rest), 0)
+    center = jnp.sum(times(mean, weights), 0)
+    rest_of_all = jnp.sum(times((mean - center) + rest, weights), 0)
     apart = ((mean - center) + rest) - rest_of_all
     return Measured(count, center, rest_of_all, jnp.sum(weights * (var + square(apart)), 0))

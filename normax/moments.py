@@ -165,14 +165,17 @@ def merge(a: Moments, b: Moments) -> Moments:
             "merge: expected moments of one shape, got means of shapes "
             f"{jnp.shape(a.mean)} and {jnp.shape(b.mean)}"
         )
-    count = _add_counts(jnp.asarray(a.count), jnp.asarray(b.count))
-    dtype = jnp.result_type(a.var)
-    n_a, n_b = jnp.asarray(a.count, dtype), jnp.asarray(b.count, dtype)
-    # n_a + n_b, not count: a count that has reached its limit must not tip the weights.
-    weight = n_b / jnp.maximum(n_a + n_b, 1)
-    delta = b.mean - a.mean
-    var = (1 - weight) * a.var + weight * b.var + weight * (1 - weight) * me.square(delta)
-    return Moments(count, a.mean + weight * delta, var)
+    dtype, mean_dtype = ax.promote(a.var, b.var), ax.promote(a.mean, b.mean)
+    (n_a, n_b), (var_a, var_b) = (
+        [jnp.asarray(leaf, dtype) for leaf in leaves]
+        for leaves in ((a.count, b.count), (a.var, b.var))
+    )
+    # n_a + n_b, not the new count: one that has reached its limit must not tip the weights.
+    w = n_b / jnp.maximum(n_a + n_b, 1)
+    delta = jnp.asarray(b.mean, mean_dtype) - jnp.asarray(a.mean, mean_dtype)
+    mean = jnp.asarray(a.mean, mean_dtype) + me.times(delta, w)
+    var = (1 - w) * var_a + w * var_b + w * (1 - w) * me.square(delta)
+    return Moments(_add_counts(a.count, b.count), mean, var)
 
 
 def update(
@@ -241,30 +244,29 @@ def update(
 
 def _exponential(momentum, stats, m, unbiased):
     """Returns the moving average of mean and variance."""
-    dtype = ax.promote(m.var.dtype, stats.var.dtype)
+    dtype, mean_dtype = ax.promote(m.var, stats.var), ax.promote(m.mean, stats.mean)
     past = jnp.asarray(momentum, dtype)
-    var = m.var.astype(dtype)
-    if unbiased:
-        var = var * _bessel(jnp.asarray(m.count, dtype))
-    mean = past * stats.mean + (1 - past) * m.mean
-    return mean, past * stats.var + (1 - past) * var
+    var = jnp.asarray(m.var, dtype) * (_bessel(m.count, dtype) if unbiased else 1)
+    old, new = jnp.asarray(stats.mean, mean_dtype), jnp.asarray(m.mean, mean_dtype)
+    mean = me.times(old, past) + me.times(new, 1 - past)
+    return mean, past * jnp.asarray(stats.var, dtype) + (1 - past) * var
 
 
 def _cumulative(stats, m, unbiased):
     """Returns mean and variance of all entries seen."""
     past = Moments(stats.count, stats.mean, stats.var)
-    if unbiased:
-        past = past._replace(var=past.var / _bessel(jnp.asarray(past.count, past.var.dtype)))
-    all_seen = merge(past, m)
-    var = all_seen.var
-    if unbiased:
-        var = var * _bessel(jnp.asarray(all_seen.count, var.dtype))
-    return all_seen.mean, var
+    if not unbiased:
+        _, mean, var = merge(past, m)
+        return mean, var
+    dtype = jnp.result_type(stats.var)
+    count, mean, var = merge(past._replace(var=past.var / _bessel(past.count, dtype)), m)
+    return mean, var * _bessel(count, var.dtype)
 
 
-def _bessel(count):
+def _bessel(count, dtype):
     """Returns n / (n - 1), and 1 where n < 2 so that a single entry's variance stays 0."""
-    return jnp.where(count < 2, 1, count / jnp.maximum(count - 1, 1))
+    n = jnp.asarray(count, dtype)
+    return jnp.where(n < 2, 1, n / jnp.maximum(n - 1, 1))
 
 
 def _add_counts(a, b):

@@ -4,8 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-DIGIT = 4096  # A count below 2**31 travels as two floats, each exact in float32.
-
 
 def sum_over_devices(axis_name, groups, value):
     """Returns `value` summed over the devices of this device's group. Linear: it transposes."""

@@ -138,7 +138,7 @@ def _tangents(plan, x, scale, mask, measured, dx, dscale, dbias):
         t = me.present(dx, mask)
         dmean, dvar = me.moment_tangents(plan.reduction, d, t, measured)
         pt = me.deviation(t, dmean, 0, mask)
-        dxhat = rstd * (pt - xhat * (0.5 * (rstd * dvar)))
+        dxhat = me.times(pt - me.times(xhat, 0.5 * (rstd * dvar)), rstd)
         terms.append(dxhat if scale is None else jnp.multiply(*_alike(dxhat, scale)))
     if dscale is not None:
         terms.append(jnp.multiply(*_alike(xhat, dscale)))
@@ -150,7 +150,7 @@ def _tangents(plan, x, scale, mask, measured, dx, dscale, dbias):
 def _xhat(plan, x, measured, mask):
     d = me.deviation(me.present(x, mask), measured.mean, measured.rest, mask)
     rstd = reciprocal_deviation(measured.var, plan.epsilon, plan.floor)
-    return d, rstd, d * rstd
+    return d, rstd, me.times(d, rstd)
 
 
 def reciprocal_deviation(var, epsilon, floor=0.0):

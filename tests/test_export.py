@@ -1,0 +1,54 @@
+"""Exported for every platform from one machine, with a batch size that is not known yet."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES
+from jax import export
+
+import normax
+
+
+def gradient(case):
+    def energy(x, scale, bias):
+        return jnp.sum(jnp.tanh(case.apply(x, scale, bias, None)))
+
+    return jax.jit(jax.grad(energy, (0, 1, 2)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_gradient_exports_for_cpu_cuda_and_tpu(case):
+    f = gradient(case)
+    x = jax.random.normal(jax.random.key(0), case.shape)
+    args = x, jnp.ones(case.parameter_shape()), jnp.zeros(case.parameter_shape())
+    exported = export.export(f, platforms=["cpu", "cuda", "tpu"])(*args)
+    again = export.deserialize(exported.serialize())
+    for ours, expected in zip(again.call(*args), f(*args), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_symbolic_batch_size(masked):
+    def step(x, mask, scale, stats):
+        mask = mask if masked else None
+
+        def energy(x, scale):
+            y, new = normax.batch_norm(x, stats, scale, use_running_average=False, mask=mask)
+            y = normax.group_norm(normax.layer_norm(normax.rms_norm(y, mask=mask)), num_groups=2)
+            return jnp.sum(normax.instance_norm(y) ** 3), new
+
+        return jax.value_and_grad(energy, has_aux=True)(x, scale)
+
+    (batch,) = export.symbolic_shape("b")
+    shape = (batch, 4, 4, 6)
+    scale, stats = jnp.ones(6), normax.RunningStats.create(6)
+    spec = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.bool_)
+    exported = export.export(jax.jit(step), platforms=["cpu", "cuda", "tpu"])(*spec, scale, stats)
+    for size in (2, 5):
+        x = jax.random.normal(jax.random.key(size), (size, 4, 4, 6))
+        mask = jax.random.bernoulli(jax.random.key(1), 0.9, x.shape)
+        ours = jax.tree.leaves(exported.call(x, mask, scale, stats))
+        expected = jax.tree.leaves(step(x, mask, scale, stats))
+        for left, right in zip(ours, expected, strict=True):
+            np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4)
