@@ -1,0 +1,1 @@
+"""Studies to run from the command line: `python -m normax.experiments --help`."""

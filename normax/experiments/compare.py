@@ -1,0 +1,191 @@
+"""Train one network with each normalizer on the same images, and measure what it changes."""
+
+import argparse
+import contextlib
+import importlib.metadata
+import pathlib
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import normax
+from normax import train
+from normax.experiments import data, report
+from normax.experiments.network import NORMS, Network, count_parameters
+
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the study."""
+    parser.description = __doc__
+    add = parser.add_argument
+    add("--dataset", choices=data.NAMES, default="digits")
+    add("--data-home", help="folder of scikit-learn's cache, for mnist and cifar10")
+    add("--norms", type=_norms, default=list(NORMS), help=f"of {','.join(NORMS)}")
+    add("--epochs", type=_positive_int, default=12)
+    add("--batch-size", type=_positive_int, default=64)
+    add("--learning-rate", type=_positive_float, default=0.003)
+    add("--target", type=_fraction, default=0.97, help="test accuracy to count the epochs to")
+    add("--limit", type=_positive_int, help="train on this many images only")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--seed", type=int, default=0)
+    add("--out", type=pathlib.Path, default=pathlib.Path("results/compare"))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains, reports, and returns the exit status; an interruption keeps what was measured."""
+    training, test = data.load(options.dataset, options.seed, options.data_home)
+    training = data.Images(*(array[: options.limit] for array in training))
+    if options.batch_size > len(training.label):
+        raise data.UsageError(
+            f"--batch-size {options.batch_size} is more than the {len(training.label)} images"
+        )
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / ".writable").touch()
+        (options.out / ".writable").unlink()
+    except OSError as error:
+        raise data.UsageError(f"--out {options.out} cannot be written: {error}") from error
+    results: dict[str, dict[str, Any]] = {}
+    status = 0
+    with report.progress(len(options.norms) * options.epochs) as advance:
+        try:
+            for norm in options.norms:
+                results[norm] = {"epochs": []}
+                fit(norm, training, test, options, results[norm], advance)
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+    results = {norm: result for norm, result in results.items() if result["epochs"]}
+    for result in results.values():
+        summarize(result, options.target)
+    record = {"study": "compare", "arguments": _plain(options), "versions": versions()}
+    report.show(results, options.target)
+    for path in report.write(options.out, {**record, "results": results}):
+        print(path)
+    if status:
+        print("interrupted: what was measured so far is above", file=sys.stderr)
+    return status
+
+
+def fit(norm, training, test, options, result, advance) -> None:
+    """Trains one network, adding to `result` epoch by epoch."""
+    dtype = None if options.dtype == "float32" else jnp.dtype(options.dtype)
+    example = jnp.asarray(training.image[:2])
+    steps = len(training.label) // options.batch_size
+    schedule = optax.cosine_decay_schedule(options.learning_rate, steps * options.epochs)
+    key = jax.random.key(options.seed)
+    state = train.TrainState.create(Network(norm), optax.adam(schedule), key, example, train=False)
+    result["parameters"] = count_parameters(state.variables)
+    result["trainable"] = sum(int(leaf.size) for leaf in jax.tree.leaves(state.params))
+    step = train.train_step(loss, dtype=dtype)
+    evaluate = train.eval_step(loss, dtype=dtype)
+    rng = np.random.default_rng(options.seed)
+    times = []
+    for epoch in range(options.epochs):
+        for batch in shuffled(training, options.batch_size, rng):
+            start = time.perf_counter()
+            state, metrics = step(state, batch)
+            jax.block_until_ready(metrics)
+            times.append(time.perf_counter() - start)
+        scores = {
+            f"{split}_{name}": value
+            for split, images in (("train", training), ("test", test))
+            for name, value in measure(evaluate, state, images).items()
+        }
+        result["epochs"].append(scores)
+        # The first step compiles; the rest are alike.
+        result["step_ms"] = 1e3 * statistics.median(times[1:] or times)
+        advance(f"{norm}: epoch {epoch + 1}, test accuracy {scores['test_accuracy']:.3f}")
+
+
+def loss(model, batch, train):
+    """Returns the cross entropy, and the accuracy."""
+    logits = model(batch["image"], train=train)
+    value = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    right = logits.argmax(-1) == batch["label"]
+    weight = batch["weight"] / batch["weight"].sum()
+    return (value * weight).sum(), {"accuracy": weight.sum(where=right)}
+
+
+def shuffled(images, size, rng):
+    """Yields batches of one size in a new order; the few images left over wait for the next."""
+    order = rng.permutation(len(images.label))
+    for start in range(0, len(order) - size + 1, size):
+        index = order[start : start + size]
+        yield _batch(images.image[index], images.label[index], np.ones(size, np.float32))
+
+
+def measure(evaluate, state, images, size=1024) -> dict[str, float]:
+    """Returns loss and accuracy over all images, in batches of one size, the last one padded."""
+    total, sums = len(images.label), {}
+    size = min(size, total)
+    for start in range(0, total, size):
+        index = np.arange(start, start + size)
+        weight = (index < total).astype(np.float32)
+        index = np.minimum(index, total - 1)
+        metrics = evaluate(state, _batch(images.image[index], images.label[index], weight))
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * float(weight.sum())
+    return {name: value / total for name, value in sums.items()}
+
+
+def _batch(image, label, weight):
+    return {"image": image, "label": label, "weight": weight}
+
+
+def summarize(result: dict[str, Any], target: float) -> None:
+    """Adds what the table shows: epochs to the target, and the generalization gap."""
+    epochs, last = result["epochs"], result["epochs"][-1]
+    reached = (i for i, scores in enumerate(epochs, start=1) if scores["test_accuracy"] >= target)
+    result["epochs_to_target"] = next(reached, None)
+    result["best_test_accuracy"] = max(scores["test_accuracy"] for scores in epochs)
+    result["generalization_gap"] = last["train_accuracy"] - last["test_accuracy"]
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that the numbers depend on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    found = {package: importlib.metadata.version(package) for package in packages}
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"normax": normax.__version__, "python": python, **found}
+
+
+def _plain(options):
+    return {
+        name: str(value) if isinstance(value, pathlib.Path) else value
+        for name, value in vars(options).items()
+    }
+
+
+def _norms(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    unknown = [name for name in names if name not in NORMS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(NORMS)}, got {text!r}")
+    return list(dict.fromkeys(names))
+
+
+def _positive_int(text: str) -> int:
+    return _number(int, text, lambda n: n > 0, "a whole number above 0")
+
+
+def _positive_float(text: str) -> float:
+    return _number(float, text, lambda n: 0 < n < float("inf"), "a number above 0")
+
+
+def _fraction(text: str) -> float:
+    return _number(float, text, lambda n: 0 < n <= 1, "a number above 0, at most 1")
+
+
+def _number(kind, text, fits, expected):
+    with contextlib.suppress(ValueError):
+        if fits(kind(text)):
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")

@@ -1,0 +1,71 @@
+"""Images to train on: scikit-learn's digits, or MNIST and CIFAR-10 through OpenML's cache."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# name on OpenML, version, shape of an image as it comes, number of training images
+OPENML = {
+    "mnist": ("mnist_784", 1, (28, 28, 1), 60_000),
+    "cifar10": ("CIFAR_10", 1, (3, 32, 32), 50_000),
+}
+NAMES = ("digits", *OPENML)
+
+
+class UsageError(Exception):
+    """Something that whoever gave the command can mend; the message says how."""
+
+
+class Images(NamedTuple):
+    """Images in [0, 1] of shape (number, height, width, channels), and their labels."""
+
+    image: np.ndarray
+    label: np.ndarray
+
+
+def load(name: str, seed: int, home: str | None = None) -> tuple[Images, Images]:
+    """Returns training and test images; the same seed gives the same split of the digits."""
+    return _digits(seed) if name == "digits" else _openml(name, home)
+
+
+def _digits(seed):
+    """The 1,797 handwritten digits that scikit-learn ships, resized from 8x8 to 28x28."""
+    from scipy import ndimage
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits: Any = load_digits()
+    image = ndimage.zoom(digits.images / 16, (1, 3.5, 3.5), order=1)[..., None]
+    split: Any = train_test_split(
+        image.astype(np.float32),
+        digits.target.astype(np.int32),
+        test_size=0.2,
+        stratify=digits.target,
+        random_state=seed,
+    )
+    train_x, test_x, train_y, test_y = split
+    return Images(train_x, train_y), Images(test_x, test_y)
+
+
+def _openml(name, home):
+    from sklearn.datasets import fetch_openml
+
+    title, version, shape, train = OPENML[name]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of each retry; the error says it all
+            table: Any = fetch_openml(
+                title, version=version, as_frame=False, data_home=home, n_retries=1, delay=0
+            )
+    # URLError is an OSError; ValueError is what an unknown or truncated data set gives.
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{name} is not in the cache and openml.org cannot be reached ({error}); run once "
+            "with a network, or use --dataset digits, which needs none"
+        ) from error
+    image = np.asarray(table.data, np.float32).reshape(-1, *shape) / 255
+    if shape[0] == 3:
+        image = np.moveaxis(image, 1, -1)
+    label = np.asarray(table.target).astype(np.int32)
+    return Images(image[:train], label[:train]), Images(image[train:], label[train:])
