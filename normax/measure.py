@@ -203,17 +203,19 @@ def _pool(reduction, here):
     var, *rows = pool.gather(axis_name, groups, *rows)
     if here.count is None:
         members = ax.along(pool.members(axis_name, groups), var.ndim, (0,))
-        count, weights = None, members.astype(real) / pool.devices(axis_name, groups)
+        number = jnp.asarray(pool.devices(axis_name, groups), real)
+        count, weights = None, members.astype(real) / number
     else:
         *rows, high, low = rows
         counts = high * DIGIT + low
-        weights = counts / jnp.maximum(jnp.sum(counts, 0), 1)
+        weights = counts / jnp.maximum(jnp.sum(counts, 0, keepdims=True), 1)
         carry = jnp.floor(jnp.sum(low, 0) / DIGIT)
         count = jnp.sum(high, 0) + carry, jnp.sum(low, 0) - carry * DIGIT
     if not reduction.centered:
         return Measured(count, None, None, jnp.sum(weights * var, 0))
     mean, rest = rows if len(split) == 1 else (jax.lax.complex(*rows[i:][:2]) for i in (0, 2))
     center = jnp.sum(times(mean, weights), 0)
-    rest_of_all = jnp.sum(times((mean - center) + rest, weights), 0)
-    apart = ((mean - center) + rest) - rest_of_all
+    apart = (mean - center[None]) + rest
+    rest_of_all = jnp.sum(times(apart, weights), 0)
+    apart = apart - rest_of_all[None]
     return Measured(count, center, rest_of_all, jnp.sum(weights * (var + square(apart)), 0))

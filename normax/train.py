@@ -237,7 +237,7 @@ def train_step(
       ...     return optax.l2_loss(model(x, train=train)[:, 0], y).mean()
       >>> x = jax.random.normal(jax.random.key(0), (32, 3))
       >>> state = train.TrainState.create(
-      ...     Model(), optax.adam(0.1), jax.random.key(1), x, train=False
+      ...     Model(), optax.sgd(0.1), jax.random.key(1), x, train=False
       ... )
       >>> step = train.train_step(loss)
       >>> for _ in range(50):

@@ -46,9 +46,9 @@ def weight_norm(
     1e-6 are not normalized; PyTorch and Equinox return NaN for a zero vector.
 
     Example:
-      >>> import jax.numpy as jnp, normax
+      >>> import jax.numpy as jnp, normax, numpy as np
       >>> v = jnp.array([[3.0, 0.0], [4.0, 1e-9]])
-      >>> print(normax.weight_norm(v, jnp.array([10.0, 1.0])).round(3))
+      >>> print(np.round(normax.weight_norm(v, jnp.array([10.0, 1.0])), 3))
       [[6. 0.]
        [8. 1.]]
 

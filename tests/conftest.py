@@ -19,3 +19,10 @@ def x64():
     """Runs a test with float64 arrays."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def optax_promotes():
+    """Lets optax raise a float to an integer count, as Adam's bias correction does."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

@@ -19,6 +19,8 @@ from normax.experiments import compare, data
 from normax.experiments.__main__ import main
 from normax.experiments.network import NORMS, Network, count_parameters
 
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
 
 def variables(norm, shape=(2, 28, 28, 1)):
     return Network(norm).init(jax.random.key(0), jnp.zeros(shape), train=False)

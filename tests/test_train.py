@@ -13,6 +13,7 @@ import normax.nnx
 from normax import train
 
 KEY = jax.random.key(0)
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 X = jax.random.normal(KEY, (64, 3))
 Y = jnp.sin(X[:, 0])
 

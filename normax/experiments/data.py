@@ -36,7 +36,7 @@ def _digits(seed):
     from sklearn.model_selection import train_test_split
 
     digits: Any = load_digits()
-    image = ndimage.zoom(digits.images / 16, (1, 3.5, 3.5), order=1)[..., None]
+    image: Any = ndimage.zoom(digits.images / 16, (1, 3.5, 3.5), order=1)[..., None]
     split: Any = train_test_split(
         image.astype(np.float32),
         digits.target.astype(np.int32),

@@ -1,0 +1,111 @@
+"""A masked entry reads as absent, whatever it holds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from cases import CASES, MEASURED
+
+import normax
+
+KEY = jax.random.key(0)
+
+
+def inputs(case, probability=0.7):
+    keys = jax.random.split(KEY, 4)
+    x = 2 + 3 * jax.random.normal(keys[0], case.shape)
+    scale = 1 + jax.random.uniform(keys[1], case.parameter_shape())
+    bias = jax.random.normal(keys[2], case.parameter_shape())
+    return x, scale, bias, jax.random.bernoulli(keys[3], probability, case.shape)
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=lambda case: case.name)
+def test_masked_is_the_formula_over_what_is_there(case):
+    x, scale, bias, mask = inputs(case)
+    y = case.apply(x, scale, bias, mask)
+    laid = [reference.laid_out(case, np.asarray(p)) for p in (scale, bias)]
+    exact = reference.forward(case, x, laid[0], laid[1] if case.bias else 0, np.asarray(mask))
+    np.testing.assert_allclose(np.asarray(y), exact.astype(np.float64), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("poison", [jnp.nan, jnp.inf, 3e38])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_is_masked_moves_nothing(case, poison):
+    x, scale, bias, mask = inputs(case)
+    poisoned = jnp.where(mask, x, poison)
+
+    def energy(x, scale, bias):
+        y = case.apply(x, scale, bias, mask)
+        return jnp.sum(jnp.sin(y)), y
+
+    (_, y), grads = jax.value_and_grad(energy, (0, 1, 2), has_aux=True)(poisoned, scale, bias)
+    (_, clean), expected = jax.value_and_grad(energy, (0, 1, 2), has_aux=True)(x, scale, bias)
+    np.testing.assert_array_equal(y, clean)
+    for ours, other in zip(grads, expected, strict=True):
+        np.testing.assert_array_equal(ours, other)
+    np.testing.assert_array_equal(jnp.where(mask, 0, grads[0]), jnp.zeros_like(x))
+    shown = jnp.broadcast_to(reference.laid_out(case, bias, jnp), x.shape)
+    shown = shown if case.bias else jnp.zeros_like(x)
+    np.testing.assert_array_equal(jnp.where(mask, 0, y), jnp.where(mask, 0, shown))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_group_with_nothing_valid(case):
+    x, scale, bias, _ = inputs(case)
+    mask = jnp.zeros(case.shape, bool)
+    x = jnp.full_like(x, jnp.nan)
+
+    def energy(x, scale):
+        y = case.apply(x, scale, bias, mask)
+        return jnp.sum(y**2), y
+
+    (_, y), (dx, dscale) = jax.value_and_grad(energy, (0, 1), has_aux=True)(x, scale)
+    shown = jnp.broadcast_to(reference.laid_out(case, bias, jnp), x.shape)
+    np.testing.assert_array_equal(y, shown if case.bias else jnp.zeros_like(x))
+    np.testing.assert_array_equal(dx, jnp.zeros_like(dx))
+    np.testing.assert_array_equal(dscale, jnp.zeros_like(dscale))
+
+
+def test_the_state_stays_bit_for_bit_where_nothing_is_valid():
+    stats = normax.RunningStats(jnp.array([0.1, 0.2]), jnp.array([0.3, 0.4]), jnp.array([5, 6]))
+    mask = jnp.array([[True, False]] * 4)
+    for momentum in (0.9, None, 1 / 3):
+        _, new = normax.batch_norm(
+            jnp.ones((4, 2)), stats, use_running_average=False, mask=mask, momentum=momentum
+        )
+        assert all(old[1] == fresh[1] for old, fresh in zip(stats, new, strict=True))
+        assert new.mean[0] != stats.mean[0]
+        assert new.count.tolist() == [9, 6]
+
+
+def test_an_empty_batch_leaves_the_state():
+    stats = normax.RunningStats.create(3)
+    y, new = normax.batch_norm(jnp.zeros((0, 3)), stats, use_running_average=False)
+    assert y.shape == (0, 3)
+    for old, fresh in zip(stats, new, strict=True):
+        np.testing.assert_array_equal(old, fresh)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 5, 1), (5, 5, 6), (5, 1), (6,), (1, 1, 1, 1), ()])
+def test_any_mask_that_broadcasts(shape):
+    x = jax.random.normal(KEY, (4, 5, 5, 6))
+    mask = jax.random.bernoulli(jax.random.key(2), 0.8, shape)
+    full = jnp.broadcast_to(mask, x.shape) if shape else jnp.full(x.shape, mask)
+    stats = normax.RunningStats.create(6)
+    for norm in (
+        normax.layer_norm,
+        normax.instance_norm,
+        lambda x, mask: normax.group_norm(x, num_groups=3, mask=mask),
+        lambda x, mask: normax.batch_norm(x, stats, use_running_average=False, mask=mask)[0],
+    ):
+        expected = norm(x, mask=full)
+        np.testing.assert_allclose(norm(x, mask=mask), expected, rtol=1e-6, atol=1e-6)
+        number = norm(x, mask=mask.astype(jnp.int32))
+        np.testing.assert_array_equal(number, norm(x, mask=mask))
+
+
+def test_counts_of_a_mask_that_broadcasts():
+    mask = jnp.array([True, False, True])[:, None]
+    m = normax.moments(jnp.ones((3, 5)), (0, 1), mask=mask)
+    assert int(m.count) == 10
