@@ -1,0 +1,122 @@
+"""Bad input is refused when traced: which argument, what it was, what was expected."""
+
+import ast
+import pathlib
+import re
+
+import flax.linen
+import flax.nnx
+import jax
+import jax.numpy as jnp
+import pytest
+
+import normax
+import normax.axes
+from normax import linen, nnx
+
+X = jnp.ones((4, 8))
+IMAGE = jnp.ones((2, 3, 4))
+STATS = normax.RunningStats.create(8)
+U = normax.SpectralState.create(jax.random.key(0), 8)
+M = normax.moments(X, 0)
+
+
+def train(x, stats=STATS, **options):
+    return normax.batch_norm(x, stats, **{"use_running_average": False, **options})
+
+
+# call, exception, what the message says
+BAD = [
+    (lambda: normax.layer_norm(jnp.ones(3, int)), TypeError, r"layer_norm: expected x of a fl.*int32"),
+    (lambda: normax.rms_norm(jnp.ones(3, bool)), TypeError, r"rms_norm: expected x .* got bool"),
+    (lambda: normax.moments(jnp.ones(3, int), 0), TypeError, r"moments: expected x .* got int32"),
+    (lambda: normax.weight_norm(jnp.ones(3, int)), TypeError, r"weight_norm: expected v .* got int"),
+    (lambda: normax.layer_norm(X, jnp.ones(8, int)), TypeError, r"expected scale .* got int32"),
+    (lambda: normax.layer_norm(IMAGE, reduction_axes=-5), ValueError, r"layer_norm: expected reduction_axes within \[-3, 3\) for x of rank 3, got -5"),
+    (lambda: normax.layer_norm(IMAGE, reduction_axes=3), ValueError, r"reduction_axes within .* got 3"),
+    (lambda: normax.layer_norm(IMAGE, reduction_axes=(-1, 2)), ValueError, r"without repeats .* got \(-1, 2\)"),
+    (lambda: normax.layer_norm(IMAGE, reduction_axes=()), ValueError, r"at least one axis in reduction_axes, got \(\)"),
+    (lambda: normax.layer_norm(X, reduction_axes="last"), TypeError, r"reduction_axes to be an int .* got 'last'"),
+    (lambda: normax.layer_norm(X, reduction_axes=(1.0,)), TypeError, r"reduction_axes to be an int .* got \(1.0,\)"),
+    (lambda: normax.layer_norm(X, reduction_axes=None), TypeError, r"reduction_axes to be an int .* got None"),
+    (lambda: normax.layer_norm(X, feature_axes=2), ValueError, r"feature_axes within .* got 2"),
+    (lambda: normax.moments(X, 4), ValueError, r"moments: expected axes within .* got 4"),
+    (lambda: normax.instance_norm(IMAGE, feature_axes=0), ValueError, r"instance_norm: expected feature_axes without axis 0, got \(0,\)"),
+    (lambda: normax.layer_norm(X, jnp.ones(5)), ValueError, r"layer_norm: expected scale.shape == \(8,\) \(x.shape=\(4, 8\) at feature axes \(1,\)\), got \(5,\)"),
+    (lambda: normax.layer_norm(X, None, jnp.ones(())), ValueError, r"expected bias.shape == \(8,\) .* got \(\)"),
+    (lambda: normax.group_norm(X, jnp.ones(2), num_groups=2), ValueError, r"group_norm: expected scale.shape == \(8,\)"),
+    (lambda: train(X, normax.RunningStats.create(5)), ValueError, r"batch_norm: expected stats.mean.shape == \(8,\) .* got \(5,\)"),
+    (lambda: train(X, STATS._replace(var=jnp.ones(()))), ValueError, r"expected stats.var.shape == \(8,\)"),
+    (lambda: normax.weight_norm(X, jnp.ones(4)), ValueError, r"weight_norm: expected g.shape == \(8,\)"),
+    (lambda: normax.layer_norm(X, epsilon=-1e-6), ValueError, r"epsilon in \[0, inf\], got -1e-06"),
+    (lambda: normax.layer_norm(X, epsilon=float("nan")), ValueError, r"epsilon in \[0, inf\], got nan"),
+    (lambda: jax.jit(lambda e: normax.layer_norm(X, epsilon=e))(1.0), TypeError, r"epsilon to be a Python number"),
+    (lambda: train(X, momentum=1.5), ValueError, r"batch_norm: expected momentum in \[0, 1\], got 1.5"),
+    (lambda: train(X, momentum="fast"), TypeError, r"momentum to be a Python number, got 'fast'"),
+    (lambda: normax.update(STATS, M, momentum=-0.1), ValueError, r"update: expected momentum in \[0, 1\], got -0.1"),
+    (lambda: normax.update(STATS, normax.moments(X, 1)), ValueError, r"update: expected moments of shape \(8,\).* got \(4,\)"),
+    (lambda: normax.update(STATS, normax.moments(X.astype(complex), 0)), TypeError, r"update: expected real moments .* got complex64"),
+    (lambda: normax.merge(M, normax.moments(X, 1)), ValueError, r"merge: expected moments of one shape.*\(8,\) and \(4,\)"),
+    (lambda: normax.layer_norm(X, mask=jnp.ones((4, 8))), TypeError, r"expected a boolean mask .* got float32"),
+    (lambda: normax.layer_norm(X, mask=jnp.ones((3, 8), bool)), ValueError, r"mask that broadcasts to x.shape=\(4, 8\), got shape \(3, 8\)"),
+    (lambda: normax.layer_norm(X, mask=jnp.ones((1, 4, 8), bool)), ValueError, r"got shape \(1, 4, 8\)"),
+    (lambda: train(X, use_running_average=1), TypeError, r"use_running_average to be True or False, got 1"),
+    (lambda: jax.jit(lambda t: train(X, use_running_average=t))(True), TypeError, r"static argument of jit"),
+    (lambda: train(X[:1]), ValueError, r"batch_norm: expected more than one value per feature .* x.shape=\(1, 8\)"),
+    (lambda: normax.group_norm(X, num_groups=3), ValueError, r"group_norm: expected num_groups to divide 8 features, got 3"),
+    (lambda: normax.group_norm(X, num_groups=0), ValueError, r"num_groups to divide 8 features, got 0"),
+    (lambda: normax.group_norm(X, group_size=5), ValueError, r"group_size to divide 8 features, got 5"),
+    (lambda: normax.group_norm(X), ValueError, r"either num_groups or group_size, got num_groups=None"),
+    (lambda: normax.group_norm(X, num_groups=2, group_size=4), ValueError, r"either num_groups or group_size"),
+    (lambda: normax.group_norm(X, num_groups=2.0), TypeError, r"num_groups to be an int, got 2.0"),
+    (lambda: normax.group_norm(IMAGE, num_groups=2, feature_axes=(1, 2)), ValueError, r"one axis in feature_axes, got \(1, 2\)"),
+    (lambda: normax.group_norm(IMAGE, num_groups=2, reduction_axes=(0, 1)), ValueError, r"reduction_axes to include the feature axis 2"),
+    (lambda: normax.group_norm(X, num_groups=2, feature_axes=0), ValueError, r"without axis 0"),
+    (lambda: normax.spectral_norm(jnp.ones(8), U), ValueError, r"spectral_norm: expected w of rank 2 or more, got shape \(8,\)"),
+    (lambda: normax.spectral_norm(X.T, U), ValueError, r"state.u.shape == \(1, 4\) .* got \(1, 8\)"),
+    (lambda: normax.spectral_norm(X, U, n_steps=0), ValueError, r"n_steps to be an int of at least 1, got 0"),
+    (lambda: train(X, axis_name="nowhere"), ValueError, r"batch_norm: expected axis_name='nowhere' to be an axis"),
+    (lambda: jax.vmap(lambda x: train(x, axis_name="i", axis_index_groups=[[0], [0]]), axis_name="i")(jnp.ones((2, 4, 8))), ValueError, r"axis_index_groups to hold each of 0 to 1 once"),
+    (lambda: linen.SpectralNorm(flax.linen.DenseGeneral((2, 2)), error_on_non_matrix=True).init(jax.random.key(0), X, update_stats=False), ValueError, r"weights of rank 2, got shape \(8, 2, 2\)"),
+    (lambda: nnx.GroupNorm(8, 3, rngs=flax.nnx.Rngs(0)), ValueError, r"GroupNorm: expected num_groups to divide"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "exception", "message"), BAD, ids=range(len(BAD)))
+def test_bad_calls(call, exception, message):
+    with pytest.raises(exception, match=message):
+        call()
+    # Raised while tracing, too.
+    with pytest.raises(exception, match=message):
+        jax.eval_shape(call)
+
+
+def test_every_message_of_the_room_is_in_the_table():
+    said = set()
+    for call, exception, _ in BAD:
+        try:
+            call()
+        except exception as error:
+            last = error.__traceback__
+            while last.tb_next:
+                last = last.tb_next
+            frame = last.tb_frame
+            if frame.f_code.co_filename == normax.axes.__file__:
+                said.add(frame.f_code.co_name)
+    tree = ast.parse(pathlib.Path(normax.axes.__file__).read_text())
+    raising = {
+        function.name
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        and any(isinstance(node, ast.Raise) for node in ast.walk(function))
+    }
+    assert said == raising
+
+
+def test_raises_only_where_checks_belong():
+    folder = pathlib.Path(normax.axes.__file__).parent
+    allowed = {"axes.py": 99, "moments.py": 3, "regularize.py": 1}
+    for path in folder.glob("*.py"):
+        if path.name != "train.py":
+            number = len(re.findall(r"^\s+raise ", path.read_text(), re.MULTILINE))
+            assert number <= allowed.get(path.name, 0), path.name

@@ -1,0 +1,96 @@
+"""Normalizers of weights against their formulas: lengths, singular values, gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import normax
+
+V = jax.random.normal(jax.random.key(0), (3, 4, 5))
+
+
+@pytest.mark.parametrize("axes", [-1, 0, (0, 2), (), None, (0, 1, 2)])
+def test_weight_norm_is_g_v_over_its_length(axes):
+    features = () if axes is None else axes
+    features = {a % 3 for a in ([features] if isinstance(features, int) else features)}
+    reduced = tuple(axis for axis in range(3) if axis not in features)
+    shape = tuple(V.shape[axis] for axis in sorted(features))
+    g = 1 + jax.random.uniform(jax.random.key(1), shape)
+    exact = np.asarray(V, np.longdouble)
+    length = np.sqrt((exact**2).sum(reduced, keepdims=True))
+    expected = np.expand_dims(np.asarray(g), reduced) * exact / length
+    w = normax.weight_norm(V, g, feature_axes=axes)
+    np.testing.assert_allclose(np.asarray(w), expected.astype(np.float64), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_gradients_of_the_paper():
+    # Salimans and Kingma, equation 3.
+    v = jax.random.normal(jax.random.key(0), (6, 3), jnp.float64)
+    dv, dg = jax.vjp(normax.weight_norm, v, jnp.array([1.0, 2.0, 3.0]))[1](jnp.cos(v))
+    v, g = np.asarray(v), np.array([1.0, 2.0, 3.0])
+    ct, length = np.cos(v), np.linalg.norm(v, axis=0)
+    expected = (ct * v).sum(0) / length
+    np.testing.assert_allclose(dg, expected, rtol=1e-12)
+    projected = g / length * ct - g * expected / length**2 * v
+    np.testing.assert_allclose(dv, projected, rtol=1e-10)
+    np.testing.assert_allclose((dv * v).sum(0), 0, atol=1e-12)
+
+
+def test_short_rows_get_their_length_and_zero_rows_stay():
+    v = jnp.array([[3e-7, 0.0, 3e-9], [4e-7, 0.0, 4e-9]])
+    w, vjp = jax.vjp(normax.weight_norm, v)
+    np.testing.assert_allclose(w, [[0.6, 0.0, 0.6], [0.8, 0.0, 0.8]], rtol=1e-6)
+    (dv,) = vjp(jnp.ones_like(v))
+    assert jnp.isfinite(dv).all()
+    np.testing.assert_array_equal(dv[:, 1], [0, 0])
+    np.testing.assert_array_equal(normax.weight_norm(v, epsilon=1e-8)[:, 2], [0, 0])
+
+
+def test_spectral_norm_finds_the_largest_singular_value():
+    w = jax.random.normal(jax.random.key(2), (3, 2, 5))
+    state = normax.SpectralState.create(jax.random.key(3), 5)
+    bar, new = jax.jit(lambda w, s: normax.spectral_norm(w, s, n_steps=100))(w, state)
+    largest = np.linalg.svd(np.asarray(w, np.float64).reshape(-1, 5))[1][0]
+    np.testing.assert_allclose(new.sigma, largest, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(np.asarray(bar).reshape(-1, 5), 2), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(new.u), 1, rtol=1e-6)
+    # One more step from there stays there.
+    _, again = normax.spectral_norm(w, new)
+    np.testing.assert_allclose(again.sigma, largest, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_gradient_of_spectral_norm_is_that_of_the_singular_value():
+    w = jax.random.normal(jax.random.key(2), (6, 4), jnp.float64)
+    state = normax.SpectralState.create(jax.random.key(3), 4, jnp.float64)
+    ct = jnp.sin(w)
+    ours = jax.vjp(lambda w: normax.spectral_norm(w, state, n_steps=200)[0], w)[1](ct)[0]
+    u, s, vt = np.linalg.svd(np.asarray(w))
+    bar = np.asarray(w) / s[0]
+    expected = (np.asarray(ct) - (np.asarray(ct) * bar).sum() * np.outer(u[:, 0], vt[0])) / s[0]
+    np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_no_gradient_flows_through_the_state():
+    w = jax.random.normal(jax.random.key(2), (6, 4))
+    state = normax.SpectralState.create(jax.random.key(3), 4)
+    grad = jax.grad(lambda w: sum(map(jnp.sum, normax.spectral_norm(w, state)[1])))(w)
+    np.testing.assert_array_equal(grad, jnp.zeros_like(w))
+
+
+def test_a_zero_kernel_stays_zero():
+    state = normax.SpectralState.create(jax.random.key(3), 4)
+    w, vjp, new = jax.vjp(lambda w: normax.spectral_norm(w, state), jnp.zeros((6, 4)), has_aux=True)
+    np.testing.assert_array_equal(w, jnp.zeros((6, 4)))
+    assert jnp.isfinite(vjp(jnp.ones_like(w))[0]).all()
+    assert jnp.isfinite(new.sigma)
+
+
+def test_half_precision_kernels_are_computed_in_float32():
+    w = jax.random.normal(jax.random.key(2), (64, 8)).astype(jnp.bfloat16)
+    state = normax.SpectralState.create(jax.random.key(3), 8)
+    bar, _ = normax.spectral_norm(w, state, n_steps=20)
+    wide, _ = normax.spectral_norm(w.astype(jnp.float32), state, n_steps=20)
+    np.testing.assert_array_equal(bar, wide.astype(jnp.bfloat16))
