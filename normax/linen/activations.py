@@ -68,9 +68,8 @@ class BatchNorm(options.BatchNormOptions, nn.Module):
     def _stats(self, x):
         """Returns the variables of the running statistics by name."""
         names = ("mean", "var") if self.momentum is not None else ("mean", "var", "count")
-        if self.has_variable("batch_stats", "mean"):
-            start = None
-        else:
+        start = None
+        if not all(self.has_variable("batch_stats", name) for name in names):
             key = self.make_rng("params") if self.needs_key() else None
             start = self.create_stats(key, self.feature_shape(x), self.stats_dtype(x))
         return {name: self.variable("batch_stats", name, getattr, start, name) for name in names}
