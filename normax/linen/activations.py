@@ -57,7 +57,7 @@ class BatchNorm(options.BatchNormOptions, nn.Module):
         if self.is_initializing() and not use_running_average:
             return self.normalize_first(x, scale, bias, mask=mask)
         values = self.stats(**{name: variable.value for name, variable in stats.items()})
-        y, new = self.normalize(
+        y, new = self.normalize_and_remember(
             x, values, scale, bias, use_running_average=use_running_average, mask=mask
         )
         if not use_running_average:

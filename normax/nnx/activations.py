@@ -91,7 +91,7 @@ class BatchNorm(_Module, options.BatchNormOptions, nnx.Module):
         )
         stats = self.stats(self.mean[...], self.var[...], value_of(self.count))
         scale, bias = value_of(self.scale), value_of(self.bias)
-        y, new = self.normalize(
+        y, new = self.normalize_and_remember(
             x, stats, scale, bias, use_running_average=use_running_average, mask=mask
         )
         if not use_running_average:

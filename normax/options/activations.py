@@ -16,6 +16,7 @@ from normax.options.fields import (
     Groups,
     Initializer,
     LayerAxes,
+    Normalizer,
     Pooled,
     Running,
     Scaled,
@@ -25,7 +26,7 @@ from normax.options.fields import (
 
 # In all of these the fields come in the order of the bases from last to first.
 @options
-class BatchNormOptions(Pooled, Affine, Running):
+class BatchNormOptions(Normalizer, Pooled, Affine, Running):
     """What a `BatchNorm` is.
 
     Args:
@@ -77,7 +78,7 @@ class BatchNormOptions(Pooled, Affine, Running):
         )
         return y
 
-    def normalize(self, x, stats, scale, bias, *, use_running_average, mask=None):
+    def normalize_and_remember(self, x, stats, scale, bias, *, use_running_average, mask=None):
         """Returns the normalized input and the new running statistics."""
         return batch_norm(
             x,
@@ -86,117 +87,44 @@ class BatchNormOptions(Pooled, Affine, Running):
             bias,
             use_running_average=use_running_average,
             feature_axes=self.axis,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
             mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            unbiased=self.unbiased,
             dtype=self.output_dtype(x, scale, bias),
+            **self.passed_on(batch_norm, but=("use_running_average",)),
         )
 
 
 @options
-class LayerNormOptions(Pooled, LayerAxes, Affine):
+class LayerNormOptions(Normalizer, Pooled, LayerAxes, Affine):
     """What a `LayerNorm` is."""
 
-    def feature_shape(self, x):
-        """Returns the shape of the parameters."""
-        return ax.shape_along("LayerNorm", "feature_axes", self.feature_axes, x)
-
-    def normalize(self, x, scale, bias, *, mask=None):
-        """Returns the normalized input."""
-        return layer_norm(
-            x,
-            scale,
-            bias,
-            reduction_axes=self.reduction_axes,
-            feature_axes=self.feature_axes,
-            epsilon=self.epsilon,
-            mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            dtype=self.output_dtype(x, scale, bias),
-        )
+    function = staticmethod(layer_norm)
 
 
 @options
-class RMSNormOptions(Pooled, LayerAxes, Scaled):
+class RMSNormOptions(Normalizer, Pooled, LayerAxes, Scaled):
     """What an `RMSNorm` is."""
 
-    def feature_shape(self, x):
-        """Returns the shape of the parameters."""
-        return ax.shape_along("RMSNorm", "feature_axes", self.feature_axes, x)
-
-    def normalize(self, x, scale, bias=None, *, mask=None):
-        """Returns the normalized input; there is no bias."""
-        return rms_norm(
-            x,
-            scale,
-            reduction_axes=self.reduction_axes,
-            feature_axes=self.feature_axes,
-            epsilon=self.epsilon,
-            mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            dtype=self.output_dtype(x, scale, bias),
-        )
+    function = staticmethod(rms_norm)
 
 
 @options
-class GroupNormOptions(Pooled, GroupAxes, Affine, Groups):
+class GroupNormOptions(Normalizer, Pooled, GroupAxes, Affine, Groups):
     """What a `GroupNorm` is.
 
     Args:
       feature_axes: the one axis of features.
     """
 
+    function = staticmethod(group_norm)
     feature_axes: ax.Axes = -1
-
-    def feature_shape(self, x):
-        """Returns the shape of the parameters."""
-        return ax.shape_along("GroupNorm", "feature_axes", self.feature_axes, x)
 
     def check_features(self, features):
         """Refuses groups that `features` cannot be split into."""
         ax.group_count("GroupNorm", features, self.num_groups, self.group_size)
 
-    def normalize(self, x, scale, bias, *, mask=None):
-        """Returns the normalized input."""
-        return group_norm(
-            x,
-            scale,
-            bias,
-            num_groups=self.num_groups,
-            group_size=self.group_size,
-            feature_axes=self.feature_axes,
-            reduction_axes=self.reduction_axes,
-            epsilon=self.epsilon,
-            mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            dtype=self.output_dtype(x, scale, bias),
-        )
-
 
 @options
-class InstanceNormOptions(Pooled, FeatureAxes, Affine):
+class InstanceNormOptions(Normalizer, Pooled, FeatureAxes, Affine):
     """What an `InstanceNorm` is."""
 
-    def feature_shape(self, x):
-        """Returns the shape of the parameters."""
-        return ax.shape_along("InstanceNorm", "feature_axes", self.feature_axes, x)
-
-    def normalize(self, x, scale, bias, *, mask=None):
-        """Returns the normalized input."""
-        return instance_norm(
-            x,
-            scale,
-            bias,
-            feature_axes=self.feature_axes,
-            epsilon=self.epsilon,
-            mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            dtype=self.output_dtype(x, scale, bias),
-        )
+    function = staticmethod(instance_norm)

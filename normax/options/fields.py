@@ -1,6 +1,7 @@
 """Options that several modules have, and what makes a class a set of options."""
 
 import dataclasses
+import functools
 import inspect
 from typing import Any, ClassVar, dataclass_transform
 
@@ -47,6 +48,39 @@ class Output:
     def output_dtype(self, x, *params):
         """Returns the dtype of the output, by Flax's rule."""
         return ax.result_dtype(self.dtype, x, *params)
+
+
+class Normalizer(Output):
+    """Calls a pure function with the options it takes; a subclass says which function.
+
+    `function` is the pure one, of (x, scale, bias); every option that is also a parameter of it
+    is passed on under its own name.
+    """
+
+    function: ClassVar[Any]
+    feature_axes: ax.Axes
+
+    def feature_shape(self, x):
+        """Returns the shape of the parameters."""
+        return ax.shape_along(type(self).__name__, "feature_axes", self.feature_axes, x)
+
+    def passed_on(self, function, *, but=()):
+        """Returns the options that a function takes, by name; the dtype is for the caller."""
+        names = _shared(function, type(self)) - {"dtype", *but}
+        return {name: getattr(self, name) for name in names}
+
+    def normalize(self, x, scale, bias, *, mask=None):
+        """Returns the normalized input."""
+        function, dtype = self.function, self.output_dtype(x, scale, bias)
+        parameters = (scale, bias) if bias is not None else (scale,)
+        return function(x, *parameters, mask=mask, dtype=dtype, **self.passed_on(function))
+
+
+@functools.cache
+def _shared(function, cls):
+    """Returns the names of the options that are also parameters of a function."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return names & set(inspect.signature(function).parameters)
 
 
 @options
