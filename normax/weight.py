@@ -48,7 +48,7 @@ def weight_norm(
     Example:
       >>> import jax.numpy as jnp, normax, numpy as np
       >>> v = jnp.array([[3.0, 0.0], [4.0, 1e-9]])
-      >>> print(np.round(normax.weight_norm(v, jnp.array([10.0, 1.0])), 3))
+      >>> print(np.asarray(normax.weight_norm(v, jnp.array([10.0, 1.0]))).round(3))
       [[6. 0.]
        [8. 1.]]
 

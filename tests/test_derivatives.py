@@ -75,7 +75,7 @@ def test_jacobians(case):
     agree(jax.jit(jax.jacfwd(ours))(x, scale, bias), expected)
 
 
-@EVERY
+@FEW
 @MASKED
 def test_hessian(case, masked):
     *args, mask, ct = inputs(case, masked)

@@ -71,7 +71,7 @@ def test_documents_every_option(shells, name):
 
 
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 @pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("row", NORMALIZERS, ids=lambda row: row[0])
 def test_shells_are_the_function_bit_for_bit(row, x_dtype, dtype, param_dtype):
