@@ -1,34 +1,47 @@
 """The command line: one subcommand a study."""
 
 import argparse
+import importlib
 import sys
 from importlib.util import find_spec
 
+from normax.experiments import interrupt
+from normax.experiments.data import UsageError
+
+# A study is a module of this package with `add_arguments` and `run`.
 STUDIES = {"compare": "train one network with six normalizers on images"}
 NEEDED = ("matplotlib", "rich", "scipy", "sklearn")
+INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a study and returns the exit status."""
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        print(
-            f'normax.experiments needs {", ".join(missing)}: pip install "normax[experiments]"',
-            file=sys.stderr,
-        )
-        return 2
-    from normax.experiments import compare
-    from normax.experiments.data import UsageError
-
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m normax.experiments", description=__doc__)
     studies = parser.add_subparsers(dest="study", required=True, metavar="STUDY")
-    compare.add_arguments(studies.add_parser("compare", help=STUDIES["compare"]))
-    options = parser.parse_args(arguments)
-    try:
-        return compare.run(options)
-    except UsageError as error:
-        print(f"{parser.prog} {options.study}: {error}", file=sys.stderr)
+    parsers = {name: studies.add_parser(name, help=text) for name, text in STUDIES.items()}
+    chosen = arguments[0] if arguments and arguments[0] in STUDIES else None
+    if chosen is None:
+        parser.parse_args(arguments)  # prints the help or the error, and exits
         return 2
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        return _complain(chosen, f'needs {", ".join(missing)}: pip install "normax[experiments]"')
+    try:
+        with interrupt.deferred() as check:
+            # Only now, so that a general --help does not wait for the libraries.
+            study = importlib.import_module(f"normax.experiments.{chosen}")
+            study.add_arguments(parsers[chosen])
+            return study.run(parser.parse_args(arguments), check)
+    except UsageError as error:
+        return _complain(chosen, str(error))
+    except KeyboardInterrupt:
+        _complain(chosen, "interrupted")
+        return INTERRUPTED
+
+
+def _complain(study, sentence):
+    print(f"python -m normax.experiments {study}: {sentence}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

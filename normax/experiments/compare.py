@@ -7,6 +7,7 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,8 +20,6 @@ from normax import train
 from normax.experiments import data, report
 from normax.experiments.network import NORMS, Network, count_parameters
 
-INTERRUPTED = 130
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the study."""
@@ -28,53 +27,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--dataset", choices=data.NAMES, default="digits")
     add("--data-home", help="folder of scikit-learn's cache, for mnist and cifar10")
-    add("--norms", type=_norms, default=list(NORMS), help=f"of {','.join(NORMS)}")
+    add("--norms", type=_norms, nargs="+", default=[list(NORMS)], help=f"of {','.join(NORMS)}")
     add("--epochs", type=_positive_int, default=12)
-    add("--batch-size", type=_positive_int, default=64)
+    add("--batch-size", type=_batch_size, default=64)
     add("--learning-rate", type=_positive_float, default=0.003)
     add("--target", type=_fraction, default=0.97, help="test accuracy to count the epochs to")
     add("--limit", type=_positive_int, help="train on this many images only")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
-    add("--seed", type=int, default=0)
+    add("--seed", type=_seed, default=0)
     add("--out", type=pathlib.Path, default=pathlib.Path("results/compare"))
 
 
-def run(options: argparse.Namespace) -> int:
-    """Trains, reports, and returns the exit status; an interruption keeps what was measured."""
+def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
+    """Trains, reports, and returns the exit status; an interruption keeps what was measured.
+
+    Args:
+      options: what the command line says.
+      check: raises KeyboardInterrupt if Ctrl-C was pressed; called between steps.
+    """
+    options.norms = list(dict.fromkeys(norm for names in options.norms for norm in names))
+    report.prepare(options.out)
     training, test = data.load(options.dataset, options.seed, options.data_home)
     training = data.Images(*(array[: options.limit] for array in training))
     if options.batch_size > len(training.label):
         raise data.UsageError(
             f"--batch-size {options.batch_size} is more than the {len(training.label)} images"
         )
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / ".writable").touch()
-        (options.out / ".writable").unlink()
-    except OSError as error:
-        raise data.UsageError(f"--out {options.out} cannot be written: {error}") from error
     results: dict[str, dict[str, Any]] = {}
-    status = 0
+    interrupted = False
     with report.progress(len(options.norms) * options.epochs) as advance:
         try:
             for norm in options.norms:
                 results[norm] = {"epochs": []}
-                fit(norm, training, test, options, results[norm], advance)
+                fit(norm, training, test, options, results[norm], advance, check)
         except KeyboardInterrupt:
-            status = INTERRUPTED
+            interrupted = True
     results = {norm: result for norm, result in results.items() if result["epochs"]}
     for result in results.values():
         summarize(result, options.target)
-    record = {"study": "compare", "arguments": _plain(options), "versions": versions()}
+    record = {"arguments": _plain(options), "versions": versions(), "interrupted": interrupted}
     report.show(results, options.target)
     for path in report.write(options.out, {**record, "results": results}):
         print(path)
-    if status:
-        print("interrupted: what was measured so far is above", file=sys.stderr)
-    return status
+    if interrupted:
+        raise KeyboardInterrupt  # for the exit status
+    return 0
 
 
-def fit(norm, training, test, options, result, advance) -> None:
+def fit(norm, training, test, options, result, advance, check) -> None:
     """Trains one network, adding to `result` epoch by epoch."""
     dtype = None if options.dtype == "float32" else jnp.dtype(options.dtype)
     example = jnp.asarray(training.image[:2])
@@ -94,15 +94,17 @@ def fit(norm, training, test, options, result, advance) -> None:
             state, metrics = step(state, batch)
             jax.block_until_ready(metrics)
             times.append(time.perf_counter() - start)
+            check()
         scores = {
             f"{split}_{name}": value
             for split, images in (("train", training), ("test", test))
             for name, value in measure(evaluate, state, images).items()
         }
+        # The first step compiles and does not count; the rest are alike.
+        result["step_ms"] = 1e3 * statistics.median(times[1:]) if times[1:] else None
         result["epochs"].append(scores)
-        # The first step compiles; the rest are alike.
-        result["step_ms"] = 1e3 * statistics.median(times[1:] or times)
         advance(f"{norm}: epoch {epoch + 1}, test accuracy {scores['test_accuracy']:.3f}")
+        check()
 
 
 def loss(model, batch, train):
@@ -169,11 +171,20 @@ def _norms(text: str) -> list[str]:
     unknown = [name for name in names if name not in NORMS]
     if unknown or not names:
         raise argparse.ArgumentTypeError(f"expected some of {','.join(NORMS)}, got {text!r}")
-    return list(dict.fromkeys(names))
+    return names
 
 
 def _positive_int(text: str) -> int:
     return _number(int, text, lambda n: n > 0, "a whole number above 0")
+
+
+def _batch_size(text: str) -> int:
+    # Batch normalization has nothing to measure on a single example.
+    return _number(int, text, lambda n: n > 1, "a whole number above 1")
+
+
+def _seed(text: str) -> int:
+    return _number(int, text, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
 
 
 def _positive_float(text: str) -> float:

@@ -2,19 +2,32 @@
 
 import contextlib
 import json
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Okabe and Ito's colours, told apart by the colour-blind too, and a dash for each.
+from normax.experiments.data import UsageError
+
+# Okabe and Ito's colours, told apart by the colour-blind too; a dash and a marker for each.
 STYLES = {
-    "none": ("#777777", (0, (1, 1))),
-    "batch": ("#0072B2", "-"),
-    "layer": ("#D55E00", "-"),
-    "group": ("#009E73", (0, (5, 1.5))),
-    "instance": ("#CC79A7", (0, (4, 1, 1, 1))),
-    "weight": ("#B8860B", (0, (2, 1))),
+    "none": ("#777777", (0, (1, 1)), "x"),
+    "batch": ("#0072B2", "-", "o"),
+    "layer": ("#D55E00", "-", "s"),
+    "group": ("#009E73", (0, (5, 1.5)), "^"),
+    "instance": ("#CC79A7", (0, (4, 1, 1, 1)), "D"),
+    "weight": ("#56B4E9", (0, (2, 1)), "v"),
 }
+
+
+def prepare(folder: pathlib.Path) -> None:
+    """Makes a folder for the results; one that cannot be written is known before the work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be written: {error}") from error
 
 
 @contextlib.contextmanager
@@ -50,13 +63,13 @@ def show(results: dict[str, dict[str, Any]], target: float) -> None:
             soft_wrap=True,
         )
     longest = max((len(result["epochs"]) for result in results.values()), default=0)
-    # Every epoch where they fit a terminal of 80 columns; otherwise the first ones and the last.
-    shown = [i for i in range(longest) if longest <= 4 or i < 3 or i == longest - 1]
+    # As many epochs as fit, the last one always; a column of them is 8 wide, the others 45.
+    room = max((console.width - 45) // 8, 1)
+    shown = [i for i in range(longest) if longest <= room or i < room - 1 or i == longest - 1]
     table = Table(title="test accuracy after each epoch, in per cent")
     table.add_column("norm", no_wrap=True)
-    for i in shown:
-        table.add_column(f"{i + 1}", justify="right", no_wrap=True)
-    for heading in ("best", f"epochs to {target:.0%}", "train - test", "step"):
+    headings = (*(f"{i + 1}" for i in shown), "best", f"to {target:.3g}", "gap", "ms")
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for norm, result in results.items():
         epochs = result["epochs"]
@@ -66,19 +79,34 @@ def show(results: dict[str, dict[str, Any]], target: float) -> None:
             f"{100 * result['best_test_accuracy']:.1f}",
             str(result["epochs_to_target"] or "never"),
             f"{100 * result['generalization_gap']:.1f}",
-            f"{result['step_ms']:.1f} ms",
+            "-" if result["step_ms"] is None else f"{result['step_ms']:.1f}",
         )
     console.print(table)
+    console.print(
+        f"to {target:.3g}: epochs to that test accuracy; gap: train minus test accuracy at the "
+        "end, in per cent; ms: median time of a training step",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def write(folder: pathlib.Path, record: dict[str, Any]) -> list[pathlib.Path]:
     """Writes the numbers and, where there are any, the figure; returns their paths."""
     paths = [folder / "compare.json"]
-    paths[0].write_text(json.dumps(record, indent=1) + "\n")
+    paths[0].write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
     if record["results"]:
         paths.append(folder / "compare.png")
         draw(paths[1], record)
     return paths
+
+
+def _finite(value):
+    """Returns the numbers with null for the loss of a training that diverged: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def draw(path: pathlib.Path, record: dict[str, Any]) -> None:
@@ -90,10 +118,10 @@ def draw(path: pathlib.Path, record: dict[str, Any]) -> None:
     FigureCanvasAgg(figure)
     accuracy, loss = figure.subplots(1, 2)
     for norm, result in record["results"].items():
-        color, dashes = STYLES[norm]
+        color, dashes, marker = STYLES[norm]
         epochs = range(1, len(result["epochs"]) + 1)
         style = {"color": color, "linestyle": dashes, "linewidth": 2, "label": norm}
-        style |= {"marker": "o", "markersize": 3.5}
+        style |= {"marker": marker, "markersize": 4.5}
         accuracy.plot(epochs, [100 * e["test_accuracy"] for e in result["epochs"]], **style)
         loss.semilogy(epochs, [max(e["train_loss"], 1e-6) for e in result["epochs"]], **style)
     arguments = record["arguments"]
