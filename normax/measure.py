@@ -63,7 +63,7 @@ def measure(reduction: Reduction, x: jax.Array, mask: jax.Array | None) -> Measu
     total = functools.partial(_total, axes=reduction.axes)
     mean = rest = None
     if reduction.centered:
-        mean = _over(total(entries), n)
+        mean = _settled(_over(total(entries), n))
         # The mean is rounded; the mean of what it leaves over carries the digits it lost.
         rest = _over(total(deviation(entries, mean, jnp.zeros_like(mean), mask)), n)
     var = total(square(deviation(entries, mean, rest, mask))) / n
@@ -128,6 +128,22 @@ def times(x, real):
 
 def _over(x, real):
     return x / real.astype(x.dtype)
+
+
+def _settled(x):
+    """Returns `x` as the number it is when stored.
+
+    A compiler may take `a - b * c` in one operation and keep digits of the product that the stored
+    product has lost; then what is left over would not belong to the mean that is kept for the
+    backward pass. It cannot look through this: the bits as an integer, bounded where no bound is.
+    """
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(_settled(jnp.real(x)), _settled(jnp.imag(x)))
+    integer = jnp.dtype(f"int{8 * x.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(x, integer)
+    # Only -0.0 is below the bound, and comes out as the number next to it.
+    bits = jnp.maximum(bits, jnp.asarray(-np.iinfo(integer).max, integer))
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
 def square(x):
@@ -214,7 +230,7 @@ def _pool(reduction, here):
     if not reduction.centered:
         return Measured(count, None, None, jnp.sum(weights * var, 0))
     mean, rest = rows if len(split) == 1 else (jax.lax.complex(*rows[i:][:2]) for i in (0, 2))
-    center = jnp.sum(times(mean, weights), 0)
+    center = _settled(jnp.sum(times(mean, weights), 0))
     apart = (mean - center[None]) + rest
     rest_of_all = jnp.sum(times(apart, weights), 0)
     apart = apart - rest_of_all[None]
