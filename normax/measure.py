@@ -2,7 +2,8 @@
 
 The form is the corrected two-pass one: the mean is taken, then the mean of what it left over, and
 the deviations are squared only after both are gone. That is what keeps a few units in the last
-place where the mean is a million times the deviation.
+place where the mean is a million times the deviation. Numbers whose squares would leave the range
+of the dtype are measured in units of their own, powers of two.
 """
 
 import functools
@@ -12,9 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from normax import axes as ax
-from normax import pool
+from normax import pool, units
 
 MAX_COUNT = np.iinfo(np.int32).max
 DIGIT = 2.0**15
@@ -27,6 +29,7 @@ class Reduction(NamedTuple):
     centered: bool = True
     axis_name: Any = None
     groups: tuple[tuple[int, ...], ...] | None = None
+    least: float = 0.0  # what is smaller does not matter: it is added to the deviation
 
     @classmethod
     def over(cls, name, axes, centered=True, axis_name=None, axis_index_groups=None):
@@ -43,12 +46,15 @@ class Reduction(NamedTuple):
 class Measured(NamedTuple):
     """What was measured, with the reduced axes kept.
 
-    `mean + rest` is the mean to twice the precision, both None where it was not to be subtracted.
     `count` is None where there is no mask: then it is static, and nothing to keep. Otherwise it
     is two floats, the count over and modulo `DIGIT`: exact in float32, and with a tangent.
+    The others are in multiples of `unit`, a power of two; None is one. `mean + rest` is the mean
+    to twice the precision, both None where it was not to be subtracted; a half-precision input
+    needs no rest.
     """
 
     count: Any
+    unit: Any
     mean: Any
     rest: Any
     var: Any
@@ -57,47 +63,100 @@ class Measured(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def measure(reduction: Reduction, x: jax.Array, mask: jax.Array | None) -> Measured:
     """Measures `x` over a reduction; the arguments have been through `axes.py`."""
-    entries = present(x, mask)
     count = None if mask is None else _count_valid(reduction, x, mask)
-    n = _at_least_one(_size(reduction, x) if count is None else _number(count), entries)
-    total = functools.partial(_total, axes=reduction.axes)
-    mean = rest = None
-    if reduction.centered:
-        mean = _settled(_over(total(entries), n))
-        # The mean is rounded; the mean of what it leaves over carries the digits it lost.
-        rest = _over(total(deviation(entries, mean, jnp.zeros_like(mean), mask)), n)
-    var = total(square(deviation(entries, mean, rest, mask))) / n
-    here = Measured(count, mean, rest, var)
-    return here if reduction.axis_name is None else _pool(reduction, here)
+    n = _at_least_one(_size(reduction, x) if count is None else _number(count), x)
+    here = Measured(count, *_measure_here(reduction._replace(axis_name=None, groups=None), x, mask, n))
+    measured = here if reduction.axis_name is None else _pool(reduction, here)
+    if reduction.centered and ax.compute_dtype(x.dtype) != x.dtype:
+        measured = measured._replace(mean=_settled(measured.mean + measured.rest), rest=None)
+    return measured
 
 
 @measure.defjvp
 def _measure_jvp(reduction, primals, tangents):
     x, mask = primals
     measured = measure(reduction, x, mask)
-    dmean, dvar = _measure_tangents(reduction, x, mask, measured, tangents[0])
-    return measured, measured_tangents(measured, dmean, dvar)
+    return measured, _measure_tangents(reduction, x, mask, measured, tangents[0])
 
 
 @functools.partial(jax.checkpoint, static_argnums=(0,))
 def _measure_tangents(reduction, x, mask, measured, t):
-    d = deviation(present(x, mask), measured.mean, measured.rest, mask)
-    return moment_tangents(reduction, d, present(t, mask), measured)
+    d = deviation(x, mask, measured)
+    return measured_tangents(measured, *moment_tangents(reduction, d, present(t, mask), measured))
 
 
-def moment_tangents(reduction, d, t, measured):
-    """Returns how mean and variance move where the entries, at deviations `d`, move by `t`."""
-    n = _at_least_one(count_entries(reduction, d, measured), d)
-    sums = [_total(v, reduction.axes) for v in (t, _inner(d, t))]
+@functools.partial(jax.jit, static_argnums=0)
+def _measure_here(reduction, x, mask, n):
+    """Returns unit, mean, rest and var of this device's entries."""
+    if not units.needed(x.dtype):
+        return _measure_in(None, reduction, x, mask, n)
+
+    def in_a_unit(x, mask, n):
+        unit = units.choose(present(x, mask), reduction.axes, reduction.least)
+        return _measure_in(unit, reduction, x, mask, n)
+
+    def in_a_unit_where_needed(x, mask, n):
+        common = _measure_in(None, reduction, x, mask, n)
+        common = (jnp.ones_like(common[-1]), *common[1:])
+        needed = _is_out_of_range(present(x, mask), mask, *common[1:])
+        return _at_most_once(needed, lambda x: in_a_unit(x, mask, n), x, common)
+
+    # A GPU would have to ask the host whether to go on; reading x once more is cheaper there.
+    return lax.platform_dependent(
+        x, mask, n, cpu=in_a_unit_where_needed, tpu=in_a_unit_where_needed, default=in_a_unit
+    )
+
+
+def _measure_in(unit, reduction, x, mask, n):
+    """Returns unit, mean, rest and var in multiples of the unit."""
+    entries = units.divide_exactly(present(x, mask), unit)
+    total = functools.partial(_total, axes=reduction.axes)
+    mean = rest = None
+    if reduction.centered:
+        mean = _settled(_over(total(entries), n))
+        # The mean is rounded; the mean of what it leaves over carries the digits it lost.
+        rest = _over(total(subtract(entries, mean, None, mask)), n)
+    return unit, mean, rest, total(square(subtract(entries, mean, rest, mask))) / n
+
+
+def _is_out_of_range(entries, mask, mean, rest, var):
+    """Returns whether a group has entries whose squares are too large, or too small."""
+    info = jnp.finfo(var.dtype)
+    tiny = var < 2.0 ** (info.minexp + info.nmant + 2)
+
+    def not_just_constant(entries):
+        d = subtract(entries, mean, rest, mask)
+        return jnp.any(tiny & ((d != 0) | units.is_subnormal(entries)))
+
+    tiny_and_not_constant = _at_most_once(jnp.any(tiny), not_just_constant, entries, jnp.any(tiny))
+    return tiny_and_not_constant | ~jnp.all(jnp.isfinite(var))
+
+
+def _at_most_once(needed, compute, x, otherwise):
+    """Returns `compute(x)` if needed, else `otherwise`. Unlike cond, not both under vmap."""
+
+    def body(loop):
+        now, _ = loop
+        # Depending on the loop, the work is not moved out of it.
+        return jnp.logical_and(now, False), compute(jnp.where(now, x, 0))
+
+    return lax.while_loop(lambda loop: loop[0], body, (needed, otherwise))[1]
+
+
+def moment_tangents(reduction, direction, t, measured):
+    """Returns the mean of `t`, None if it is not needed, and of its inner product with another."""
+    n = _at_least_one(count_entries(reduction, t, measured), t)
+    sums = [_total(v, reduction.axes) for v in (t, _inner(direction, t))]
     together = jnp.stack([v.astype(t.dtype) for v in sums])
     mean, inner = pool.sum_over_devices(reduction.axis_name, reduction.groups, together)
-    return _over(mean, n) if reduction.centered else None, 2 * jnp.real(inner) / n
+    return _over(mean, n) if reduction.centered else None, jnp.real(inner) / n
 
 
-def measured_tangents(measured, dmean, dvar):
+def measured_tangents(measured, dmean, inner):
     """Returns the tangent of a `Measured`: a count does not move, nor does a rounding error."""
-    count, rest = jax.tree.map(jnp.zeros_like, (measured.count, measured.rest))
-    return Measured(count, dmean, rest, dvar)
+    zeros = jax.tree.map(jnp.zeros_like, measured)
+    mean = None if dmean is None else units.divide(dmean, measured.unit)
+    return zeros._replace(mean=mean, var=units.divide(2 * inner, measured.unit))
 
 
 def count_entries(reduction, x, measured=None):
@@ -113,11 +172,17 @@ def present(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return x if mask is None else jnp.where(mask, x, 0)
 
 
-def deviation(x, mean, rest, mask):
-    """Returns `x - mean`, the mean given as two numbers or None; 0 where an entry is absent."""
+def deviation(x, mask, measured, divide=units.divide):
+    """Returns the entries of `x` less their mean, in multiples of the unit."""
+    entries = divide(present(x, mask), measured.unit)
+    return subtract(entries, measured.mean, measured.rest, mask)
+
+
+def subtract(x, mean, rest, mask):
+    """Returns `x - mean - rest`, either None for zero; 0 where an entry is absent."""
     if mean is None:
         return x
-    d = (x - mean) - rest
+    d = x - mean if rest is None else (x - mean) - rest
     return d if mask is None else jnp.where(mask, d, 0)
 
 
@@ -201,7 +266,7 @@ def _number(count):
 
 def _at_least_one(count, like):
     """Returns a count to divide by, real, of the precision of `like`."""
-    dtype = ax.real_dtype(like.dtype)
+    dtype = ax.real_dtype(ax.compute_dtype(like.dtype))
     if isinstance(count, int):
         return jnp.asarray(max(count, 1), dtype)
     return jnp.maximum(jnp.asarray(count, dtype), 1)
@@ -210,28 +275,41 @@ def _at_least_one(count, like):
 def _pool(reduction, here):
     """Merges what the devices of a group measured, after one exchange."""
     axis_name, groups, real = reduction.axis_name, reduction.groups, here.var.dtype
-    split = [jnp.real, jnp.imag] if jnp.iscomplexobj(here.mean) else [jnp.real]
-    rows = [here.var]
-    if reduction.centered:
-        rows += [part(leaf) for leaf in (here.mean, here.rest) for part in split]
-    if here.count is not None:
-        rows += [jnp.broadcast_to(digit, here.var.shape) for digit in here.count]
-    var, *rows = pool.gather(axis_name, groups, *rows)
-    if here.count is None:
-        members = ax.along(pool.members(axis_name, groups), var.ndim, (0,))
+    leaves, form = jax.tree.flatten(here)
+    rows = [part for leaf in leaves for part in units.parts(leaf)]
+    rows = [jnp.broadcast_to(row, here.var.shape) for row in rows]
+    gathered = iter(pool.gather(axis_name, groups, *rows))
+    each = [
+        lax.complex(next(gathered), next(gathered)) if jnp.iscomplexobj(leaf) else next(gathered)
+        for leaf in leaves
+    ]
+    each = jax.tree.unflatten(form, each)
+    if each.count is None:
+        members = ax.along(pool.members(axis_name, groups), each.var.ndim, (0,))
         number = jnp.asarray(pool.devices(axis_name, groups), real)
         count, weights = None, members.astype(real) / number
     else:
-        *rows, high, low = rows
+        high, low = each.count
         counts = high * DIGIT + low
         weights = counts / jnp.maximum(jnp.sum(counts, 0, keepdims=True), 1)
         carry = jnp.floor(jnp.sum(low, 0) / DIGIT)
         count = jnp.sum(high, 0) + carry, jnp.sum(low, 0) - carry * DIGIT
+    each, unit = _in_one_unit(each)
     if not reduction.centered:
-        return Measured(count, None, None, jnp.sum(weights * var, 0))
-    mean, rest = rows if len(split) == 1 else (jax.lax.complex(*rows[i:][:2]) for i in (0, 2))
-    center = _settled(jnp.sum(times(mean, weights), 0))
-    apart = (mean - center[None]) + rest
-    rest_of_all = jnp.sum(times(apart, weights), 0)
-    apart = apart - rest_of_all[None]
-    return Measured(count, center, rest_of_all, jnp.sum(weights * (var + square(apart)), 0))
+        return Measured(count, unit, None, None, jnp.sum(weights * each.var, 0))
+    center = _settled(jnp.sum(times(each.mean, weights), 0))
+    apart = (each.mean - center[None]) + each.rest
+    rest = jnp.sum(times(apart, weights), 0)
+    apart = apart - rest[None]
+    var = jnp.sum(weights * (each.var + square(apart)), 0)
+    return Measured(count, unit, center, rest, var)
+
+
+def _in_one_unit(each):
+    """Returns what each device measured in the largest unit among them, and that unit."""
+    if each.unit is None:
+        return each, None
+    unit = jnp.max(each.unit, 0)
+    ratio = each.unit / unit[None]
+    mean, rest = (v if v is None else times(v, ratio) for v in (each.mean, each.rest))
+    return each._replace(mean=mean, rest=rest, var=each.var * ratio * ratio), unit

@@ -123,8 +123,9 @@ def to_moments(reduction: me.Reduction, x: jax.Array, measured: me.Measured) -> 
     count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), measured.var.shape)
     mean = jnp.zeros_like(measured.var)
     if measured.mean is not None:
-        mean = measured.mean + measured.rest
-    leaves = (count, mean, measured.var)
+        mean = measured.mean if measured.rest is None else measured.mean + measured.rest
+    unit = jnp.ones_like(measured.var) if measured.unit is None else measured.unit
+    leaves = (count, me.times(mean, unit), measured.var * unit * unit)
     return Moments(*(jnp.squeeze(leaf, reduction.axes) for leaf in leaves))
 
 

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
 from normax import measure as me
+from normax import units
 from normax.moments import Moments, to_moments
 
 
@@ -84,10 +85,12 @@ def standardize(
     x = ax.to_float_array(caller, x)
     reduced = ax.sorted_axes(caller, "reduction_axes", reduction_axes, x.ndim)
     features = ax.sorted_axes(caller, "feature_axes", feature_axes, x.ndim)
+    epsilon = ax.to_epsilon(caller, epsilon)
     reduction = me.Reduction.over(caller, reduced, centered, axis_name, axis_index_groups)
+    reduction = reduction._replace(least=units.least(max(epsilon, floor)))
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     y, measured = _standardize(
-        Plan(reduction, ax.to_epsilon(caller, epsilon), floor, dtype),
+        Plan(reduction, epsilon, floor, dtype),
         x,
         ax.to_parameter(caller, "scale", scale, x, features),
         ax.to_parameter(caller, "bias", bias, x, features),
@@ -115,7 +118,7 @@ def _normalize(epsilon, dtype, x, mean, var, scale, bias, mask):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _standardize(plan, x, scale, bias, mask):
     measured = me.measure(plan.reduction, x, mask)
-    _, _, xhat = _xhat(plan, x, measured, mask)
+    _, xhat = _xhat(plan, x, measured, mask, units.divide_exactly)
     return _rescale(xhat, scale, bias, plan.dtype), measured
 
 
@@ -124,33 +127,37 @@ def _standardize_jvp(plan, primals, tangents):
     x, scale, bias, mask = primals
     y, measured = _standardize(plan, x, scale, bias, mask)
     moves = [None if isinstance(t, SymbolicZero) else t for t in tangents[:3]]
-    dy, dmean, dvar = _tangents(plan, x, scale, mask, measured, *moves)
-    return (y, measured), (dy, me.measured_tangents(measured, dmean, dvar))
+    return (y, measured), _tangents(plan, x, scale, mask, measured, *moves)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(0,))
 def _tangents(plan, x, scale, mask, measured, dx, dscale, dbias):
-    """Returns the tangents of y, mean and var. Kept for the backward pass: the arguments."""
-    d, rstd, xhat = _xhat(plan, x, measured, mask)
-    dmean, dvar = jax.tree.map(jnp.zeros_like, (measured.mean, measured.var))
+    """Returns the tangents of y and of what was measured. Kept for it: the arguments."""
+    rstd, xhat = _xhat(plan, x, measured, mask)
+    move = jax.tree.map(jnp.zeros_like, measured)
     terms = []
     if dx is not None:
         t = me.present(dx, mask)
-        dmean, dvar = me.moment_tangents(plan.reduction, d, t, measured)
-        pt = me.deviation(t, dmean, 0, mask)
-        dxhat = me.times(pt - me.times(xhat, 0.5 * (rstd * dvar)), rstd)
+        dmean, inner = me.moment_tangents(plan.reduction, xhat, t, measured)
+        # Where rstd is zero, so are the deviations.
+        move = me.measured_tangents(measured, dmean, inner / jnp.where(rstd > 0, rstd, 1))
+        pt = me.subtract(t, dmean, None, mask)
+        dxhat = me.times(pt - me.times(xhat, inner), units.divide(rstd, measured.unit))
         terms.append(dxhat if scale is None else jnp.multiply(*_alike(dxhat, scale)))
     if dscale is not None:
         terms.append(jnp.multiply(*_alike(xhat, dscale)))
     if dbias is not None:
         terms.append(jnp.broadcast_to(dbias, x.shape))
-    return functools.reduce(jnp.add, _alike(*terms)).astype(plan.dtype), dmean, dvar
+    return functools.reduce(jnp.add, _alike(*terms)).astype(plan.dtype), move
 
 
-def _xhat(plan, x, measured, mask):
-    d = me.deviation(me.present(x, mask), measured.mean, measured.rest, mask)
-    rstd = reciprocal_deviation(measured.var, plan.epsilon, plan.floor)
-    return d, rstd, me.times(d, rstd)
+def _xhat(plan, x, measured, mask, divide=units.divide):
+    """Returns the reciprocal deviation, per unit, and the standardized entries."""
+    d = me.deviation(x, mask, measured, divide)
+    per_unit = 1 if measured.unit is None else 1 / measured.unit
+    epsilon, floor = (value * per_unit * per_unit for value in (plan.epsilon, plan.floor))
+    rstd = reciprocal_deviation(measured.var, epsilon, floor)
+    return rstd, me.times(d, rstd)
 
 
 def reciprocal_deviation(var, epsilon, floor=0.0):
