@@ -15,6 +15,7 @@ from normax.regularize import norm_constraint as norm_constraint
 from normax.regularize import norm_labels as norm_labels
 from normax.regularize import norm_penalty as norm_penalty
 from normax.standardize import standardize as standardize
+from normax.state import validate as validate
 from normax.weight import SpectralState as SpectralState
 from normax.weight import spectral_norm as spectral_norm
 from normax.weight import weight_norm as weight_norm

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -184,6 +185,12 @@ def check_switch(name: str, label: str, value: Any) -> None:
         )
 
 
+def check_choice(name: str, label: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuses anything but one of a few words."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected {label} to be one of {choices}, got {value!r}")
+
+
 def group_count(name: str, features: int, num_groups: int | None, group_size: int | None) -> int:
     """Returns how many groups `features` are split into; just one of the two must be given."""
     if (num_groups is None) == (group_size is None):
@@ -253,6 +260,41 @@ def check_axis_index_groups(name: str, groups: Any, size: int) -> tuple[tuple[in
             f"{name}: expected axis_index_groups to hold each of 0 to {size - 1} once, got {groups}"
         )
     return groups
+
+
+def check_keys(name: str, label: str, given: Iterable[str], expected: Iterable[str]) -> None:
+    """Refuses keys that are missing, or that nobody asked for."""
+    given, expected = set(given), set(expected)
+    if given != expected:
+        raise ValueError(
+            f"{name}: expected {label} with the keys of like; missing are "
+            f"{sorted(expected - given)}, unknown are {sorted(given - expected)}"
+        )
+
+
+def check_like(name: str, label: str, value: Any, like: Any) -> None:
+    """Refuses another shape or dtype than that of `like`."""
+    if jnp.shape(value) != jnp.shape(like):
+        raise ValueError(
+            f"{name}: expected {label} of shape {jnp.shape(like)}, got {jnp.shape(value)}"
+        )
+    if jnp.result_type(value) != jnp.result_type(like):
+        raise TypeError(
+            f"{name}: expected {label} of dtype {jnp.result_type(like)}, "
+            f"got {jnp.result_type(value)}"
+        )
+
+
+def check_values(name: str, label: str, value: Any, not_negative: bool) -> None:
+    """Refuses numbers that are not finite, or negative where that means nothing."""
+    if jnp.issubdtype(jnp.result_type(value), jnp.number):
+        value = np.asarray(value)
+        wide = value.astype(complex)
+        if not np.isfinite(wide).all():
+            bad = int((~np.isfinite(wide)).sum())
+            raise ValueError(f"{name}: expected finite {label}, got {bad} values that are not")
+        if not_negative and value.size and wide.real.min() < 0:
+            raise ValueError(f"{name}: expected {label} of at least 0, got {wide.real.min()}")
 
 
 def compute_dtype(dtype: DTypeLike) -> jnp.dtype:

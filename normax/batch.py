@@ -27,6 +27,7 @@ def batch_norm(
     axis_name: Any = None,
     axis_index_groups: Any = None,
     unbiased: bool = False,
+    nonfinite: str = "skip",
     dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, RunningStats]:
     r"""Normalizes each feature over the batch and every other axis.
@@ -51,6 +52,8 @@ def batch_norm(
       axis_name: name, or names, of a mapped axis whose devices pool their statistics, by count.
       axis_index_groups: groups of device indices that pool among themselves.
       unbiased: remember the variance times n / (n - 1), as PyTorch does.
+      nonfinite: "skip" leaves the statistics of a feature as they were where those of the batch are
+        not finite; "keep" lets NaN and inf in. The output shows them either way.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
 
     Returns:
@@ -59,7 +62,8 @@ def batch_norm(
 
     Raises:
       ValueError: a shape that is not the feature shape; axes out of range or repeated; epsilon
-        below 0; momentum outside [0, 1]; one value per feature in training; an unbound axis_name.
+        below 0; momentum outside [0, 1]; one value per feature in training; an unbound axis_name;
+        `nonfinite` another word.
       TypeError: integer `x`; a traced `use_running_average`.
 
     Where others differ: PyTorch's momentum is one minus this one, and it remembers the unbiased
@@ -117,7 +121,7 @@ def batch_norm(
         axis_index_groups=axis_index_groups,
         dtype=dtype,
     )
-    return y, update(stats, lax.stop_gradient(m), momentum, unbiased=unbiased)
+    return y, update(stats, lax.stop_gradient(m), momentum, unbiased=unbiased, nonfinite=nonfinite)
 
 
 def normalize_batch(

@@ -65,7 +65,9 @@ def measure(reduction: Reduction, x: jax.Array, mask: jax.Array | None) -> Measu
     """Measures `x` over a reduction; the arguments have been through `axes.py`."""
     count = None if mask is None else _count_valid(reduction, x, mask)
     n = _at_least_one(_size(reduction, x) if count is None else _number(count), x)
-    here = Measured(count, *_measure_here(reduction._replace(axis_name=None, groups=None), x, mask, n))
+    here = Measured(
+        count, *_measure_here(reduction._replace(axis_name=None, groups=None), x, mask, n)
+    )
     measured = here if reduction.axis_name is None else _pool(reduction, here)
     if reduction.centered and ax.compute_dtype(x.dtype) != x.dtype:
         measured = measured._replace(mean=_settled(measured.mean + measured.rest), rest=None)

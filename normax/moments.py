@@ -185,6 +185,7 @@ def update(
     momentum: float | None = 0.99,
     *,
     unbiased: bool = False,
+    nonfinite: str = "skip",
 ) -> RunningStats:
     r"""Folds the moments of a batch into running statistics.
 
@@ -192,8 +193,8 @@ def update(
               \sigma^2 \leftarrow \alpha \sigma^2 + (1 - \alpha) \sigma_B^2
 
     with momentum :math:`\alpha`, the weight of the past; or, with `momentum=None`, by `merge`:
-    then the state holds the statistics of all data seen. Where the batch has no valid entry the
-    state stays as it is, bit for bit.
+    then the state holds the statistics of all data seen. Where the batch has no valid entry, or a
+    mean or variance that is not finite, the state stays as it is, bit for bit.
 
     Args:
       stats: the state so far, `RunningStats` of any shape.
@@ -201,15 +202,20 @@ def update(
       momentum: weight of the past in [0, 1], a number or a scalar array; None merges.
       unbiased: remember the variance times n / (n - 1), as PyTorch does; the default remembers
         the biased one, as Keras and Flax do.
+      nonfinite: "skip" leaves a feature as it was where its moments are not finite, and does not
+        count the batch; "keep" lets NaN and inf in, where they stay. Pooled moments are the same
+        on every device, and so is what is done with them.
 
     Returns:
       `RunningStats` of the dtypes of `stats`.
 
     Raises:
-      ValueError: shapes differ, or a Python `momentum` is outside [0, 1].
+      ValueError: shapes differ, a Python `momentum` is outside [0, 1], or `nonfinite` is another
+        word.
       TypeError: complex moments for a real state.
 
-    Where others differ: PyTorch's momentum is the weight of the new batch, one minus this one.
+    Where others differ: PyTorch's momentum is the weight of the new batch, one minus this one; in
+    every other library one NaN in one batch makes the running statistics NaN for ever.
 
     Example:
       >>> import jax.numpy as jnp, normax
@@ -223,6 +229,7 @@ def update(
     Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167.
     """
     ax.check_momentum("update", momentum)
+    ax.check_choice("update", "nonfinite", nonfinite, ("skip", "keep"))
     if jnp.shape(m.mean) != jnp.shape(stats.mean):
         raise ValueError(
             f"update: expected moments of shape {jnp.shape(stats.mean)}, that of the running "
@@ -235,12 +242,15 @@ def update(
         )
     average = _cumulative if momentum is None else functools.partial(_exponential, momentum)
     mean, var = average(stats, m, unbiased)
-    some = jnp.asarray(m.count) > 0
-    return RunningStats(
-        mean=jnp.where(some, mean.astype(stats.mean.dtype), stats.mean),
-        var=jnp.where(some, var.astype(stats.var.dtype), stats.var),
-        count=_add_counts(stats.count, m.count),
+    moves = jnp.asarray(m.count) > 0
+    if nonfinite == "skip":
+        moves &= jnp.isfinite(m.mean) & jnp.isfinite(m.var)
+    new = RunningStats(
+        mean.astype(stats.mean.dtype),
+        var.astype(stats.var.dtype),
+        _add_counts(stats.count, m.count),
     )
+    return jax.tree.map(functools.partial(jnp.where, moves), new, stats)
 
 
 def _exponential(momentum, stats, m, unbiased):

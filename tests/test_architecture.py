@@ -20,7 +20,7 @@ ROOMS = [
     ["measure"],
     ["moments"],
     ["standardize"],
-    ["batch", "layer", "group", "weight", "regularize"],
+    ["batch", "layer", "group", "weight", "regularize", "state"],
     ["__init__"],
     ["options"],
     ["linen", "nnx"],

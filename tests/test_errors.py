@@ -19,6 +19,8 @@ IMAGE = jnp.ones((2, 3, 4))
 STATS = normax.RunningStats.create(8)
 U = normax.SpectralState.create(jax.random.key(0), 8)
 M = normax.moments(X, 0)
+BAD_STATS = STATS._replace(mean=jnp.full(8, jnp.nan))
+BAD_VAR = STATS._replace(var=jnp.full(8, -1.0))
 
 
 def train(x, stats=STATS, **options):
@@ -78,6 +80,12 @@ BAD = [
     (lambda: train(X, axis_name="nowhere"), ValueError, r"batch_norm: expected axis_name='nowhere' to be an axis"),
     (lambda: jax.vmap(lambda x: train(x, axis_name="i", axis_index_groups=[[0], [0]]), axis_name="i")(jnp.ones((2, 4, 8))), ValueError, r"axis_index_groups to hold each of 0 to 1 once"),
     (lambda: linen.SpectralNorm(flax.linen.DenseGeneral((2, 2)), error_on_non_matrix=True).init(jax.random.key(0), X, update_stats=False), ValueError, r"weights of rank 2, got shape \(8, 2, 2\)"),
+    (lambda: normax.update(STATS, M, nonfinite="drop"), ValueError, r"update: expected nonfinite to be one of \('skip', 'keep'\), got 'drop'"),
+    (lambda: normax.validate({"mean": X, "m": X}, {"mean": X, "var": X}), ValueError, r"validate: expected state .* missing are \['var'\], unknown are \['m'\]"),
+    (lambda: normax.validate({"bn": {"mean": X}}, {"bn": {"mean": X[0]}}), ValueError, r"validate: expected bn/mean of shape \(8,\), got \(4, 8\)"),
+    (lambda: normax.validate(STATS, STATS._replace(count=STATS.mean)), TypeError, r"validate: expected count of dtype float32, got int32"),
+    (lambda: normax.validate(BAD_STATS, STATS), ValueError, r"validate: expected finite mean, got 8 values that are not"),
+    (lambda: normax.validate(BAD_VAR, STATS), ValueError, r"validate: expected var of at least 0, got -1.0"),
     (lambda: nnx.GroupNorm(8, 3, rngs=flax.nnx.Rngs(0)), ValueError, r"GroupNorm: expected num_groups to divide"),
 ]  # fmt: skip
 

@@ -33,12 +33,15 @@ class BatchNormOptions(Normalizer, Pooled, Affine, Running):
       mean_init: initializer of the running mean.
       var_init: initializer of the running variance.
       unbiased: remember the variance times n / (n - 1), as PyTorch does.
+      nonfinite: "skip" leaves the running statistics of a feature as they were where those of the
+        batch are not finite; "keep" lets NaN and inf in.
     """
 
     epsilon: float = 1e-5
     mean_init: Initializer = initializers.zeros
     var_init: Initializer = initializers.ones
     unbiased: bool = False
+    nonfinite: str = "skip"
 
     def feature_shape(self, x):
         """Returns the shape of the parameters and statistics."""

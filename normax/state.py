@@ -1,0 +1,54 @@
+"""Is this state what it should be? For checkpoints, before they are trusted."""
+
+from typing import Any
+
+import jax
+from jax import core, tree_util
+
+from normax import axes as ax
+
+
+def validate(state: Any, like: Any) -> Any:
+    """Returns `state`, and refuses it unless it could stand where `like` stands.
+
+    Checked are the keys, each leaf's shape and dtype, and, where the values are at hand, that each
+    is finite and no variance or count is negative: leaves named `var` and `count`. What libraries
+    otherwise restore in silence: a transposed layer, float32 as bfloat16, NaN.
+
+    Args:
+      state: any pytree of arrays: `RunningStats`, Flax variables, an `nnx.State`, a `TrainState`.
+      like: a pytree to compare with, of arrays or of `jax.ShapeDtypeStruct`.
+
+    Returns:
+      `state` itself.
+
+    Raises:
+      ValueError: a missing or additional key; another shape; values that are not finite; a negative
+        variance or count.
+      TypeError: another dtype.
+
+    Under `jit` the values are not known and only keys, shapes and dtypes are checked.
+
+    Example:
+      >>> import jax.numpy as jnp, normax
+      >>> like = normax.RunningStats.create(3)
+      >>> stats = normax.validate(like._replace(mean=jnp.ones(3)), like)
+      >>> normax.validate(like._replace(var=-jnp.ones(3)), like)
+      Traceback (most recent call last):
+        ...
+      ValueError: validate: expected var of at least 0, got -1.0
+    """
+    ours, expected = _leaves(state), _leaves(like)
+    ax.check_keys("validate", "state", ours, expected)
+    for path, leaf in ours.items():
+        ax.check_like("validate", path, leaf, expected[path])
+        if not isinstance(leaf, core.Tracer | jax.ShapeDtypeStruct):
+            names = [name for name in path.split("/") if name != "value"]
+            ax.check_values("validate", path, leaf, not_negative=names[-1:] in (["var"], ["count"]))
+    return state
+
+
+def _leaves(tree):
+    """Returns the leaves by their path; `value` is where nnx keeps that of a variable."""
+    leaves = tree_util.tree_leaves_with_path(tree)
+    return {tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
