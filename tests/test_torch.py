@@ -128,3 +128,42 @@ def test_weight_norm(axis):
         lambda v, g: weight[0](g.reshape(weight.original0.shape), v),
         *(v, g),
     )
+
+
+@pytest.mark.parametrize("name", ["layer", "batch", "group", "instance"])
+def test_double_backward(name):
+    # With a scale: without one PyTorch's own double backward is wrong (pytorch#79705).
+    x, scale, bias = draw((4, C, 5), C)
+    stats = normax.RunningStats.create(C, np.float64)
+    first = {"feature_axes": 1, "epsilon": 1e-5}
+    ours, theirs = {
+        "layer": (
+            lambda x, s, b: normax.layer_norm(x, s, b, reduction_axes=(1, 2), **first),
+            lambda x, s, b: F.layer_norm(x, x.shape[1:]) * s[:, None] + b[:, None],
+        ),
+        "batch": (
+            lambda x, s, b: normax.batch_norm(x, stats, s, b, use_running_average=False, **first)[
+                0
+            ],
+            lambda x, s, b: F.batch_norm(x, None, None, s, b, True),
+        ),
+        "group": (
+            lambda x, s, b: normax.group_norm(x, s, b, num_groups=2, **first),
+            lambda x, s, b: F.group_norm(x, 2, s, b),
+        ),
+        "instance": (
+            lambda x, s, b: normax.instance_norm(x, s, b, **first),
+            lambda x, s, b: F.instance_norm(x, weight=s, bias=b),
+        ),
+    }[name]
+    ct = np.random.default_rng(1).normal(size=x.shape)
+    tensors = [torch.tensor(value, requires_grad=True) for value in (x, scale, bias)]
+    gradients = torch.autograd.grad(theirs(*tensors), tensors, torch.tensor(ct), create_graph=True)
+    expected = torch.autograd.grad(sum((g**3).sum() for g in gradients), tensors[:2])
+
+    def energy(x, scale):
+        grads = jax.vjp(ours, x, scale, jax.numpy.asarray(bias))[1](jax.numpy.asarray(ct))
+        return sum((g**3).sum() for g in grads)
+
+    for left, right in zip(jax.grad(energy, (0, 1))(x, scale), expected, strict=True):
+        close(left, right)
