@@ -109,3 +109,28 @@ def test_counts_of_a_mask_that_broadcasts():
     mask = jnp.array([True, False, True])[:, None]
     m = normax.moments(jnp.ones((3, 5)), (0, 1), mask=mask)
     assert int(m.count) == 10
+
+
+def test_moments_of_nothing_are_zero():
+    mask = jnp.array([[True, False]] * 4)
+    m = normax.moments(jnp.full((4, 2), 3.0), 0, mask=mask)
+    np.testing.assert_array_equal(m.count, [4, 0])
+    np.testing.assert_array_equal(m.mean, [3, 0])
+    np.testing.assert_array_equal(m.var, [0, 0])
+
+
+def test_masked_entries_are_bias_at_inference_whatever_the_running_mean():
+    stats = normax.RunningStats(jnp.array([5.0, -3.0]), jnp.array([2.0, 0.5]), jnp.array([9, 9]))
+    x, bias = jax.random.normal(KEY, (4, 2)), jnp.array([0.25, -0.5])
+    mask = jnp.array([[True], [False], [True], [False]])
+    poisoned = jnp.where(mask, x, jnp.nan)
+
+    def infer(x):
+        return normax.batch_norm(x, stats, None, bias, use_running_average=True, mask=mask)[0]
+
+    y, vjp = jax.vjp(infer, poisoned)
+    np.testing.assert_array_equal(y[1], bias)
+    exact = (np.asarray(x) - np.array([5.0, -3.0])) / np.sqrt(np.array([2.0, 0.5]) + 1e-5)
+    np.testing.assert_allclose(y[::2], (exact + np.asarray(bias))[::2], rtol=1e-5)
+    (dx,) = vjp(jnp.ones_like(y))
+    np.testing.assert_array_equal(dx[1::2], jnp.zeros((2, 2)))

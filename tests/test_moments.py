@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import normax
+from normax import measure
 
 KEY = jax.random.key(0)
 FLOATS = st.floats(-1e3, 1e3, width=32)
@@ -74,6 +75,12 @@ def test_counts_are_exact_and_never_wrap():
     # A mask over more entries than float32 can count one by one.
     mask = jnp.ones(2**24 + 3, bool)
     assert int(normax.moments(jnp.ones(2**24 + 3), 0, mask=mask).count) == 2**24 + 3
+
+
+def test_a_count_over_devices_stops_at_the_largest_int32():
+    digits = lambda count: divmod(jnp.float32(count), jnp.float32(measure.DIGIT))
+    assert int(measure._number(digits(2**31 - 2**8))) == 2**31 - 2**8
+    assert int(measure._number(digits(2**33))) == 2**31 - 1
 
 
 @pytest.mark.parametrize("unbiased", [False, True])

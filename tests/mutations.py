@@ -1,0 +1,155 @@
+"""Break normax in many small ways, one at a time: some test must fail for each.
+
+    python tests/mutations.py            # all, two at a time
+    python tests/mutations.py momentum   # those whose name has the word
+
+Ends with the share that was noticed, and with status 1 if it is below 95 %.
+"""
+
+import concurrent.futures
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+GOAL = 0.95
+WORKERS = 2
+
+
+class Mutation(NamedTuple):
+    """One change: in a file, from one text to another; tests are what pytest is to run."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+STATE = "test_state.py test_moments.py"
+MASKS = "test_masks.py -k layer or batch_2d or state"
+ACCURACY = "test_accuracy.py -k grid-1e+06 or (test_grid and scale3 and float32 and 64)"
+VALUES = "test_derivatives.py -k test_values and (layer or batch_2d or rms)"
+SYNC = "test_sync.py -k vmap or test_shard_map"
+ERRORS = "test_errors.py test_properties.py -k test_bad_calls or illegal"
+RANGE = "test_range.py -k every_size or subnormal or unit or moments"
+
+MUTATIONS = [
+    # The measurement.
+    Mutation("unbiased for biased variance", "measure.py", "mask))) / n", "mask))) / jnp.maximum(n - 1, 1)", ACCURACY),
+    Mutation("no second centring", "measure.py", "rest = _over(total(subtract(entries, mean, None, mask)), n)", "rest = jnp.zeros_like(mean)", ACCURACY),
+    Mutation("the rest added, not subtracted", "measure.py", "(x - mean) - rest", "(x - mean) + rest", ACCURACY),
+    Mutation("the fast variance", "measure.py", "total(square(subtract(entries, mean, rest, mask))) / n", "total(square(entries)) / n - (0 if mean is None else square(mean))", ACCURACY),
+    Mutation("mask ignored in the mean", "measure.py", "return x if mask is None else jnp.where(mask, x, 0)", "return x", MASKS),
+    Mutation("mask ignored in the deviations", "measure.py", "return d if mask is None else jnp.where(mask, d, 0)", "return d", MASKS),
+    Mutation("masked entries counted", "measure.py", "n = _at_least_one(_size(reduction, x) if count is None else _number(count), x)", "n = _at_least_one(_size(reduction, x), x)", MASKS),
+    Mutation("a mask's repeats not counted", "measure.py", "keepdims=True) * repeats", "keepdims=True)", "test_masks.py -k counts or broadcasts"),
+    Mutation("no guard against a count of zero", "measure.py", "return jnp.maximum(jnp.asarray(count, dtype), 1)", "return jnp.asarray(count, dtype)", "test_masks.py -k nothing"),
+    Mutation("counts wrap around", "measure.py", "full = high * DIGIT >= 2.0**31", "full = high * DIGIT < 0", "test_moments.py -k count"),
+    Mutation("complex squares", "measure.py", "return jnp.real(a) * jnp.real(b) + jnp.imag(a) * jnp.imag(b)", "return jnp.real(a) * jnp.real(b)", "test_laws.py -k complex"),
+    Mutation("the variance's tangent halved", "measure.py", "units.divide(2 * inner, measured.unit)", "units.divide(inner, measured.unit)", "test_derivatives.py -k moments"),
+    Mutation("the mean has no tangent", "measure.py", "mean = None if dmean is None else units.divide(dmean, measured.unit)", "mean = zeros.mean", "test_derivatives.py -k moments"),
+    Mutation("mask ignored in the backward pass of moments", "measure.py", "*moment_tangents(reduction, d, present(t, mask), measured)", "*moment_tangents(reduction, d, t, measured)", "test_derivatives.py -k moments"),
+    Mutation("the rest forgotten", "measure.py", "return unit, mean, rest, total(", "return unit, mean, mean if mean is None else 0 * mean, total(", ACCURACY),
+    Mutation("one sum over separate axes", "measure.py", "x, length = jnp.sum(x, run, keepdims=True) / max(size, 1), length * size", "x, length = jnp.sum(x, run, keepdims=True), length * size", "test_moments.py -k numpy"),
+    # Units.
+    Mutation("squares may overflow", "measure.py", "| ~jnp.all(jnp.isfinite(var))", "", RANGE),
+    Mutation("squares may vanish", "measure.py", "return tiny_and_not_constant |", "return", RANGE),
+    Mutation("subnormal entries are zero", "measure.py", "(d != 0) | units.is_subnormal(entries)", "d != 0", RANGE),
+    Mutation("subnormal entries are zero in the output", "standardize.py", "_xhat(plan, x, measured, mask, units.divide_exactly)", "_xhat(plan, x, measured, mask)", RANGE),
+    Mutation("a unit that is no power of two", "units.py", "_float(peak & _bits(jnp.asarray(jnp.inf, info.dtype)), info.dtype)", "_float(peak, info.dtype)", RANGE),
+    Mutation("the unit of zeros", "units.py", "jnp.where(peak == 0, 1,", "jnp.where(peak < 0, 1,", RANGE),
+    Mutation("epsilon is not in units", "standardize.py", "per_unit = 1 if measured.unit is None else 1 / measured.unit", "per_unit = 1", RANGE),
+    Mutation("the gradient is not in units", "standardize.py", "units.divide(rstd, measured.unit)", "rstd", RANGE),
+    Mutation("devices in units of their own", "measure.py", "ratio = each.unit / unit[None]", "ratio = jnp.ones_like(each.unit)", "test_range.py -k devices"),
+    # Standardizing.
+    Mutation("epsilon outside the root", "standardize.py", "jax.lax.rsqrt(jnp.where(above, squared, 1))", "1 / (jnp.sqrt(jnp.where(above, squared - epsilon, 1)) + epsilon)", VALUES),
+    Mutation("no floor", "standardize.py", "above = squared > floor", "above = squared > 0", "test_weights.py"),
+    Mutation("a division by zero", "standardize.py", "jnp.where(above, jax.lax.rsqrt(jnp.where(above, squared, 1)), 0)", "jax.lax.rsqrt(squared)", "test_weights.py test_range.py -k zero or all_sizes"),
+    Mutation("no projection off xhat", "standardize.py", "pt - me.times(xhat, inner)", "pt", VALUES),
+    Mutation("no projection off the mean", "standardize.py", "pt = me.subtract(t, dmean, None, mask)", "pt = t", VALUES),
+    Mutation("the projection twice", "standardize.py", "pt - me.times(xhat, inner)", "pt - 2 * me.times(xhat, inner)", VALUES),
+    Mutation("mask ignored in the backward pass", "standardize.py", "t = me.present(dx, mask)", "t = me.present(dx, None)", MASKS),
+    Mutation("the scale forgotten in the backward pass", "standardize.py", "terms.append(dxhat if scale is None else jnp.multiply(*_alike(dxhat, scale)))", "terms.append(dxhat)", VALUES),
+    Mutation("the gradient of the scale forgotten", "standardize.py", "terms.append(jnp.multiply(*_alike(xhat, dscale)))", "terms.append(0 * jnp.multiply(*_alike(xhat, dscale)))", VALUES),
+    Mutation("bias before scale", "standardize.py", "xhat = jnp.add(*_alike(xhat, bias))", "xhat = jnp.add(*_alike(xhat, bias if scale is None else bias * scale))", VALUES),
+    Mutation("rounded twice", "standardize.py", "xhat = jnp.multiply(*_alike(xhat, scale))\n    if bias", "xhat = jnp.multiply(*_alike(xhat.astype(dtype), scale))\n    if bias", "test_laws.py -k rounded"),
+    Mutation("the output in float32", "standardize.py", "return xhat.astype(dtype)", "return xhat", "test_laws.py -k rounded"),
+    Mutation("mask ignored at inference", "standardize.py", "d = x - mean if mask is None else jnp.where(mask, x - mean, 0)", "d = x - mean", "test_masks.py -k inference"),
+    # Running statistics.
+    Mutation("momentum swapped", "moments.py", "past = jnp.asarray(momentum, dtype)", "past = 1 - jnp.asarray(momentum, dtype)", STATE),
+    Mutation("Bessel's correction the other way round", "moments.py", "n / jnp.maximum(n - 1, 1))", "jnp.maximum(n - 1, 1) / jnp.maximum(n, 1))", STATE),
+    Mutation("unbiased ignored", "moments.py", "(_bessel(m.count, dtype) if unbiased else 1)", "1", STATE),
+    Mutation("mean of means in merge", "moments.py", "w = n_b / jnp.maximum(n_a + n_b, 1)", "w = jnp.full_like(n_b, 0.5)", STATE),
+    Mutation("no distance of means in merge", "moments.py", " + w * (1 - w) * me.square(delta)", "", STATE),
+    Mutation("counts of merge wrap", "moments.py", "jnp.where(a > me.MAX_COUNT - b, me.MAX_COUNT, a + b)", "a + b", STATE),
+    Mutation("the state's dtype drifts", "moments.py", "mean.astype(stats.mean.dtype),", "mean,", STATE),
+    Mutation("an empty batch moves the state", "moments.py", "moves = jnp.asarray(m.count) > 0", "moves = jnp.asarray(m.count) >= 0", "test_masks.py -k state"),
+    Mutation("a bad batch is kept", "moments.py", 'if nonfinite == "skip":', 'if nonfinite == "keep":', STATE),
+    Mutation("a bad variance is kept", "moments.py", "moves &= jnp.isfinite(m.mean) & jnp.isfinite(m.var)", "moves &= jnp.isfinite(m.mean)", "test_range.py -k remembered"),
+    Mutation("gradients flow into the state", "batch.py", "stats, lax.stop_gradient(m), momentum", "stats, m, momentum", "test_derivatives.py -k running"),
+    Mutation("inference by the batch", "batch.py", "(stats.mean, stats.var))", "(stats.mean * 0 + jnp.mean(x), stats.var))", STATE),
+    # Devices.
+    Mutation("mean of means over devices", "measure.py", "weights = counts / jnp.maximum(jnp.sum(counts, 0, keepdims=True), 1)", "weights = jnp.full_like(counts, 1 / counts.shape[0])", SYNC),
+    Mutation("no distance of means over devices", "measure.py", "jnp.sum(weights * (each.var + square(apart)), 0)", "jnp.sum(weights * each.var, 0)", SYNC),
+    Mutation("the backward pass is not pooled", "pool.py", "return lax.psum(value, axis_name)", "return value", SYNC),
+    Mutation("one device for many", "pool.py", "return lax.axis_size(axis_name)", "return 1", SYNC),
+    Mutation("groups ignored", "pool.py", "slots = jnp.where(pooled, slots, 0)", "slots = slots", "test_sync.py -k groups"),
+    # Refusals.
+    Mutation("axes out of range taken", "axes.py", "if not -ndim <= int(axis) < ndim:", "if False:", ERRORS),
+    Mutation("repeated axes taken", "axes.py", "if len(set(positive)) < len(positive):", "if False:", ERRORS),
+    Mutation("one axis too many", "axes.py", "if not -ndim <= int(axis) < ndim:", "if not -ndim <= int(axis) <= ndim:", ERRORS),
+    Mutation("a scale of any shape taken", "axes.py", "if tuple(shape) != expected:", "if len(shape) != len(expected):", ERRORS),
+    Mutation("integers taken", "axes.py", "if not jnp.issubdtype(x.dtype, jnp.inexact):", "if False:", ERRORS),
+    Mutation("a single value taken", "axes.py", "if isinstance(count, int) and count == 1:", "if False:", ERRORS),
+    Mutation("a negative epsilon taken", "axes.py", "if not low <= number <= high", "if not number <= high", ERRORS),
+    Mutation("float64 lost", "axes.py", "return promote(dtype, jnp.float32)", 'return jnp.dtype("complex64" if jnp.issubdtype(dtype, jnp.complexfloating) else "float32")', "test_moments.py -k float64"),
+    Mutation("half precision computed in half", "axes.py", "return promote(dtype, jnp.float32)", "return jnp.dtype(dtype)", "test_accuracy.py -k stored_statistics and 64"),
+    # Weights.
+    Mutation("the length is a root mean square", "weight.py", "/ math.sqrt(size),", "/ 1.0,", "test_weights.py"),
+    Mutation("no power iteration", "weight.py", "for _ in range(n_steps):", "for _ in range(1):", "test_weights.py"),
+    Mutation("gradients flow through u and v", "weight.py", "fixed = lax.stop_gradient(matrix)", "fixed = matrix", "test_weights.py"),
+]  # fmt: skip
+
+
+def run(mutation: Mutation) -> bool:
+    """Returns whether a test fails where normax is broken."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        for name in ("normax", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        path = copy / "normax" / mutation.file
+        text = path.read_text()
+        if text.count(mutation.old) != 1:
+            sys.exit(f"{mutation.name}: expected its text once in {path.name}: {mutation.old!r}")
+        path.write_text(text.replace(mutation.old, mutation.new))
+        files, _, words = mutation.tests.partition(" -k ")
+        command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", "--no-header"]
+        command += [f"tests/{file}" for file in files.split()] + (["-k", words] if words else [])
+        environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    # 1: a test failed. 2 to 5: pytest did not run, which shows nothing.
+    if done.returncode not in (0, 1):
+        sys.exit(f"{mutation.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}")
+    return done.returncode == 1
+
+
+def main(words: list[str]) -> int:
+    """Runs the mutations whose names have the words; returns an exit status."""
+    chosen = [m for m in MUTATIONS if all(word in m.name for word in words)]
+    results = []
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as workers:
+        for mutation, noticed in zip(chosen, workers.map(run, chosen), strict=True):
+            results.append(noticed)
+            print(f"{'noticed ' if noticed else 'SURVIVED'}  {mutation.name}", flush=True)
+    print(f"{sum(results)} of {len(results)} mutations noticed")
+    return int(sum(results) < GOAL * len(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
