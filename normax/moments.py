@@ -88,7 +88,8 @@ def moments(
       axis_index_groups: groups of device indices along `axis_name` that pool among themselves.
 
     Returns:
-      `Moments` of the shape of `x` without `axes`, float32 at least.
+      `Moments` of the shape of `x` without `axes`, float32 at least. A variance beyond the range of
+      that is inf, the mean never is.
 
     Raises:
       ValueError: axes out of range, repeated or none; a mask that does not broadcast; an

@@ -1,5 +1,7 @@
 """A few units in the last place, whatever the mean and scale: outputs, gradients and state."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,9 @@ ROWS = 6
 def batch_norm(x):
     stats = normax.RunningStats.create(x.shape[1])
     return normax.batch_norm(x, stats, use_running_average=False, momentum=0.0)
+
+
+train = jax.jit(batch_norm)
 
 
 def cases(rows, n):
@@ -58,13 +63,23 @@ def units(value, exact, dtype):
     return float(error / max(largest, np.longdouble(1e-30)) / jnp.finfo(dtype).eps)
 
 
+@functools.cache
+def compiled(shape):
+    """Returns the cases of a shape with their jitted output and gradient: compiled once for all."""
+
+    def both(f):
+        return jax.jit(lambda x, t: (f(x), jax.vjp(f, x)[1](t)[0]))
+
+    return [(case, both(function), arrange) for case, function, arrange in cases(*shape)]
+
+
 def check(rows, ct, dtype, only=None):
     y_limit, dx_limit = LIMITS[dtype]
-    for case, function, arrange in cases(*rows.shape):
+    for case, function, arrange in compiled(rows.shape):
         if only and case.name not in only:
             continue
         x, t = arrange(rows), arrange(ct)
-        y, dx = jax.jit(lambda x, t, f=function: (f(x), jax.vjp(f, x)[1](t)[0]))(x, t)
+        y, dx = function(x, t)
         assert y.dtype == dx.dtype == x.dtype
         assert units(y, reference.forward(case, x), dtype) <= y_limit, case.name
         # Of three values one degree of freedom is left: dx is a difference of nearly equal numbers.
@@ -125,7 +140,7 @@ def test_stored_statistics(scale, dtype, n):
     mean, deviation = scale
     rng = np.random.default_rng(3)
     x = jnp.asarray(rng.normal(size=(n, 4)) * deviation + mean, dtype)
-    _, stats = jax.jit(batch_norm)(x)
+    _, stats = train(x)
     exact = np.asarray(x).astype(np.longdouble)
     var = exact.var(0)
     np.testing.assert_allclose(np.asarray(stats.var), var, rtol=4e-6, atol=0)

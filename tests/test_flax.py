@@ -199,3 +199,32 @@ def test_the_backward_pass_keeps_the_input_only():
         _, backward = jax.vjp(lambda x, norm=norm, params=params: norm.apply(params, x), x)
         kept = sum(leaf.nbytes for leaf in jax.tree.leaves(backward) if leaf.ndim > 1)
         assert kept <= 1.1 * x.nbytes
+
+
+def test_one_bad_batch_does_not_stay_in_the_state():
+    x = jax.random.normal(KEY, (8, 2))
+    states = []
+    for library in (normax.linen, flax.linen):
+        norm = library.BatchNorm(use_running_average=False)
+        variables = norm.init(KEY, x)
+        _, new = norm.apply(variables, x.at[0, 1].set(jnp.nan), mutable=["batch_stats"])
+        _, new = norm.apply({**variables, **new}, x, mutable=["batch_stats"])
+        states.append(np.asarray(new["batch_stats"]["mean"]))
+    ours, theirs = states
+    assert np.isnan(theirs[1])
+    np.testing.assert_allclose(ours[1], 0.01 * x[:, 1].mean(), rtol=1e-5)
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "BatchNorm"])
+def test_large_finite_input_is_normalized(name):
+    x = jax.random.normal(KEY, (8, 16))
+    options = {"use_running_average": False} if name == "BatchNorm" else {}
+    ys = []
+    for library, factor in ((normax.linen, 1e25), (flax.linen, 1e25), (flax.linen, 1)):
+        norm = getattr(library, name)(epsilon=1e-6, **options)
+        y, _ = norm.init_with_output(KEY, jnp.float32(factor) * x)
+        ys.append(np.asarray(y))
+    ours, theirs, expected = ys
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+    assert np.isnan(theirs).any() or not theirs.any()

@@ -1,5 +1,7 @@
 """Numbers of any size: from subnormal to the largest, squares or no squares."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normax
-from normax import units
+from normax import measure, units
 
 TINY = np.finfo(np.float32).tiny
 SIZES = [1e-30, 1e-25, 1e-19, 1e-12, 1e12, 1e19, 1e25, 1e37, 3e38]
@@ -49,16 +51,21 @@ def error(value, exact):
     return float(max(off, 0) / largest / np.finfo(np.float32).eps)
 
 
+@functools.cache
+def compiled(name, epsilon):
+    """Returns the jitted output and gradient of a norm."""
+    f = functools.partial(NORMS[name][0], epsilon=epsilon)
+    return jax.jit(lambda x, ct: (f(x), jax.vjp(f, x)[1](ct)[0]))
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("epsilon", [1e-5, 0.0])
 @pytest.mark.parametrize("name", NORMS)
 def test_every_size(name, epsilon, size):
-    norm, case = NORMS[name]
-    case = case._replace(epsilon=epsilon)
+    case = NORMS[name][1]._replace(epsilon=epsilon)
     x = entries(case.shape, size)
     ct = jnp.asarray(np.random.default_rng(1).normal(size=case.shape), jnp.float32)
-    f = lambda x: norm(x, epsilon=epsilon)
-    y, dx = jax.jit(lambda x: (f(x), jax.vjp(f, x)[1](ct)[0]))(x)
+    y, dx = compiled(name, epsilon)(x, ct)
     assert error(y, reference.forward(case, x)) <= 4
     exact = reference.backward(case, x, ct)
     if TINY * 1e8 < np.abs(exact).max() < 1e37:
@@ -150,6 +157,33 @@ def test_devices_with_entries_of_different_sizes(offset):
     mesh = jax.make_mesh((4,), ("i",), devices=jax.devices()[:4])
     one = jax.shard_map(lambda x: norm(x[0])[None], mesh=mesh, in_specs=P("i"), out_specs=P("i"))
     assert error(jax.jit(one)(jax.device_put(x, NamedSharding(mesh, P("i")))), exact) <= 4
+
+
+@pytest.fixture
+def form_for_gpu(monkeypatch):
+    """Chooses, on CPU too, the form that GPUs get: every group in a unit of its own."""
+    every = lambda *args, default, **forms: default(*args)
+    monkeypatch.setattr(measure.lax, "platform_dependent", every)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("form_for_gpu")
+@pytest.mark.parametrize("epsilon", [1e-5, 0.0])
+@pytest.mark.parametrize("name", NORMS)
+def test_the_form_for_gpu(name, epsilon):
+    case = NORMS[name][1]._replace(epsilon=epsilon)
+    ct = jnp.asarray(np.random.default_rng(1).normal(size=case.shape), jnp.float32)
+    f = compiled(name, epsilon)
+    for x in (entries(case.shape, 1e-25), entries(case.shape, 1, 1e5), entries(case.shape, 1e30)):
+        y, dx = f(x, ct)
+        assert error(y, reference.forward(case, x)) <= 4
+        exact = reference.backward(case, x, ct)
+        if np.abs(exact).max() > TINY * 1e8:
+            assert error(dx, exact) <= 8
+    zeros = jnp.zeros(case.shape)
+    np.testing.assert_array_equal(f(zeros, ct)[0], zeros)
 
 
 def test_moments_of_large_numbers():
