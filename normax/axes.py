@@ -108,6 +108,20 @@ def to_parameter(
     return along(value, x.ndim, feature_axes)
 
 
+def to_dtype(name: str, dtype: DTypeLike | None, x: jax.Array, **operands: Any) -> jnp.dtype:
+    """Returns the dtype of the output, that of x by default; refuses one that cannot hold it."""
+    result = jnp.dtype(x.dtype if dtype is None else dtype)
+    if not jnp.issubdtype(result, jnp.inexact):
+        raise TypeError(f"{name}: expected dtype to be floating-point or complex, got {result}")
+    for label, value in {"x": x, **operands}.items():
+        if jnp.iscomplexobj(value) and not jnp.issubdtype(result, jnp.complexfloating):
+            raise TypeError(
+                f"{name}: expected a complex dtype for the output, {label} being "
+                f"{jnp.result_type(value)}, got {result}"
+            )
+    return result
+
+
 def check_feature_shape(
     name: str, label: str, shape: tuple, x: jax.Array, feature_axes: tuple[int, ...]
 ) -> None:
@@ -178,11 +192,24 @@ def _number_within(name: str, label: str, value: Any, low: float, high: float) -
 
 def check_switch(name: str, label: str, value: Any) -> None:
     """Refuses anything but a Python bool, for what decides which program is compiled."""
-    if not isinstance(value, bool):
+    if not isinstance(value, bool | np.bool_):
         raise TypeError(
             f"{name}: expected {label} to be True or False, got {value!r}; it chooses the program, "
             "so it cannot be traced: make it a static argument of jit"
         )
+
+
+def check_statistics(name: str, label: str, value: Any, kind: type) -> None:
+    """Refuses what is no named tuple of statistics, or has leaves of several shapes."""
+    if not isinstance(value, kind):
+        fields = ", ".join(getattr(kind, "_fields", ()))
+        raise TypeError(
+            f"{name}: expected {label} to be a normax.{kind.__name__}({fields}), "
+            f"got {type(value).__name__}"
+        )
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(value)]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"{name}: expected {label} with leaves of one shape, got {shapes}")
 
 
 def check_choice(name: str, label: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -210,6 +237,8 @@ def group_count(name: str, features: int, num_groups: int | None, group_size: in
 
 def check_spectral(name: str, w: jax.Array, u_shape: tuple, n_steps: Any) -> None:
     """Refuses what power iteration cannot start from."""
+    if jnp.iscomplexobj(w):
+        raise TypeError(f"{name}: expected w of a real dtype, got {w.dtype}")
     if w.ndim < 2:
         raise ValueError(f"{name}: expected w of rank 2 or more, got shape {w.shape}")
     if tuple(u_shape) != (1, w.shape[-1]):
@@ -250,6 +279,14 @@ def axis_size(name: str, axis_name: Any) -> int:
             "jax.shard_map, jax.vmap or jax.pmap, and there is none of that name. Under plain "
             "jax.jit leave axis_name=None: statistics of a sharded array are those of all of it"
         ) from None
+
+
+def check_axis_name_with_groups(name: str, axis_name: Any, groups: Any) -> None:
+    """Refuses groups of devices without the axis they are on."""
+    if axis_name is None and groups is not None:
+        raise ValueError(
+            f"{name}: expected an axis_name with axis_index_groups={groups!r}, got None"
+        )
 
 
 def check_axis_index_groups(name: str, groups: Any, size: int) -> tuple[tuple[int, ...], ...]:

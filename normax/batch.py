@@ -64,7 +64,8 @@ def batch_norm(
       ValueError: a shape that is not the feature shape; axes out of range or repeated; epsilon
         below 0; momentum outside [0, 1]; one value per feature in training; an unbound axis_name;
         `nonfinite` another word.
-      TypeError: integer `x`; a traced `use_running_average`.
+      TypeError: integer `x`; a traced `use_running_average`; `stats` that is no `RunningStats`; a
+        dtype that cannot hold the output.
 
     Where others differ: PyTorch's momentum is one minus this one, and it remembers the unbiased
     variance; Keras's epsilon is 1e-3; flax averages the means of devices, not the entries.
@@ -88,6 +89,8 @@ def batch_norm(
     """
     name = "batch_norm"
     ax.check_switch(name, "use_running_average", use_running_average)
+    ax.check_momentum(name, momentum)
+    ax.check_statistics(name, "stats", stats, RunningStats)
     x = ax.to_float_array(name, x)
     features = ax.sorted_axes(name, "feature_axes", feature_axes, x.ndim)
     for label, leaf in zip(RunningStats._fields, stats, strict=True):
@@ -102,10 +105,9 @@ def batch_norm(
             ax.to_parameter(name, "bias", bias, x, features),
             epsilon=ax.to_epsilon(name, epsilon),
             mask=ax.to_mask(name, mask, x),
-            dtype=dtype,
+            dtype=ax.to_dtype(name, dtype, x, scale=scale, bias=bias),
         )
         return y, stats
-    ax.check_momentum(name, momentum)
     reduction = me.Reduction.over(
         name, ax.other_axes(features, x.ndim), True, axis_name, axis_index_groups
     )

@@ -34,6 +34,7 @@ class Reduction(NamedTuple):
     @classmethod
     def over(cls, name, axes, centered=True, axis_name=None, axis_index_groups=None):
         """Returns the reduction over `axes` and over the devices of a bound `axis_name`."""
+        ax.check_axis_name_with_groups(name, axis_name, axis_index_groups)
         if axis_name is None:
             return cls(axes, centered)
         axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name

@@ -162,6 +162,8 @@ def merge(a: Moments, b: Moments) -> Moments:
     Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample
     variances", 1979.
     """
+    ax.check_statistics("merge", "a", a, Moments)
+    ax.check_statistics("merge", "b", b, Moments)
     if jnp.shape(a.mean) != jnp.shape(b.mean):
         raise ValueError(
             "merge: expected moments of one shape, got means of shapes "
@@ -195,7 +197,8 @@ def update(
 
     with momentum :math:`\alpha`, the weight of the past; or, with `momentum=None`, by `merge`:
     then the state holds the statistics of all data seen. Where the batch has no valid entry, or a
-    mean or variance that is not finite, the state stays as it is, bit for bit.
+    mean or variance that is not finite, the state stays as it is, bit for bit; and so it does with
+    a momentum where there is one valid entry, whose variance of 0 would only make the state shrink.
 
     Args:
       stats: the state so far, `RunningStats` of any shape.
@@ -231,6 +234,8 @@ def update(
     """
     ax.check_momentum("update", momentum)
     ax.check_choice("update", "nonfinite", nonfinite, ("skip", "keep"))
+    ax.check_statistics("update", "stats", stats, RunningStats)
+    ax.check_statistics("update", "m", m, Moments)
     if jnp.shape(m.mean) != jnp.shape(stats.mean):
         raise ValueError(
             f"update: expected moments of shape {jnp.shape(stats.mean)}, that of the running "
@@ -243,7 +248,7 @@ def update(
         )
     average = _cumulative if momentum is None else functools.partial(_exponential, momentum)
     mean, var = average(stats, m, unbiased)
-    moves = jnp.asarray(m.count) > 0
+    moves = jnp.asarray(m.count) > (0 if momentum is None else 1)
     if nonfinite == "skip":
         moves &= jnp.isfinite(m.mean) & jnp.isfinite(m.var)
     new = RunningStats(

@@ -88,7 +88,7 @@ def standardize(
     epsilon = ax.to_epsilon(caller, epsilon)
     reduction = me.Reduction.over(caller, reduced, centered, axis_name, axis_index_groups)
     reduction = reduction._replace(least=units.least(max(epsilon, floor)))
-    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    dtype = ax.to_dtype(caller, dtype, x, scale=scale, bias=bias)
     y, measured = _standardize(
         Plan(reduction, epsilon, floor, dtype),
         x,
@@ -161,10 +161,13 @@ def _xhat(plan, x, measured, mask, divide=units.divide):
 
 
 def reciprocal_deviation(var, epsilon, floor=0.0):
-    """Returns 1 / sqrt(var + epsilon); 0, and so are its derivatives, where that is a floor."""
+    """Returns 1 / sqrt(var + epsilon); 0, and so are its derivatives, where that is a floor.
+
+    What is no number, or negative, comes out as NaN: it must show.
+    """
     squared = var + epsilon
-    above = squared > floor
-    return jnp.where(above, jax.lax.rsqrt(jnp.where(above, squared, 1)), 0)
+    below = (squared <= floor) & (squared >= 0)
+    return jnp.where(below, 0, jax.lax.rsqrt(jnp.where(below, 1, squared)))
 
 
 def _rescale(xhat, scale, bias, dtype):

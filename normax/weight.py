@@ -118,10 +118,10 @@ def spectral_norm(
     :math:`\bar{W}` is :math:`(G - \langle G, \bar{W} \rangle v u^T) / \sigma`.
 
     Args:
-      w: kernel of rank 2 or more; its leading axes are flattened.
+      w: floating-point kernel of rank 2 or more; its leading axes are flattened.
       state: `SpectralState` with `u` of shape `(1, w.shape[-1])`.
       n_steps: power iterations, at least 1.
-      epsilon: a vector not longer than this is not divided by its length.
+      epsilon: where `W^T v` is not longer than this, or not finite, `u` stays as it was.
       dtype: dtype of the output, that of `w` by default; all is computed in float32 at least.
 
     Returns:
@@ -130,7 +130,7 @@ def spectral_norm(
 
     Raises:
       ValueError: `w` of rank below 2; `u` of another shape; `n_steps` below 1; epsilon below 0.
-      TypeError: integer `w`.
+      TypeError: integer or complex `w`.
 
     Where others differ: PyTorch and Equinox iterate 15 times at the start and return NaN for a
     zero kernel.
@@ -153,18 +153,20 @@ def spectral_norm(
     epsilon = ax.to_epsilon(name, epsilon)
     matrix = w.astype(ax.compute_dtype(w.dtype)).reshape(-1, w.shape[-1])
     fixed = lax.stop_gradient(matrix)
-    u = lax.stop_gradient(jnp.asarray(state.u)).astype(matrix.dtype)
-    v = u
+    start = lax.stop_gradient(jnp.asarray(state.u)).astype(matrix.dtype)
+    u = v = start
     for _ in range(n_steps):
         v = _unit(jnp.matmul(u, fixed.T, precision="highest"), epsilon)
         u = _unit(jnp.matmul(v, fixed, precision="highest"), epsilon)
     sigma = jnp.sum(v.T * matrix * u)
     bar = (matrix / jnp.where(sigma == 0, 1, sigma)).reshape(w.shape)
+    # From zero, or NaN, an iteration never comes back.
+    found = jnp.all(jnp.isfinite(u)) & jnp.any(u != 0)
     new = SpectralState(
-        u.astype(jnp.result_type(state.u)),
+        jnp.where(found, u, start).astype(jnp.result_type(state.u)),
         lax.stop_gradient(sigma).astype(jnp.result_type(state.sigma)),
     )
-    return bar.astype(w.dtype if dtype is None else dtype), new
+    return bar.astype(ax.to_dtype(name, dtype, w)), new
 
 
 def _unit(row, epsilon):

@@ -67,9 +67,9 @@ MUTATIONS = [
     Mutation("the gradient is not in units", "standardize.py", "units.divide(rstd, measured.unit)", "rstd", RANGE),
     Mutation("devices in units of their own", "measure.py", "ratio = each.unit / unit[None]", "ratio = jnp.ones_like(each.unit)", "test_range.py -k devices"),
     # Standardizing.
-    Mutation("epsilon outside the root", "standardize.py", "jax.lax.rsqrt(jnp.where(above, squared, 1))", "1 / (jnp.sqrt(jnp.where(above, squared - epsilon, 1)) + epsilon)", VALUES),
-    Mutation("no floor", "standardize.py", "above = squared > floor", "above = squared > 0", "test_weights.py"),
-    Mutation("a division by zero", "standardize.py", "jnp.where(above, jax.lax.rsqrt(jnp.where(above, squared, 1)), 0)", "jax.lax.rsqrt(squared)", "test_weights.py test_range.py -k zero or all_sizes"),
+    Mutation("epsilon outside the root", "standardize.py", "jax.lax.rsqrt(jnp.where(below, 1, squared))", "1 / (jnp.sqrt(jnp.where(below, 1, squared - epsilon)) + epsilon)", VALUES),
+    Mutation("no floor", "standardize.py", "(squared <= floor)", "(squared <= 0)", "test_weights.py"),
+    Mutation("a division by zero", "standardize.py", "jnp.where(below, 0, jax.lax.rsqrt(jnp.where(below, 1, squared)))", "jax.lax.rsqrt(squared)", "test_weights.py test_range.py -k zero or all_sizes"),
     Mutation("no projection off xhat", "standardize.py", "pt - me.times(xhat, inner)", "pt", VALUES),
     Mutation("no projection off the mean", "standardize.py", "pt = me.subtract(t, dmean, None, mask)", "pt = t", VALUES),
     Mutation("the projection twice", "standardize.py", "pt - me.times(xhat, inner)", "pt - 2 * me.times(xhat, inner)", VALUES),
@@ -88,11 +88,13 @@ MUTATIONS = [
     Mutation("no distance of means in merge", "moments.py", " + w * (1 - w) * me.square(delta)", "", STATE),
     Mutation("counts of merge wrap", "moments.py", "jnp.where(a > me.MAX_COUNT - b, me.MAX_COUNT, a + b)", "a + b", STATE),
     Mutation("the state's dtype drifts", "moments.py", "mean.astype(stats.mean.dtype),", "mean,", STATE),
-    Mutation("an empty batch moves the state", "moments.py", "moves = jnp.asarray(m.count) > 0", "moves = jnp.asarray(m.count) >= 0", "test_masks.py -k state"),
+    Mutation("an empty batch moves the state", "moments.py", "moves = jnp.asarray(m.count) > (0 if momentum is None else 1)", "moves = jnp.asarray(m.count) >= 0", "test_masks.py -k state"),
     Mutation("a bad batch is kept", "moments.py", 'if nonfinite == "skip":', 'if nonfinite == "keep":', STATE),
     Mutation("a bad variance is kept", "moments.py", "moves &= jnp.isfinite(m.mean) & jnp.isfinite(m.var)", "moves &= jnp.isfinite(m.mean)", "test_range.py -k remembered"),
     Mutation("gradients flow into the state", "batch.py", "stats, lax.stop_gradient(m), momentum", "stats, m, momentum", "test_derivatives.py -k running"),
     Mutation("inference by the batch", "batch.py", "(stats.mean, stats.var))", "(stats.mean * 0 + jnp.mean(x), stats.var))", STATE),
+    Mutation("one entry shrinks the variance", "moments.py", "(0 if momentum is None else 1)", "0", "test_state.py -k one_valid"),
+    Mutation("NaN in the variance is zero in the output", "standardize.py", "below = (squared <= floor) & (squared >= 0)", "below = ~(squared > floor)", "test_state.py -k shows"),
     # Devices.
     Mutation("mean of means over devices", "measure.py", "weights = counts / jnp.maximum(jnp.sum(counts, 0, keepdims=True), 1)", "weights = jnp.full_like(counts, 1 / counts.shape[0])", SYNC),
     Mutation("no distance of means over devices", "measure.py", "jnp.sum(weights * (each.var + square(apart)), 0)", "jnp.sum(weights * each.var, 0)", SYNC),
@@ -112,6 +114,7 @@ MUTATIONS = [
     # Weights.
     Mutation("the length is a root mean square", "weight.py", "/ math.sqrt(size),", "/ 1.0,", "test_weights.py"),
     Mutation("no power iteration", "weight.py", "for _ in range(n_steps):", "for _ in range(1):", "test_weights.py"),
+    Mutation("a zero kernel ends the iteration", "weight.py", "jnp.where(found, u, start)", "u", "test_weights.py"),
     Mutation("gradients flow through u and v", "weight.py", "fixed = lax.stop_gradient(matrix)", "fixed = matrix", "test_weights.py"),
 ]  # fmt: skip
 

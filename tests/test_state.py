@@ -38,6 +38,30 @@ def test_one_bad_number_is_skipped_in_its_feature_and_shows_in_the_output(moment
     assert np.isfinite(np.asarray(y)[:, 0]).all()
 
 
+@pytest.mark.parametrize("norm", [normax.layer_norm, normax.rms_norm])
+def test_a_bad_number_shows_in_all_of_its_group(norm):
+    y = np.asarray(norm(GOOD.at[3, 1].set(jnp.nan)))
+    assert np.isnan(y[3]).all()
+    assert np.isfinite(np.delete(y, 3, 0)).all()
+
+
+def test_a_bad_state_shows_in_the_output():
+    for bad in (jnp.nan, -1.0):
+        stats = STATS._replace(var=STATS.var.at[1].set(bad))
+        y, _ = normax.batch_norm(GOOD, stats, use_running_average=True)
+        assert np.isnan(np.asarray(y)[:, 1]).all()
+        assert np.isfinite(np.asarray(y)[:, 0]).all()
+
+
+def test_a_batch_with_one_valid_entry_does_not_shrink_the_variance():
+    mask = jnp.array([[True, True], [False, True]] + [[False, False]] * 6)
+    _, new = train(GOOD, mask=mask)
+    same(jax.tree.map(lambda leaf: leaf[0], new), jax.tree.map(lambda leaf: leaf[0], STATS))
+    assert new.count[1] == 8
+    # All data seen includes it.
+    assert train(GOOD, mask=mask, momentum=None)[1].count.tolist() == [6, 8]
+
+
 @POISON
 def test_keep_lets_it_in(poison):
     _, new = train(GOOD.at[3, 1].set(poison), nonfinite="keep")

@@ -94,3 +94,21 @@ def test_half_precision_kernels_are_computed_in_float32():
     bar, _ = normax.spectral_norm(w, state, n_steps=20)
     wide, _ = normax.spectral_norm(w.astype(jnp.float32), state, n_steps=20)
     np.testing.assert_array_equal(bar, wide.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("bad", [0.0, jnp.nan, jnp.inf])
+def test_power_iteration_goes_on_after_a_bad_kernel(bad):
+    w = jax.random.normal(jax.random.key(0), (5, 3))
+    state = normax.SpectralState.create(jax.random.key(1), 3)
+    y, after = normax.spectral_norm(jnp.full_like(w, bad), state, n_steps=2)
+    np.testing.assert_array_equal(after.u, state.u)
+    assert np.isnan(np.asarray(y)).all() or bad == 0
+    _, after = normax.spectral_norm(w, after, n_steps=50)
+    largest = np.linalg.svd(np.asarray(w, np.float64), compute_uv=False)[0]
+    np.testing.assert_allclose(after.sigma, largest, rtol=1e-5)
+
+
+def test_a_weight_that_is_no_number_shows_in_its_row():
+    w = np.asarray(normax.weight_norm(jnp.array([[jnp.nan, 1.0], [1.0, 1.0]])))
+    assert np.isnan(w[:, 0]).all()
+    assert np.isfinite(w[:, 1]).all()
