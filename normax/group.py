@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
+from normax import pool
 from normax.standardize import standardize
 
 
@@ -96,7 +97,7 @@ def group_norm(
         dtype=dtype,
         caller=name,
     )
-    return y.reshape(x.shape)
+    return pool.reshape(y, x.shape, jax.typeof(x).sharding.spec)
 
 
 def _split(value: Any, axis: int, split: tuple[int, int]) -> Any:
@@ -105,4 +106,7 @@ def _split(value: Any, axis: int, split: tuple[int, int]) -> Any:
         return None
     value = jnp.asarray(value)
     sizes = (1, 1) if value.shape[axis] == 1 != split[0] * split[1] else split
-    return value.reshape(*value.shape[:axis], *sizes, *value.shape[axis + 1 :])
+    shape = (*value.shape[:axis], *sizes, *value.shape[axis + 1 :])
+    # Sharded features are sharded groups.
+    spec = jax.typeof(value).sharding.spec
+    return pool.reshape(value, shape, (*spec[: axis + 1], None, *spec[axis + 1 :]))

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
 from normax import measure as me
+from normax import pool
 
 
 class Moments(NamedTuple):
@@ -244,8 +245,11 @@ def update(
     if jnp.iscomplexobj(m.mean) and not jnp.iscomplexobj(stats.mean):
         raise TypeError(
             f"update: expected real moments for a running mean of {jnp.result_type(stats.mean)}, "
-            f"got {jnp.result_type(m.mean)}; create the statistics with a complex dtype"
+            f"got {jnp.result_type(m.mean)}; create the statistics, or the module, with a complex "
+            "dtype: the state keeps its dtypes"
         )
+    # The state stays where it is, too: with explicit sharding, moments are sharded as x was.
+    m = jax.tree.map(pool.placed_like, m, Moments(stats.count, stats.mean, stats.var))
     average = _cumulative if momentum is None else functools.partial(_exponential, momentum)
     mean, var = average(stats, m, unbiased)
     moves = jnp.asarray(m.count) > (0 if momentum is None else 1)

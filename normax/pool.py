@@ -1,5 +1,6 @@
 """Pool statistics over devices: one exchange, exact for unequal counts, any groups."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -49,6 +50,23 @@ def gather(axis_name, groups, *values):
         pooled = jnp.expand_dims(members(axis_name, groups), tuple(range(1, slots.ndim)))
         slots = jnp.where(pooled, slots, 0)
     return tuple(jnp.moveaxis(slots, 1, 0))
+
+
+def placed_like(value, like):
+    """Returns `value` laid out over the devices as `like` is, where layouts are part of types."""
+    ours, theirs = jax.typeof(value).sharding, jax.typeof(like).sharding
+    if ours.spec == theirs.spec or ours.mesh.empty:
+        return value
+    return jax.sharding.reshard(value, jax.sharding.NamedSharding(ours.mesh, theirs.spec))
+
+
+def reshape(value, shape, spec):
+    """Returns `value` reshaped; `spec` is its new layout, where layouts are part of types."""
+    mesh = jax.typeof(value).sharding.mesh
+    if mesh.empty or not mesh.explicit_axes:
+        return value.reshape(shape)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    return lax.reshape(value, shape, out_sharding=sharding)
 
 
 def _group_of_device(groups):

@@ -1,5 +1,6 @@
 """Jitted train and eval steps for models with running statistics, linen and nnx alike."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +72,7 @@ class TrainState(flax.struct.PyTreeNode):
         )
         params = variables.pop("params", {})
         bind = LinenBinding(model, tuple(rngs))
-        return cls(jnp.zeros((), jnp.int32), params, variables, tx.init(params), key, bind, tx)
+        return cls._start(params, variables, key, bind, tx)
 
     @classmethod
     def from_nnx(
@@ -96,34 +97,60 @@ class TrainState(flax.struct.PyTreeNode):
           >>> state.model.kernel.shape
           (3, 2)
         """
+        model = nnx.clone(model)
+        nnx.pop(model, nnx.Intermediate)
         graph, params, rest = nnx.split(model, nnx.Param, ...)
-        # Copies: the state is donated at each step, and the model must survive that.
-        params, rest = jax.tree.map(jnp.copy, (params, rest))
         key = jax.random.key(0) if key is None else key
-        step = jnp.zeros((), jnp.int32)
-        return cls(step, params, rest, tx.init(params), key, NNXBinding(graph), tx)
+        return cls._start(params, rest, key, NNXBinding(graph), tx)
+
+    @classmethod
+    def _start(cls, params, model_state, key, bind, tx):
+        """Returns the state before the first step.
+
+        It is donated at each step: nothing in it may be the caller's, or be in it twice.
+        """
+        opt_state, step = tx.init(params), jnp.zeros((), jnp.int32)
+        trees = jax.tree.map(jnp.copy, (params, model_state, opt_state, key))
+        return cls(step, *trees, bind=bind, tx=tx)
 
     @property
     def variables(self) -> dict:
         """The variables of a linen model, for `model.apply`."""
+        self._made_by("create", LinenBinding, "variables")
         return {"params": self.params, **self.model_state}
 
     @property
     def batch_stats(self) -> Any:
         """The running statistics of a linen model."""
+        self._made_by("create", LinenBinding, "batch_stats")
         return self.model_state.get("batch_stats", {})
 
     @property
     def model(self) -> Any:
         """The nnx model, with the variables of this state."""
+        self._made_by("from_nnx", NNXBinding, "model")
         return self.bind.merge(self.params, self.model_state)
+
+    def _made_by(self, maker, kind, name):
+        if not isinstance(self.bind, kind):
+            raise AttributeError(
+                f"TrainState.{name}: expected a state made by TrainState.{maker}; a linen model has "
+                "variables and batch_stats, an nnx model is given back by model"
+            )
 
 
 class LinenBinding:
-    """Binds variables to a linen model."""
+    """Binds variables to a linen model; equal where the model is the same one."""
 
     def __init__(self, model: linen.Module, rngs: tuple[str, ...]):
         self.model, self.rngs = model, rngs
+
+    def __eq__(self, other):
+        same = isinstance(other, LinenBinding) and self.model is other.model
+        return same and self.rngs == other.rngs
+
+    def __hash__(self):
+        return hash((id(self.model), self.rngs))
 
     def __call__(self, params, model_state, key, *, train, dtype):
         """Returns the model with its variables."""
@@ -148,15 +175,31 @@ class BoundLinen:
         out = self.binding.model.apply(variables, *args, **kwargs)
         if self.train:
             out, updates = out
+            for name, new in updates.items():
+                _check_structure(name, self.model_state[name], new)
             self.model_state = {**self.model_state, **updates}
         return cast_back(out, self.dtype)
 
 
+def _check_structure(name, old, new):
+    """Refuses a collection that grows, as one that is sown into does: a state cannot."""
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        raise ValueError(
+            f"train_step: expected the collection {name!r} to keep its structure, got "
+            f"{jax.tree.structure(new)} for {jax.tree.structure(old)}; sow what is no state into "
+            "'intermediates'"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class NNXBinding:
     """Binds variables to an nnx model."""
 
-    def __init__(self, graph):
-        self.merge = lambda params, rest: nnx.merge(graph, params, rest, copy=True)
+    graph: Any
+
+    def merge(self, params, model_state):
+        """Returns a model with these variables."""
+        return nnx.merge(self.graph, params, model_state, copy=True)
 
     def __call__(self, params, model_state, key, *, train, dtype):
         """Returns the model with its variables, in training or inference."""
@@ -181,7 +224,8 @@ class BoundNNX:
 
     @property
     def model_state(self):
-        """What the calls so far have left of the state that is not `nnx.Param`."""
+        """What the calls so far have left of the state that is not `nnx.Param`, nor sown."""
+        nnx.pop(self._model, nnx.Intermediate)
         return nnx.split(self._model, nnx.Param, ...)[2]
 
 
@@ -212,7 +256,7 @@ def train_step(
     Args:
       loss: a function `loss(model, batch, train)` of the model bound to its variables, called as
         the model itself is, and of a batch, any pytree. It returns a scalar, or a scalar and a
-        dict of metrics. Each call of the model in it moves the running statistics once.
+        dict of metrics; optimizers that ask for it are given its value and itself. Each call of the model in it moves the running statistics once.
       dtype: mixed precision: the model computes in this dtype, such as `jnp.bfloat16`. The
         parameters are kept, and the loss, gradients, optimizer and running statistics computed,
         in float32.
@@ -251,11 +295,18 @@ def train_step(
             key = jax.random.fold_in(state.key, state.step)
             model = state.bind(params, state.model_state, key, train=True, dtype=dtype)
             value, metrics = _value_and_metrics(loss(model, batch, True))
-            return value * loss_scale, (metrics, model.model_state)
+            return value * loss_scale, (value, metrics, model.model_state)
 
-        grads, (metrics, model_state) = jax.grad(objective, has_aux=True)(state.params)
+        grads, (value, metrics, model_state) = jax.grad(objective, has_aux=True)(state.params)
         grads = jax.tree.map(lambda grad: grad / loss_scale, grads)
-        updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = optax.with_extra_args_support(state.tx).update(
+            grads,
+            state.opt_state,
+            state.params,
+            value=value,
+            grad=grads,
+            value_fn=lambda params: objective(params)[1][0],
+        )
         new = state.replace(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
@@ -299,6 +350,10 @@ def eval_step(
 def _value_and_metrics(result):
     """Returns the loss, and the metrics with the loss among them."""
     value, metrics = result if isinstance(result, tuple) else (result, {})
+    if not isinstance(metrics, dict) or "loss" in metrics:
+        raise ValueError(
+            f"loss: expected a dict of metrics without 'loss', which is added, got {metrics!r}"
+        )
     if jnp.shape(value) != ():
         raise ValueError(f"loss: expected a scalar, got shape {jnp.shape(value)}; take its mean")
     return value, {"loss": value, **metrics}

@@ -219,3 +219,28 @@ def test_pooled_variance_at_a_large_mean(mean):
     exact = np.asarray(x, np.float64).reshape(-1, 3)
     np.testing.assert_allclose(m.var[0], exact.var(0), rtol=4e-6)
     assert m.count[0].tolist() == [512] * 3
+
+
+@pytest.mark.parametrize("spec", [P(None, None, "d"), P("d"), P(None, "d")], ids=str)
+def test_explicit_sharding_of_any_axis(spec):
+    mesh = jax.make_mesh((N,), ("d",), devices=jax.devices()[:N])
+    x = 5 + jax.random.normal(jax.random.key(2), (8, N, 8))
+    put = jax.device_put(x, NamedSharding(mesh, spec))
+    scale, stats = jnp.linspace(0.5, 2, 8), normax.RunningStats.create(8)
+
+    def batch(x):
+        return normax.batch_norm(x, stats, scale, use_running_average=False, momentum=0.5)
+
+    def group(x):
+        return normax.group_norm(x, scale, num_groups=4), None
+
+    for norm in (batch, group):
+        for f in (norm, jax.jit(norm)):
+            (y, state), (expected, other) = f(put), norm(x)
+            assert jax.typeof(y).sharding.spec == jax.typeof(put).sharding.spec
+            # The state stays as it was laid out.
+            for leaf in jax.tree.leaves(state):
+                assert not any(jax.typeof(leaf).sharding.spec)
+            agree((np.asarray(y), state), (np.asarray(expected), other))
+        dx = jax.jit(jax.grad(lambda x, f=norm: jnp.sum(f(x)[0] ** 3)))
+        agree(np.asarray(dx(put)), np.asarray(dx(x)))

@@ -197,3 +197,113 @@ def test_mixed_precision_computes_in_half_and_gives_back_float32():
 
     train.train_step(loss, dtype=jnp.bfloat16)(state, X)
     assert seen == [(jnp.bfloat16, jnp.bfloat16)]
+
+
+OPTIMIZERS = {
+    "multi_steps": optax.MultiSteps(optax.sgd(0.1), 2),
+    "schedule_free": optax.contrib.schedule_free_adamw(1e-3),
+    # These ask for the value of the loss, or for the loss itself.
+    "lbfgs": optax.lbfgs(),
+    "plateau": optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+    "polyak": optax.polyak_sgd(),
+    # These keep the parameters they started from.
+    "prodigy": optax.contrib.prodigy(),
+    "dog": optax.contrib.dog(),
+    "noise": optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), optax.sgd(0.1)),
+}
+
+
+@KINDS
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer(kind, name):
+    state, loss = create(kind, OPTIMIZERS[name])
+    step = train.train_step(loss)
+    before = jax.tree.map(np.array, state.params)
+    for _ in range(3):
+        state, metrics = step(state, (X, Y))
+    assert np.isfinite(metrics["loss"])
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, state.params)
+    assert any(jax.tree.leaves(moved))
+
+
+def test_an_optimizer_is_given_the_loss_and_not_its_scaled_value():
+    given = []
+
+    def update(updates, state, params=None, *, value, value_fn, **_):
+        given.append(jax.numpy.stack([value, value_fn(params)]))
+        return jax.tree.map(jnp.zeros_like, updates), given[-1]
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(2), update)
+    state, loss = create("linen", tx)
+    state, metrics = train.train_step(loss, loss_scale=1024.0)(state, (X, Y))
+    np.testing.assert_allclose(state.opt_state, [metrics["loss"]] * 2, rtol=1e-6)
+
+
+@KINDS
+def test_the_caller_s_key_and_model_are_left(kind):
+    key = jax.random.key(3)
+    if kind == "linen":
+        state, loss = (
+            train.TrainState.create(Linen(), optax.sgd(0.1), key, X, train=False),
+            linen_loss,
+        )
+    else:
+        state, loss = train.TrainState.from_nnx(NNX(nnx.Rngs(0)), optax.sgd(0.1), key), nnx_loss
+    train.train_step(loss)(state, (X, Y))
+    jax.random.normal(key, ())
+
+
+def test_states_of_one_model_are_one_kind_of_tree():
+    model, tx = Linen(), optax.sgd(0.1)
+    a, b = (train.TrainState.create(model, tx, jax.random.key(i), X, train=False) for i in (0, 1))
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), a, b)
+    _, metrics = jax.vmap(train.train_step(linen_loss, donate=False), (0, None))(both, (X, Y))
+    assert metrics["loss"].shape == (2,)
+    a, b = (train.TrainState.from_nnx(NNX(nnx.Rngs(i)), tx) for i in (0, 1))
+    jax.tree.map(lambda *leaves: jnp.stack(leaves), a, b)
+    assert jax.tree.structure(a) != jax.tree.structure(both)
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+def test_what_is_sown_is_no_state():
+    class Sows(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(3, 1, rngs=rngs)
+
+        def __call__(self, x):
+            self.sow(nnx.Intermediate, "hidden", x)
+            return self.linear(x)[:, 0]
+
+    state = train.TrainState.from_nnx(Sows(nnx.Rngs(0)), optax.sgd(0.1))
+    step = train.train_step(nnx_loss)
+    for _ in range(3):
+        state, metrics = step(state, (X, Y))
+    assert np.isfinite(metrics["loss"])
+
+    class SowsInState(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            self.sow("losses", "hidden", x.sum())
+            return nn.Dense(1)(x)[:, 0]
+
+    state = train.TrainState.create(SowsInState(), optax.sgd(0.1), KEY, X, train=False)
+    with pytest.raises(ValueError, match="collection 'losses' to keep its structure"):
+        train.train_step(linen_loss)(state, (X, Y))
+
+
+@pytest.mark.parametrize("metrics", [3.0, {"loss": 1.0}])
+def test_metrics_that_are_none_are_refused(metrics):
+    state, loss = create("linen")
+    step = train.train_step(lambda model, batch, train: (loss(model, batch, train), metrics))
+    with pytest.raises(ValueError, match="expected a dict of metrics without 'loss'"):
+        step(state, (X, Y))
+
+
+def test_a_state_of_the_other_library_says_so():
+    linen, _ = create("linen")
+    other, _ = create("nnx")
+    with pytest.raises(AttributeError, match=r"made by TrainState\.from_nnx"):
+        _ = linen.model
+    for name in ("variables", "batch_stats"):
+        with pytest.raises(AttributeError, match=r"made by TrainState\.create"):
+            getattr(other, name)

@@ -56,7 +56,8 @@ class BatchNorm(_Module, options.BatchNormOptions, nnx.Module):
     """Batch normalization; `flax.nnx.BatchNorm`, over `normax.batch_norm`.
 
     Variables: `scale` and `bias`, of type `nnx.Param`; `mean`, `var` and with `momentum=None`
-    `count`, of type `nnx.BatchStat`. It starts in training, as Flax's does.
+    `count`, of type `nnx.BatchStat`, float32 or, if that is wider, of the `dtype` given: complex
+    input needs `dtype=jnp.complex64`. It starts in training, as Flax's does.
 
     Example:
       >>> import jax, normax.nnx as nn
