@@ -309,6 +309,16 @@ def check_keys(name: str, label: str, given: Iterable[str], expected: Iterable[s
         )
 
 
+def check_all_or_none(name: str, label: str, given: Iterable, expected: Iterable) -> None:
+    """Refuses a state that is there in part: what is missing cannot be made up."""
+    given, expected = tuple(given), tuple(expected)
+    if given and given != expected:
+        raise ValueError(
+            f"{name}: expected {label} with {expected}, got only {given}; a checkpoint made with a "
+            "momentum has no count: give one, or keep the momentum"
+        )
+
+
 def check_like(name: str, label: str, value: Any, like: Any) -> None:
     """Refuses another shape or dtype than that of `like`."""
     if jnp.shape(value) != jnp.shape(like):

@@ -58,7 +58,7 @@ def batch_norm(
 
     Returns:
       The output, of the shape of `x`, and the new `RunningStats`, of the dtypes of `stats`. No
-      gradient flows through the statistics.
+      gradient flows from them to `x`.
 
     Raises:
       ValueError: a shape that is not the feature shape; axes out of range or repeated; epsilon

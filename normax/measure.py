@@ -118,8 +118,20 @@ def _measure_in(unit, reduction, x, mask, n):
     if reduction.centered:
         mean = _settled(_over(total(entries), n))
         # The mean is rounded; the mean of what it leaves over carries the digits it lost.
-        rest = _over(total(subtract(entries, mean, None, mask)), n)
+        rest = _settled(_over(total(subtract(entries, mean, None, mask)), n))
+        mean, rest = _two_parts(mean, rest)
     return unit, mean, rest, total(square(subtract(entries, mean, rest, mask))) / n
+
+
+def _two_parts(mean, rest):
+    """Returns a rounded sum and what it lacks; nothing where that is only the rounding of `rest`.
+
+    So the mean of equal entries is what they are, and their deviations are zero.
+    """
+    total = _settled(mean + rest)
+    lacking = (mean - total) + rest
+    size = jnp.abs(rest) * (64 * jnp.finfo(rest.dtype).eps)
+    return total, jnp.where(jnp.abs(lacking) <= size, 0, lacking)
 
 
 def _is_out_of_range(entries, mask, mean, rest, var):

@@ -16,7 +16,7 @@ class Moments(NamedTuple):
     """What was measured: how many entries, their mean, and their variance.
 
     A pytree whose three leaves have one shape, that of the entries after reduction.
-    `Moments(0, 0.0, 0.0)` is the identity of `merge`.
+    Zeros of that shape are the identity of `merge`.
 
     Attributes:
       count: number of entries, int32. It stops at 2**31 - 1 rather than wrapping around.
@@ -139,8 +139,8 @@ def merge(a: Moments, b: Moments) -> Moments:
         \mu = \mu_a + w \delta,\quad
         \sigma^2 = (1 - w) \sigma_a^2 + w \sigma_b^2 + w (1 - w) |\delta|^2
 
-    Associative and commutative up to rounding, exact in the counts; `Moments(0, 0.0, 0.0)` is the
-    identity. Use it to join batches, microbatches, chunks of a stream or devices.
+    Associative and commutative up to rounding, exact in the counts; zeros are the identity.
+    Use it to join batches, microbatches, chunks of a stream or devices.
 
     Args:
       a: `Moments` of any shape.

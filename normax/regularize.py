@@ -14,8 +14,9 @@ Function = Callable[[jax.Array], jax.Array]
 def norm_labels(params: Any) -> Any:
     """Labels each parameter: "scale" or "bias" of a normalizer, or "other".
 
-    A normalizer is a node that holds nothing but a scale, a bias, or both; so the bias of a Dense
-    or Conv, which has a kernel beside it, is "other". The lengths of weight normalization are
+    A normalizer is told by what it holds: nothing but a scale, a bias, or both; so the bias of a
+    Dense or Conv, which has a kernel beside it, is "other", and a module that has a parameter named
+    bias and no other passes for one. The lengths of weight normalization are
     "scale". For `optax.masked`, `optax.multi_transform`, or to keep weight decay off them.
 
     Args:
@@ -81,6 +82,9 @@ def norm_constraint(
     *, scale: Function | None = None, bias: Function | None = None
 ) -> optax.GradientTransformation:
     """Projects the scales and biases of a model's normalizers after each optimizer step.
+
+    What optax adds is the difference from the projection, so that a constraint holds to the
+    rounding of that sum: to one part in 2**24 of the old value in float32, in 2**8 in bfloat16.
 
     Args:
       scale: projection of each scale, such as `optax.projections.projection_non_negative`; None

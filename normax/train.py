@@ -51,7 +51,8 @@ class TrainState(flax.struct.PyTreeNode):
           tx: any optax optimizer.
           key: random key, for the parameters now and for `rngs` at each step.
           *args: arguments of the model's call; only their shapes and dtypes matter.
-          rngs: names of the random streams that the model draws from in training.
+          rngs: names of the random streams that the model draws from in training; at evaluation
+            it has none.
           **kwargs: keyword arguments of the model's call.
 
         Returns:
@@ -134,8 +135,8 @@ class TrainState(flax.struct.PyTreeNode):
     def _made_by(self, maker, kind, name):
         if not isinstance(self.bind, kind):
             raise AttributeError(
-                f"TrainState.{name}: expected a state made by TrainState.{maker}; a linen model has "
-                "variables and batch_stats, an nnx model is given back by model"
+                f"TrainState.{name}: expected a state made by TrainState.{maker}; a linen model "
+                "has variables and batch_stats, an nnx model is given back by model"
             )
 
 
@@ -256,10 +257,11 @@ def train_step(
     Args:
       loss: a function `loss(model, batch, train)` of the model bound to its variables, called as
         the model itself is, and of a batch, any pytree. It returns a scalar, or a scalar and a
-        dict of metrics; optimizers that ask for it are given its value and itself. Each call of the model in it moves the running statistics once.
+        dict of metrics; optimizers that ask for it are given its value and itself. Each call of
+        the model in it moves the running statistics once.
       dtype: mixed precision: the model computes in this dtype, such as `jnp.bfloat16`. The
         parameters are kept, and the loss, gradients, optimizer and running statistics computed,
-        in float32.
+        in float32; the model is given all of them cast, scale and bias of normalizers too.
       loss_scale: the loss is multiplied by it and the gradients divided, so that those of
         float16 do not underflow.
       donate: let the new state take the memory of the old one, which is then gone.
@@ -267,6 +269,10 @@ def train_step(
     Returns:
       A function `step(state, batch)` that returns the new state, and the metrics with the loss
       under "loss".
+
+    Raises:
+      ValueError: when it is traced: a loss that is no scalar, metrics that are no dict or have a
+        "loss" of their own, a collection of the model that changes its structure.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, normax.linen, optax

@@ -50,10 +50,10 @@ def divide_exactly(x, unit):
     info = jnp.finfo(x.dtype)
     # A subnormal number is its mantissa times the smallest normal number. With the exponent of one
     # in front, the same bits read as one more than the mantissa.
-    mantissa = _float(_magnitude(x) | _bits(jnp.ones((), x.dtype)), x.dtype) - 1
+    small, one = jnp.abs(x) < info.smallest_normal, _bits(jnp.ones((), x.dtype))
+    mantissa = _float(jnp.where(small, _magnitude(x) | one, one), x.dtype) - 1
     signed = jnp.where(_bits(x) < 0, -mantissa, mantissa)
-    subnormal = signed * (info.smallest_normal / unit)
-    return jnp.where(jnp.abs(x) < info.smallest_normal, subnormal, divide(x, unit))
+    return jnp.where(small, signed * (info.smallest_normal / unit), divide(x, unit))
 
 
 def is_subnormal(x):

@@ -142,3 +142,12 @@ def test_empty_arrays(shape):
     for norm in (normax.layer_norm, normax.rms_norm):
         assert norm(x).shape == shape
         assert jax.grad(lambda x, norm=norm: norm(x).sum())(x).shape == shape
+
+
+@EVERY
+def test_no_nan_on_the_way(case):
+    x, scale, bias = inputs(case)
+    with jax.debug_nans(True):
+        for size in (1.0, 1e30, 1e-30):
+            y, vjp = jax.vjp(lambda x: case.apply(x, scale, bias, None), jnp.float32(size) * x)
+            vjp(y)

@@ -259,3 +259,42 @@ def test_remat_moves_the_state_once():
     plain, once = jax.grad(loss, has_aux=True)(variables["params"], Block())
     jax.tree.map(np.testing.assert_array_equal, new, once)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, plain)
+
+
+@pytest.mark.parametrize("wrap", [normax.nnx.WeightNorm, normax.nnx.SpectralNorm])
+def test_a_wrapped_layer_is_read_only_at_inference(wrap):
+    layer = wrap(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+    layer.eval()
+    x = jax.random.normal(KEY, (4, 3))
+    kernel, expected = np.asarray(layer.layer_instance.kernel[...]), layer(x)
+    close = lambda y: np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    close(jax.jit(lambda x: layer(x))(x))
+    close(jax.vmap(lambda x: layer(x))(x))
+    close(jax.checkpoint(lambda x: layer(x))(x))
+    close(jax.lax.scan(lambda carry, x: (carry, layer(x)), None, x)[1])
+    jax.grad(lambda x: layer(x).sum())(x)
+    np.testing.assert_array_equal(layer.layer_instance.kernel[...], kernel)
+
+
+def test_other_state_of_a_wrapped_layer_moves():
+    class Layer(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(3, 2, rngs=rngs)
+            self.norm = normax.nnx.BatchNorm(2, momentum=0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.linear(x))
+
+    inner = Layer(nnx.Rngs(0))
+    layer = normax.nnx.WeightNorm(inner, rngs=nnx.Rngs(1))
+    layer(jax.random.normal(KEY, (4, 3)) + 5)
+    assert np.asarray(inner.norm.mean[...]).any()
+
+
+def test_inference_needs_no_count():
+    stats = {"mean": jnp.full(2, 7.0), "var": jnp.full(2, 9.0)}
+    norm = normax.linen.BatchNorm(
+        use_running_average=True, momentum=None, use_scale=False, use_bias=False
+    )
+    y = norm.apply({"batch_stats": stats}, jnp.ones((4, 2)))
+    np.testing.assert_allclose(y, jnp.full((4, 2), -2.0), rtol=1e-5)

@@ -2,7 +2,9 @@
 
 from flax import linen as nn
 
-from normax import options
+from normax import axes, options
+
+_COUNTED = ("mean", "var", "count")
 
 
 def _parameters(module, x):
@@ -53,7 +55,7 @@ class BatchNorm(options.BatchNormOptions, nn.Module):
             "use_running_average", self.use_running_average, use_running_average
         )
         scale, bias = _parameters(self, x)
-        stats = self._stats(x)
+        stats = self._stats(x, counted=not use_running_average or self.is_initializing())
         if self.is_initializing() and not use_running_average:
             return self.normalize_first(x, scale, bias, mask=mask)
         values = self.stats(**{name: variable.value for name, variable in stats.items()})
@@ -65,11 +67,13 @@ class BatchNorm(options.BatchNormOptions, nn.Module):
                 variable.value = getattr(new, name)
         return y
 
-    def _stats(self, x):
-        """Returns the variables of the running statistics by name."""
-        names = ("mean", "var") if self.momentum is not None else ("mean", "var", "count")
+    def _stats(self, x, counted):
+        """Returns the variables of the running statistics by name; inference needs no count."""
+        names = ("mean", "var") if self.momentum is not None or not counted else _COUNTED
+        there = [name for name in names if self.has_variable("batch_stats", name)]
+        axes.check_all_or_none("BatchNorm", "batch_stats", there, names)
         start = None
-        if not all(self.has_variable("batch_stats", name) for name in names):
+        if not there:
             key = self.make_rng("params") if self.needs_key() else None
             start = self.create_stats(key, self.feature_shape(x), self.stats_dtype(x))
         return {name: self.variable("batch_stats", name, getattr, start, name) for name in names}

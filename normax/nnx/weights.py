@@ -1,27 +1,29 @@
 """Normalizers of weights, as nnx modules around a layer."""
 
-import contextlib
-
 from flax import nnx
 
 from normax import options
 from normax.nnx.plumbing import Promoting, signed
 
 
-@contextlib.contextmanager
-def _replaced(variables, values):
-    """Lets a layer see other values of its variables, and puts the old ones back.
+def _call(layer, values, *args, **kwargs):
+    """Calls a layer as if its weights had other values, given by their path.
 
-    The parameters themselves are never written over: they are what the optimizer moves.
+    It is a copy that gets them: the parameters themselves are what the optimizer moves, and may
+    be out of reach of the trace that calls. Other state of the layer moves as it would.
     """
-    before = [variable.get_value() for variable in variables]
-    try:
-        for variable, value in zip(variables, values, strict=True):
-            variable.set_value(value)
-        yield
-    finally:
-        for variable, value in zip(variables, before, strict=True):
-            variable.set_value(value)
+    copy = nnx.clone(layer)
+    for path, param in _parameters(copy):
+        if path in values:
+            param.set_value(values[path])
+    out = copy(*args, **kwargs)
+    nnx.update(layer, nnx.state(copy, nnx.Not(nnx.Param)))
+    return out
+
+
+def _parameters(layer):
+    """Returns the parameters of a layer, with their paths."""
+    return nnx.to_flat_state(nnx.state(layer, nnx.Param))
 
 
 def _of(state, path, param, what):
@@ -77,13 +79,11 @@ class WeightNorm(Promoting, options.WeightNormOptions, nnx.Module):
 
     def __call__(self, x, *args, **kwargs):
         """Calls the layer with its weights normalized."""
-        weights = self._weights()
-        values = [self._normalize(path, param) for path, param in weights]
-        with _replaced([param for _, param in weights], values):
-            return self.layer_instance(x, *args, **kwargs)
+        values = {path: self._normalize(path, param) for path, param in self._weights()}
+        return _call(self.layer_instance, values, x, *args, **kwargs)
 
     def _weights(self):
-        params = nnx.to_flat_state(nnx.state(self.layer_instance, nnx.Param))
+        params = _parameters(self.layer_instance)
         return [(path, param) for path, param in params if self.variable_filter(path, param)]
 
     def _create_scale(self, rngs, param):
@@ -129,10 +129,10 @@ class SpectralNorm(options.SpectralNormOptions, nnx.Module):
         """Calls the layer with its weights normalized; `update_stats` keeps the state."""
         # model.train() and model.eval() set use_running_average, which is the opposite.
         update_stats = not self.use_running_average if update_stats is None else update_stats
-        weights = self._weights()
-        values = [self._normalize(path, param, update_stats) for path, param in weights]
-        with _replaced([param for _, param in weights], values):
-            return self.layer_instance(x, **kwargs)
+        values = {
+            path: self._normalize(path, param, update_stats) for path, param in self._weights()
+        }
+        return _call(self.layer_instance, values, x, **kwargs)
 
     def set_view(self, use_running_average: bool | None = None):
         """Sets the mode, for `nnx.view`.
@@ -144,7 +144,7 @@ class SpectralNorm(options.SpectralNormOptions, nnx.Module):
             self.use_running_average = use_running_average
 
     def _weights(self):
-        params = nnx.to_flat_state(nnx.state(self.layer_instance, nnx.Param))
+        params = _parameters(self.layer_instance)
         return [(path, param) for path, param in params if self.applies_to(param)]
 
     def _normalize(self, path, param, update_stats):
