@@ -29,7 +29,7 @@ class Reduction(NamedTuple):
     centered: bool = True
     axis_name: Any = None
     groups: tuple[tuple[int, ...], ...] | None = None
-    least: float = 0.0  # what is smaller does not matter: it is added to the deviation
+    least: float = 0.0  # the smallest unit to measure in
 
     @classmethod
     def over(cls, name, axes, centered=True, axis_name=None, axis_index_groups=None):
@@ -50,8 +50,8 @@ class Measured(NamedTuple):
     `count` is None where there is no mask: then it is static, and nothing to keep. Otherwise it
     is two floats, the count over and modulo `DIGIT`: exact in float32, and with a tangent.
     The others are in multiples of `unit`, a power of two; None is one. `mean + rest` is the mean
-    to twice the precision, both None where it was not to be subtracted; a half-precision input
-    needs no rest.
+    to twice the precision, both None where it was not to be subtracted; of a bfloat16 input,
+    whose entries have few digits, there is no rest.
     """
 
     count: Any
@@ -70,7 +70,7 @@ def measure(reduction: Reduction, x: jax.Array, mask: jax.Array | None) -> Measu
         count, *_measure_here(reduction._replace(axis_name=None, groups=None), x, mask, n)
     )
     measured = here if reduction.axis_name is None else _pool(reduction, here)
-    if reduction.centered and ax.compute_dtype(x.dtype) != x.dtype:
+    if reduction.centered and measured.unit is not None and x.dtype == jnp.bfloat16:
         measured = measured._replace(mean=_settled(measured.mean + measured.rest), rest=None)
     return measured
 
@@ -161,17 +161,17 @@ def _at_most_once(needed, compute, x, otherwise):
 def moment_tangents(reduction, direction, t, measured):
     """Returns the mean of `t`, None if it is not needed, and of its inner product with another."""
     n = _at_least_one(count_entries(reduction, t, measured), t)
-    sums = [_total(v, reduction.axes) for v in (t, _inner(direction, t))]
+    sums = [_total(v, reduction.axes) for v in (t, inner(direction, t))]
     together = jnp.stack([v.astype(t.dtype) for v in sums])
-    mean, inner = pool.sum_over_devices(reduction.axis_name, reduction.groups, together)
-    return _over(mean, n) if reduction.centered else None, jnp.real(inner) / n
+    mean, along = pool.sum_over_devices(reduction.axis_name, reduction.groups, together)
+    return _over(mean, n) if reduction.centered else None, jnp.real(along) / n
 
 
-def measured_tangents(measured, dmean, inner):
+def measured_tangents(measured, dmean, along):
     """Returns the tangent of a `Measured`: a count does not move, nor does a rounding error."""
     zeros = jax.tree.map(jnp.zeros_like, measured)
     mean = None if dmean is None else units.divide(dmean, measured.unit)
-    return zeros._replace(mean=mean, var=units.divide(2 * inner, measured.unit))
+    return zeros._replace(mean=mean, var=units.divide(2 * along, measured.unit))
 
 
 def count_entries(reduction, x, measured=None):
@@ -228,10 +228,10 @@ def _settled(x):
 
 def square(x):
     """Returns |x|^2, real."""
-    return _inner(x, x)
+    return inner(x, x)
 
 
-def _inner(a, b):
+def inner(a, b):
     """Returns the real inner product of entries, Re(conj(a) b)."""
     if jnp.iscomplexobj(a) or jnp.iscomplexobj(b):
         return jnp.real(a) * jnp.real(b) + jnp.imag(a) * jnp.imag(b)
@@ -309,7 +309,7 @@ def _pool(reduction, here):
         weights = counts / jnp.maximum(jnp.sum(counts, 0, keepdims=True), 1)
         carry = jnp.floor(jnp.sum(low, 0) / DIGIT)
         count = jnp.sum(high, 0) + carry, jnp.sum(low, 0) - carry * DIGIT
-    each, unit = _in_one_unit(each)
+    each, unit = _in_one_unit(reduction, each)
     if not reduction.centered:
         return Measured(count, unit, None, None, jnp.sum(weights * each.var, 0))
     center = _settled(jnp.sum(times(each.mean, weights), 0))
@@ -320,11 +320,12 @@ def _pool(reduction, here):
     return Measured(count, unit, center, rest, var)
 
 
-def _in_one_unit(each):
-    """Returns what each device measured in the largest unit among them, and that unit."""
+def _in_one_unit(reduction, each):
+    """Returns what each device measured in a unit for them all, and that unit."""
     if each.unit is None:
         return each, None
-    unit = jnp.max(each.unit, 0)
-    ratio = each.unit / unit[None]
+    sizes = [jnp.sqrt(each.var)] + ([jnp.abs(each.mean)] if reduction.centered else [])
+    unit = units.choose(functools.reduce(jnp.maximum, sizes) * each.unit, (0,), reduction.least)
+    ratio = each.unit / unit
     mean, rest = (v if v is None else times(v, ratio) for v in (each.mean, each.rest))
-    return each._replace(mean=mean, rest=rest, var=each.var * ratio * ratio), unit
+    return each._replace(mean=mean, rest=rest, var=each.var * ratio * ratio), unit[0]

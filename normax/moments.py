@@ -135,9 +135,9 @@ def merge(a: Moments, b: Moments) -> Moments:
     r"""Returns the moments of two sets of entries taken together.
 
     .. math::
-        n = n_a + n_b,\quad w = n_b / n,\quad \delta = \mu_b - \mu_a,\quad
-        \mu = \mu_a + w \delta,\quad
-        \sigma^2 = (1 - w) \sigma_a^2 + w \sigma_b^2 + w (1 - w) |\delta|^2
+        n = n_a + n_b,\quad w_a = n_a / n,\quad w_b = n_b / n,\quad
+        \delta = \mu_b - \mu_a,\quad \mu = \mu_a + w_b \delta,\quad
+        \sigma^2 = w_a \sigma_a^2 + w_b \sigma_b^2 + w_a w_b |\delta|^2
 
     Associative and commutative up to rounding, exact in the counts; zeros are the identity.
     Use it to join batches, microbatches, chunks of a stream or devices.
@@ -176,10 +176,13 @@ def merge(a: Moments, b: Moments) -> Moments:
         for leaves in ((a.count, b.count), (a.var, b.var))
     )
     # n_a + n_b, not the new count: one that has reached its limit must not tip the weights.
-    w = n_b / jnp.maximum(n_a + n_b, 1)
-    delta = jnp.asarray(b.mean, mean_dtype) - jnp.asarray(a.mean, mean_dtype)
-    mean = jnp.asarray(a.mean, mean_dtype) + me.times(delta, w)
-    var = (1 - w) * var_a + w * var_b + w * (1 - w) * me.square(delta)
+    w_a, w_b = (n / jnp.maximum(n_a + n_b, 1) for n in (n_a, n_b))
+    mean_a, mean_b = jnp.asarray(a.mean, mean_dtype), jnp.asarray(b.mean, mean_dtype)
+    delta = jnp.where((n_a > 0) & (n_b > 0), mean_b - mean_a, 0)
+    mean = jnp.where(n_a < n_b, mean_b - me.times(delta, w_a), mean_a + me.times(delta, w_b))
+    var_a, var_b = jnp.where(n_a > 0, var_a, 0), jnp.where(n_b > 0, var_b, 0)
+    apart = me.inner(me.times(delta, w_a), me.times(delta, w_b))
+    var = w_a * var_a + w_b * var_b + apart
     return Moments(_add_counts(a.count, b.count), mean, var)
 
 
@@ -207,9 +210,9 @@ def update(
       momentum: weight of the past in [0, 1], a number or a scalar array; None merges.
       unbiased: remember the variance times n / (n - 1), as PyTorch does; the default remembers
         the biased one, as Keras and Flax do.
-      nonfinite: "skip" leaves a feature as it was where its moments are not finite, and does not
-        count the batch; "keep" lets NaN and inf in, where they stay. Pooled moments are the same
-        on every device, and so is what is done with them.
+      nonfinite: "skip" leaves a feature as it was where what it would become is not finite, and
+        does not count the batch; "keep" lets NaN and inf in, where they stay. Pooled moments are
+        the same on every device, and so is what is done with them.
 
     Returns:
       `RunningStats` of the dtypes of `stats`.
@@ -252,14 +255,14 @@ def update(
     m = jax.tree.map(pool.placed_like, m, Moments(stats.count, stats.mean, stats.var))
     average = _cumulative if momentum is None else functools.partial(_exponential, momentum)
     mean, var = average(stats, m, unbiased)
-    moves = jnp.asarray(m.count) > (0 if momentum is None else 1)
-    if nonfinite == "skip":
-        moves &= jnp.isfinite(m.mean) & jnp.isfinite(m.var)
     new = RunningStats(
         mean.astype(stats.mean.dtype),
         var.astype(stats.var.dtype),
         _add_counts(stats.count, m.count),
     )
+    moves = jnp.asarray(m.count) > (0 if momentum is None else 1)
+    if nonfinite == "skip":
+        moves &= jnp.isfinite(new.mean) & jnp.isfinite(new.var)
     return jax.tree.map(functools.partial(jnp.where, moves), new, stats)
 
 

@@ -59,7 +59,8 @@ def standardize(
       feature_axes: axes that have a scale and bias of their own.
       centered: subtract the mean; False divides by the root mean square.
       epsilon: added to the variance, inside the root.
-      floor: a group whose variance plus epsilon is not above it comes out as `bias`.
+      floor: a group whose variance plus epsilon is not above it comes out as `bias`, and neither
+        it nor its moments have a derivative.
       mask: booleans that broadcast to `x.shape`. False entries read as absent: they may hold NaN,
         move no statistic and no gradient, and come out as `bias`.
       axis_name: name, or names, of a mapped axis whose devices pool their statistics, by count.
@@ -138,11 +139,11 @@ def _tangents(plan, x, scale, mask, measured, dx, dscale, dbias):
     terms = []
     if dx is not None:
         t = me.present(dx, mask)
-        dmean, inner = me.moment_tangents(plan.reduction, xhat, t, measured)
-        # Where rstd is zero, so are the deviations.
-        move = me.measured_tangents(measured, dmean, inner / jnp.where(rstd > 0, rstd, 1))
+        dmean, along = me.moment_tangents(plan.reduction, xhat, t, measured)
+        # Where rstd is zero the deviations are too, or the group is below the floor.
+        move = me.measured_tangents(measured, dmean, along / jnp.where(rstd > 0, rstd, 1))
         pt = me.subtract(t, dmean, None, mask)
-        dxhat = me.times(pt - me.times(xhat, inner), units.divide(rstd, measured.unit))
+        dxhat = me.times(pt - me.times(xhat, along), units.divide(rstd, measured.unit))
         terms.append(dxhat if scale is None else jnp.multiply(*_alike(dxhat, scale)))
     if dscale is not None:
         terms.append(jnp.multiply(*_alike(xhat, dscale)))

@@ -27,7 +27,8 @@ def validate(state: Any, like: Any) -> Any:
         variance or count.
       TypeError: another dtype.
 
-    Under `jit` the values are not known and only keys, shapes and dtypes are checked.
+    Under `jit`, or spread over several processes, the values are not at hand and only keys, shapes
+    and dtypes are checked.
 
     Example:
       >>> import jax.numpy as jnp, normax
@@ -42,10 +43,16 @@ def validate(state: Any, like: Any) -> Any:
     ax.check_keys("validate", "state", ours, expected)
     for path, leaf in ours.items():
         ax.check_like("validate", path, leaf, expected[path])
-        if not isinstance(leaf, core.Tracer | jax.ShapeDtypeStruct):
+        if _is_at_hand(leaf):
             names = [name for name in path.split("/") if name != "value"]
             ax.check_values("validate", path, leaf, not_negative=names[-1:] in (["var"], ["count"]))
     return state
+
+
+def _is_at_hand(leaf):
+    if isinstance(leaf, core.Tracer | jax.ShapeDtypeStruct):
+        return False
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
 
 
 def _leaves(tree):

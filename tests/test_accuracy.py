@@ -182,3 +182,10 @@ def test_jit_equals_eager(dtype):
     x = jnp.asarray(np.random.default_rng(5).normal(size=(8, 1000)) + 1e3, dtype)
     eager, jitted = normax.layer_norm(x), jax.jit(normax.layer_norm)(x)
     assert units(eager, np.asarray(jitted).astype(np.longdouble), dtype) <= 2
+
+
+def test_float16_of_nearly_equal_entries():
+    x = jnp.full((1, 10000), 1024, jnp.float16).at[0, 0].set(1025)
+    exact = reference.forward(Case("layer", None, x.shape, (1,), epsilon=1e-6), x)
+    y = np.asarray(normax.layer_norm(x)).astype(np.longdouble)
+    np.testing.assert_allclose(y[0, 1].astype(float), exact[0, 1].astype(float), rtol=2e-3)

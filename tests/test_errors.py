@@ -90,6 +90,7 @@ BAD = [
     (lambda: normax.layer_norm(X, dtype=jnp.int32), TypeError, r"layer_norm: expected dtype to be floating-point or complex, got int32"),
     (lambda: normax.layer_norm(X, X[0].astype(complex)), TypeError, r"layer_norm: expected a complex dtype for the output, scale being complex64, got float32"),
     (lambda: train(X.astype(complex), STATS, use_running_average=True, dtype=jnp.float32), TypeError, r"batch_norm: .* x being complex64, got float32"),
+    (lambda: train(X, normax.RunningStats.create(8, complex), use_running_average=True), TypeError, r"batch_norm: .* stats being complex64, got float32"),
     (lambda: normax.spectral_norm(X.astype(complex), U), TypeError, r"spectral_norm: expected w of a real dtype, got complex64"),
     (lambda: linen.BatchNorm(use_running_average=False, momentum=None).apply({"batch_stats": {"mean": X[0], "var": X[0]}, "params": {"scale": X[0], "bias": X[0]}}, X, mutable=["batch_stats"]), ValueError, r"BatchNorm: expected batch_stats with \('mean', 'var', 'count'\), got only \('mean', 'var'\)"),
     (lambda: normax.update(STATS, M, nonfinite="drop"), ValueError, r"update: expected nonfinite to be one of \('skip', 'keep'\), got 'drop'"),

@@ -156,3 +156,20 @@ def test_evaluation_before_training_is_the_identity_but_for_epsilon():
     x = jax.random.normal(KEY, (4, 2))
     y, _ = normax.batch_norm(x, normax.RunningStats.create(2), use_running_average=True)
     np.testing.assert_allclose(y, x / np.sqrt(1 + 1e-5), rtol=1e-6)
+
+
+def test_merge_takes_nothing_as_it_is_whatever_the_size():
+    nothing = normax.Moments(jnp.int32(0), jnp.float32(0), jnp.float32(0))
+    large = normax.Moments(jnp.int32(4), jnp.float32(1e20), jnp.float32(1))
+    spoiled = nothing._replace(mean=jnp.float32(jnp.nan), var=jnp.float32(jnp.nan))
+    for empty in (nothing, spoiled):
+        for merged in (normax.merge(empty, large), normax.merge(large, empty)):
+            assert [float(leaf) for leaf in merged] == [4, np.float32(1e20), 1]
+
+
+def test_merge_is_commutative_for_counts_far_apart():
+    few = normax.Moments(jnp.int32(1), jnp.float32(1000), jnp.float32(0))
+    many = normax.Moments(jnp.int32(10**7), jnp.float32(0), jnp.float32(0))
+    for merged in (normax.merge(few, many), normax.merge(many, few)):
+        np.testing.assert_allclose(merged.var, 1e6 * 1e7 / (1e7 + 1) ** 2, rtol=1e-5)
+        np.testing.assert_allclose(merged.mean, 1e3 / (1e7 + 1), rtol=1e-6)

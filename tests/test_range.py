@@ -159,6 +159,16 @@ def test_devices_with_entries_of_different_sizes(offset):
     assert error(jax.jit(one)(jax.device_put(x, NamedSharding(mesh, P("i")))), exact) <= 4
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e20, 1e38])
+def test_devices_far_apart(size):
+    norm = lambda x: normax.normalize_batch(x, epsilon=0.0, axis_name="i")[0]
+    pooled = lambda x: jax.vmap(norm, axis_name="i")(jnp.float32(size) * jnp.array(x))
+    np.testing.assert_allclose(pooled([[[1.0]], [[-1.0]]]), [[[1]], [[-1]]], rtol=1e-6)
+    root = np.sqrt(2)
+    y = pooled([[[1.0], [-1.0]], [[0.0], [0.0]]])
+    np.testing.assert_allclose(y, [[[root], [-root]], [[0], [0]]], rtol=1e-6)
+
+
 @pytest.fixture
 def form_for_gpu(monkeypatch):
     """Chooses, on CPU too, the form that GPUs get: every group in a unit of its own."""

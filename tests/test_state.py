@@ -70,6 +70,16 @@ def test_keep_lets_it_in(poison):
     assert new.count.tolist() == [13, 14]
 
 
+def test_what_a_state_cannot_hold_is_skipped_too():
+    start = normax.RunningStats.create(())
+    finite = lambda count, mean, var: normax.Moments(
+        jnp.int32(count), jnp.float32(mean), jnp.float32(var)
+    )
+    same(normax.update(start, finite(2, 0, 3e38), 0.5, unbiased=True), start)
+    seen = start._replace(count=jnp.int32(4))
+    same(normax.update(seen, finite(4, 1e20, 0), None), seen)
+
+
 def test_training_goes_on_after_a_bad_batch():
     batches = jnp.stack([GOOD, GOOD.at[0].set(jnp.nan), GOOD + 1])
     step = lambda stats, x: (train(x, stats)[1], None)
