@@ -121,12 +121,14 @@ def spectral_norm(
       w: floating-point kernel of rank 2 or more; its leading axes are flattened.
       state: `SpectralState` with `u` of shape `(1, w.shape[-1])`.
       n_steps: power iterations, at least 1.
-      epsilon: where `W^T v` is not longer than this, or not finite, `u` stays as it was.
+      epsilon: a vector not longer than this is not divided by its length.
       dtype: dtype of the output, that of `w` by default; all is computed in float32 at least.
 
     Returns:
-      An array of the shape of `w`, and the new `SpectralState`, of the dtypes of `state`. A zero
-      kernel comes out as zero.
+      An array of the shape of `w`, and the new `SpectralState`, of the dtypes of `state`. A kernel
+      that is not finite leaves `u` as it was. A zero kernel comes out as zero with a `u` of zero,
+      and with that state every kernel comes out as it is: so Flax leaves the zero-initialized
+      biases of an attention layer alone. Start from a new state to normalize it.
 
     Raises:
       ValueError: `w` of rank below 2; `u` of another shape; `n_steps` below 1; epsilon below 0.
@@ -160,10 +162,10 @@ def spectral_norm(
         u = _unit(jnp.matmul(v, fixed, precision="highest"), epsilon)
     sigma = jnp.sum(v.T * matrix * u)
     bar = (matrix / jnp.where(sigma == 0, 1, sigma)).reshape(w.shape)
-    # From zero, or NaN, an iteration never comes back.
-    found = jnp.all(jnp.isfinite(u)) & jnp.any(u != 0)
+    # From NaN an iteration never comes back; where nothing is left of u, it is Flax's zero.
+    u = jnp.where(jnp.all(jnp.isfinite(u)), u, start)
     new = SpectralState(
-        jnp.where(found, u, start).astype(jnp.result_type(state.u)),
+        u.astype(jnp.result_type(state.u)),
         lax.stop_gradient(sigma).astype(jnp.result_type(state.sigma)),
     )
     return bar.astype(ax.to_dtype(name, dtype, w)), new
