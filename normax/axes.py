@@ -1,8 +1,8 @@
 """Shapes, axes and dtypes: the one room where bad input is refused.
 
-Every check looks at static facts only (shapes, dtypes, Python numbers), so it costs nothing at
-run time and speaks while a function is traced. A message names the function, the argument, what
-was given and what was expected.
+Every check but `check_values`, which is for checkpoints, looks at static facts only (shapes,
+dtypes, Python numbers), so it costs nothing at run time and speaks while a function is traced. A
+message names the function, the argument, what was given and what was expected.
 """
 
 import math
@@ -41,13 +41,13 @@ def sorted_axes(name: str, label: str, axes: Axes, ndim: int) -> tuple[int, ...]
             raise TypeError(f"{name}: expected {label} to be an int or several ints, got {axes!r}")
         if not -ndim <= int(axis) < ndim:
             raise ValueError(
-                f"{name}: expected {label} within [{-ndim}, {ndim}) for x of rank {ndim}, "
-                f"got {axes!r}"
+                f"{name}: expected {label} within [{-ndim}, {ndim}) for an array of rank "
+                f"{ndim}, got {axes!r}"
             )
     positive = tuple(sorted(int(axis) % ndim for axis in given))
     if len(set(positive)) < len(positive):
         raise ValueError(
-            f"{name}: expected {label} without repeats for x of rank {ndim}, got {axes!r}"
+            f"{name}: expected {label} without repeats for an array of rank {ndim}, got {axes!r}"
         )
     return positive
 
@@ -108,12 +108,12 @@ def to_parameter(
     return along(value, x.ndim, feature_axes)
 
 
-def to_dtype(name: str, dtype: DTypeLike | None, x: jax.Array, **operands: Any) -> jnp.dtype:
-    """Returns the dtype of the output, that of x by default; refuses one that cannot hold it."""
-    result = jnp.dtype(x.dtype if dtype is None else dtype)
+def to_dtype(name: str, dtype: DTypeLike | None, like: jax.Array, **operands: Any) -> jnp.dtype:
+    """Returns the dtype of the output, like's by default; refuses one that cannot hold it."""
+    result = jnp.dtype(like.dtype if dtype is None else dtype)
     if not jnp.issubdtype(result, jnp.inexact):
         raise TypeError(f"{name}: expected dtype to be floating-point or complex, got {result}")
-    for label, value in {"x": x, **operands}.items():
+    for label, value in operands.items():
         if jnp.iscomplexobj(value) and not jnp.issubdtype(result, jnp.complexfloating):
             raise TypeError(
                 f"{name}: expected a complex dtype for the output, {label} being "
@@ -188,6 +188,27 @@ def _number_within(name: str, label: str, value: Any, low: float, high: float) -
     if not low <= number <= high or math.isinf(number):
         raise ValueError(f"{name}: expected {label} in [{low:g}, {high:g}], got {value!r}")
     return number
+
+
+def check_loss_scale(name: str, loss_scale: Any) -> None:
+    """Refuses a Python number that is not above zero; a traced one is taken as it is."""
+    if not isinstance(loss_scale, jax.Array):
+        _number_within(name, "loss_scale", loss_scale, np.finfo(np.float32).tiny, math.inf)
+
+
+def check_computing_dtype(name: str, dtype: DTypeLike | None) -> None:
+    """Refuses a dtype for a model to compute in that is not real floating-point."""
+    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise TypeError(
+            f"{name}: expected dtype to be floating-point or None, got {jnp.dtype(dtype)}"
+        )
+
+
+def check_names(name: str, label: str, names: Any) -> tuple[str, ...]:
+    """Returns several names; refuses a lone string, which would be taken letter by letter."""
+    if isinstance(names, str) or not all(isinstance(each, str) for each in names):
+        raise TypeError(f"{name}: expected {label} to be a tuple of strings, got {names!r}")
+    return tuple(names)
 
 
 def check_switch(name: str, label: str, value: Any) -> None:

@@ -105,7 +105,7 @@ def batch_norm(
             ax.to_parameter(name, "bias", bias, x, features),
             epsilon=ax.to_epsilon(name, epsilon),
             mask=ax.to_mask(name, mask, x),
-            dtype=ax.to_dtype(name, dtype, x, scale=scale, bias=bias, stats=stats.mean),
+            dtype=ax.to_dtype(name, dtype, x, x=x, scale=scale, bias=bias, stats=stats.mean),
         )
         return y, stats
     reduction = me.Reduction.over(

@@ -108,7 +108,7 @@ def moments(
       2 2.0 1.0
 
     The corrected two-pass form: Chan, Golub, LeVeque, "Algorithms for computing the sample
-    variance", 1983.
+    variance", 1983, https://doi.org/10.1080/00031305.1983.10483115.
     """
     x = ax.to_float_array("moments", x)
     axes = ax.reduced_axes("moments", "axes", axes, x.ndim)
@@ -161,7 +161,7 @@ def merge(a: Moments, b: Moments) -> Moments:
       (True, 6)
 
     Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-    variances", 1979.
+    variances", 1979, http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf.
     """
     ax.check_statistics("merge", "a", a, Moments)
     ax.check_statistics("merge", "b", b, Moments)

@@ -89,7 +89,7 @@ def standardize(
     epsilon = ax.to_epsilon(caller, epsilon)
     reduction = me.Reduction.over(caller, reduced, centered, axis_name, axis_index_groups)
     reduction = reduction._replace(least=units.least(max(epsilon, floor)))
-    dtype = ax.to_dtype(caller, dtype, x, scale=scale, bias=bias)
+    dtype = ax.to_dtype(caller, dtype, x, x=x, scale=scale, bias=bias)
     y, measured = _standardize(
         Plan(reduction, epsilon, floor, dtype),
         x,

@@ -11,6 +11,8 @@ import optax
 from flax import linen, nnx
 from jax.typing import DTypeLike
 
+from normax import axes as ax
+
 
 class TrainState(flax.struct.PyTreeNode):
     """Everything that a step changes: a pytree, to be donated, saved and restored.
@@ -58,6 +60,9 @@ class TrainState(flax.struct.PyTreeNode):
         Returns:
           A `TrainState`.
 
+        Raises:
+          TypeError: `rngs` that is one string.
+
         Example:
           >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
           >>> from normax import train
@@ -67,12 +72,13 @@ class TrainState(flax.struct.PyTreeNode):
           >>> state.params["kernel"].shape
           (3, 2)
         """
+        rngs = ax.check_names("TrainState.create", "rngs", rngs)
         init_key, key = jax.random.split(key)
         variables = dict(
             model.init({"params": init_key, **dict.fromkeys(rngs, key)}, *args, **kwargs)
         )
         params = variables.pop("params", {})
-        bind = LinenBinding(model, tuple(rngs))
+        bind = LinenBinding(model, rngs)
         return cls._start(params, variables, key, bind, tx)
 
     @classmethod
@@ -271,8 +277,10 @@ def train_step(
       under "loss".
 
     Raises:
-      ValueError: when it is traced: a loss that is no scalar, metrics that are no dict or have a
-        "loss" of their own, a collection of the model that changes its structure.
+      ValueError: a `loss_scale` that is not above 0; when it is traced: a loss that is no scalar,
+        metrics that are no dict or have a "loss" of their own, a collection of the model that
+        changes its structure.
+      TypeError: a dtype that is not floating-point.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, normax.linen, optax
@@ -295,6 +303,8 @@ def train_step(
       >>> bool(metrics["loss"] < 0.1), int(state.step)
       (True, 50)
     """
+    ax.check_computing_dtype("train_step", dtype)
+    ax.check_loss_scale("train_step", loss_scale)
 
     def step(state, batch):
         def objective(params):
@@ -336,6 +346,11 @@ def eval_step(
     Returns:
       A function `evaluate(state, batch)` that returns the metrics, the loss under "loss".
 
+    Raises:
+      ValueError: when it is traced: a loss that is no scalar, metrics that are no dict or have a
+        "loss" of their own.
+      TypeError: a dtype that is not floating-point.
+
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
       >>> from normax import train
@@ -345,6 +360,7 @@ def eval_step(
       >>> sorted(evaluate(state, x))
       ['loss']
     """
+    ax.check_computing_dtype("eval_step", dtype)
 
     def evaluate(state, batch):
         model = state.bind(state.params, state.model_state, state.key, train=False, dtype=dtype)

@@ -62,7 +62,7 @@ def weight_norm(
     reduced = ax.other_axes(features, v.ndim)
     size = max(math.prod(v.shape[axis] for axis in reduced), 1)
     shape = tuple(v.shape[axis] for axis in features)
-    g = jnp.ones(shape) if g is None else ax.to_float_array(name, g, "g")
+    g = jnp.ones(shape, ax.real_dtype(v.dtype)) if g is None else ax.to_float_array(name, g, "g")
     ax.check_feature_shape(name, "g", g.shape, v, features)
     w, _ = standardize(
         v,
@@ -73,7 +73,7 @@ def weight_norm(
         centered=False,
         epsilon=0.0,
         floor=ax.to_epsilon(name, epsilon) ** 2 / size,
-        dtype=dtype,
+        dtype=ax.to_dtype(name, dtype, v, v=v, g=g),
         caller=name,
     )
     return w
@@ -168,7 +168,7 @@ def spectral_norm(
         u.astype(jnp.result_type(state.u)),
         lax.stop_gradient(sigma).astype(jnp.result_type(state.sigma)),
     )
-    return bar.astype(ax.to_dtype(name, dtype, w)), new
+    return bar.astype(ax.to_dtype(name, dtype, w, w=w)), new
 
 
 def _unit(row, epsilon):

@@ -3,12 +3,14 @@
 import ast
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
 import normax
+from normax import train
 
 ROOT = pathlib.Path(normax.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -28,6 +30,9 @@ ROOMS = [
     ["experiments"],
 ]
 FLAX = {"linen", "nnx", "train", "experiments"}
+REFUSE_NOTHING = {"norm_labels", "norm_penalty", "from_nnx"}
+PAPERS = ["batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "weight_norm"]
+PAPERS += ["spectral_norm", "moments", "merge", "update"]
 SHELLS = [path for path in FILES if path.relative_to(ROOT).parts[0] in ("linen", "nnx")]
 
 
@@ -95,14 +100,24 @@ def test_importing_normax_does_not_import_flax():
 
 
 def test_every_public_name_is_documented():
-    for name in dir(normax):
-        value = getattr(normax, name)
-        if name.startswith("_") or inspect.ismodule(value):
+    public = {name: value for name, value in vars(normax).items() if not name.startswith("_")}
+    public |= {"train_step": train.train_step, "eval_step": train.eval_step}
+    public |= {"create": train.TrainState.create, "from_nnx": train.TrainState.from_nnx}
+    for name, value in public.items():
+        if inspect.ismodule(value):
             continue
         doc = inspect.getdoc(value)
         assert doc, name
-        if inspect.isfunction(value):
-            for section in ("Args:", "Returns:", "Example:", ">>> "):
+        if inspect.isroutine(value):
+            sections = ["Args:", "Returns:", "Example:", ">>> "]
+            sections += [] if name in REFUSE_NOTHING else ["Raises:"]
+            for section in sections:
                 assert section in doc, f"{name}: {section}"
-            for parameter in inspect.signature(value).parameters:
-                assert f"{parameter}:" in doc, f"{name}: {parameter}"
+            for parameter, about in inspect.signature(value).parameters.items():
+                stars = {2: "*", 4: "**"}.get(about.kind, "")
+                assert f"{stars}{parameter}:" in doc, f"{name}: {parameter}"
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_normalizer_names_its_paper(name):
+    assert re.search(r"https?://\S+\d", inspect.getdoc(getattr(normax, name)))

@@ -8,17 +8,20 @@ import flax.linen
 import flax.nnx
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import normax
 import normax.axes
 from normax import linen, nnx
+from normax.train import TrainState, eval_step, train_step
 
 X = jnp.ones((4, 8))
 IMAGE = jnp.ones((2, 3, 4))
 STATS = normax.RunningStats.create(8)
 U = normax.SpectralState.create(jax.random.key(0), 8)
 M = normax.moments(X, 0)
+LOSS = lambda model, batch, train: model(batch).sum()
 BAD_STATS = STATS._replace(mean=jnp.full(8, jnp.nan))
 BAD_VAR = STATS._replace(var=jnp.full(8, -1.0))
 
@@ -34,7 +37,7 @@ BAD = [
     (lambda: normax.moments(jnp.ones(3, int), 0), TypeError, r"moments: expected x .* got int32"),
     (lambda: normax.weight_norm(jnp.ones(3, int)), TypeError, r"weight_norm: expected v .* got int"),
     (lambda: normax.layer_norm(X, jnp.ones(8, int)), TypeError, r"expected scale .* got int32"),
-    (lambda: normax.layer_norm(IMAGE, reduction_axes=-5), ValueError, r"layer_norm: expected reduction_axes within \[-3, 3\) for x of rank 3, got -5"),
+    (lambda: normax.layer_norm(IMAGE, reduction_axes=-5), ValueError, r"layer_norm: expected reduction_axes within \[-3, 3\) for an array of rank 3, got -5"),
     (lambda: normax.layer_norm(IMAGE, reduction_axes=3), ValueError, r"reduction_axes within .* got 3"),
     (lambda: normax.layer_norm(IMAGE, reduction_axes=(-1, 2)), ValueError, r"without repeats .* got \(-1, 2\)"),
     (lambda: normax.layer_norm(IMAGE, reduction_axes=()), ValueError, r"at least one axis in reduction_axes, got \(\)"),
@@ -99,6 +102,11 @@ BAD = [
     (lambda: normax.validate(STATS, STATS._replace(count=STATS.mean)), TypeError, r"validate: expected count of dtype float32, got int32"),
     (lambda: normax.validate(BAD_STATS, STATS), ValueError, r"validate: expected finite mean, got 8 values that are not"),
     (lambda: normax.validate(BAD_VAR, STATS), ValueError, r"validate: expected var of at least 0, got -1.0"),
+    (lambda: normax.weight_norm(X, X[0].astype(complex)), TypeError, r"weight_norm: expected a complex dtype for the output, g being complex64, got float32"),
+    (lambda: train_step(LOSS, dtype=jnp.int32), TypeError, r"train_step: expected dtype to be floating-point or None, got int32"),
+    (lambda: train_step(LOSS, loss_scale=0.0), ValueError, r"train_step: expected loss_scale in .* got 0.0"),
+    (lambda: eval_step(LOSS, dtype=complex), TypeError, r"eval_step: expected dtype to be floating-point or None, got complex128"),
+    (lambda: TrainState.create(flax.linen.Dense(1), optax.sgd(1.0), jax.random.key(0), X, rngs="noise"), TypeError, r"TrainState.create: expected rngs to be a tuple of strings, got 'noise'"),
     (lambda: nnx.GroupNorm(8, 3, rngs=flax.nnx.Rngs(0)), ValueError, r"GroupNorm: expected num_groups to divide"),
 ]  # fmt: skip
 
