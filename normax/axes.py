@@ -134,6 +134,28 @@ def check_feature_shape(
         )
 
 
+def check_rank(name: str, label: str, value: Any, least: int) -> None:
+    """Refuses an array of too few axes."""
+    if jnp.ndim(value) < least:
+        raise ValueError(
+            f"{name}: expected {label} of rank {least} or more, got shape {jnp.shape(value)}"
+        )
+
+
+def to_ids(name: str, label: str, ids: ArrayLike) -> jax.Array:
+    """Returns the number of the segment, or domain, that each row belongs to."""
+    ids = jnp.asarray(ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"{name}: expected {label} to be ints, got {ids.dtype}")
+    return ids
+
+
+def check_shape(name: str, label: str, shape: tuple, expected: tuple) -> None:
+    """Refuses another shape than the one that is expected."""
+    if tuple(shape) != tuple(expected):
+        raise ValueError(f"{name}: expected {label}.shape == {expected}, got {tuple(shape)}")
+
+
 def shape_along(name: str, label: str, axes: Axes, x: ArrayLike) -> tuple[int, ...]:
     """Returns the lengths of x along `axes`, ascending: the shape of a scale and bias."""
     shape = jnp.shape(x)
@@ -176,8 +198,8 @@ def to_epsilon(name: str, epsilon: float) -> float:
 
 def check_momentum(name: str, momentum: Any) -> None:
     """Refuses a Python number outside [0, 1]; a traced momentum is taken as it is."""
-    if momentum is not None and not isinstance(momentum, jax.Array):
-        _number_within(name, "momentum", momentum, 0.0, 1.0)
+    if momentum is not None:
+        check_fraction(name, "momentum", momentum)
 
 
 def _number_within(name: str, label: str, value: Any, low: float, high: float) -> float:
@@ -209,6 +231,49 @@ def check_names(name: str, label: str, names: Any) -> tuple[str, ...]:
     if isinstance(names, str) or not all(isinstance(each, str) for each in names):
         raise TypeError(f"{name}: expected {label} to be a tuple of strings, got {names!r}")
     return tuple(names)
+
+
+def check_given(name: str, label: str, value: Any) -> None:
+    """Refuses None."""
+    if value is None:
+        raise TypeError(f"{name}: expected a {label}, got None")
+
+
+def check_real(name: str, label: str, value: jax.Array) -> None:
+    """Refuses complex numbers, where there is no formula for them."""
+    if jnp.iscomplexobj(value):
+        raise TypeError(f"{name}: expected {label} of a real dtype, got {value.dtype}")
+
+
+def check_limit(name: str, label: str, value: Any, low: float) -> None:
+    """Refuses a Python number below a limit; a traced one is taken as it is."""
+    if not isinstance(value, jax.Array):
+        _number_within(name, label, value, low, math.inf)
+
+
+def check_fraction(name: str, label: str, value: Any) -> None:
+    """Refuses a Python number outside [0, 1]; a traced one is taken as it is."""
+    if not isinstance(value, jax.Array):
+        _number_within(name, label, value, 0.0, 1.0)
+
+
+def to_positive_int(name: str, label: str, value: Any) -> int:
+    """Returns an int of at least 1."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected {label} to be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected {label} to be at least 1, got {value}")
+    return int(value)
+
+
+def check_ghosts(name: str, size: int, batch: int, devices: int) -> None:
+    """Refuses ghost batches that would end in the middle of a device's examples."""
+    whole = batch % size == 0 if size <= batch else size % batch == 0
+    if not whole or (size > batch and devices % min(size // batch, devices)):
+        raise ValueError(
+            f"{name}: expected ghost_size to divide the {batch} examples of a device, or to be a "
+            f"multiple of them that divides {devices} devices, got {size}"
+        )
 
 
 def check_switch(name: str, label: str, value: Any) -> None:
@@ -258,8 +323,7 @@ def group_count(name: str, features: int, num_groups: int | None, group_size: in
 
 def check_spectral(name: str, w: jax.Array, u_shape: tuple, n_steps: Any) -> None:
     """Refuses what power iteration cannot start from."""
-    if jnp.iscomplexobj(w):
-        raise TypeError(f"{name}: expected w of a real dtype, got {w.dtype}")
+    check_real(name, "w", w)
     if w.ndim < 2:
         raise ValueError(f"{name}: expected w of rank 2 or more, got shape {w.shape}")
     if tuple(u_shape) != (1, w.shape[-1]):

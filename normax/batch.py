@@ -29,6 +29,7 @@ def batch_norm(
     unbiased: bool = False,
     nonfinite: str = "skip",
     dtype: DTypeLike | None = None,
+    epsilon_on: str = "variance",
 ) -> tuple[jax.Array, RunningStats]:
     r"""Normalizes each feature over the batch and every other axis.
 
@@ -55,6 +56,7 @@ def batch_norm(
       nonfinite: "skip" leaves the statistics of a feature as they were where those of the batch are
         not finite; "keep" lets NaN and inf in. The output shows them either way.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
+      epsilon_on: "variance", inside the root, or "deviation", outside of it.
 
     Returns:
       The output, of the shape of `x`, and the new `RunningStats`, of the dtypes of `stats`. No
@@ -63,7 +65,7 @@ def batch_norm(
     Raises:
       ValueError: a shape that is not the feature shape; axes out of range or repeated; epsilon
         below 0; momentum outside [0, 1]; one value per feature in training; an unbound axis_name;
-        `nonfinite` another word.
+        `nonfinite` or `epsilon_on` another word.
       TypeError: integer `x`; a traced `use_running_average`; `stats` that is no `RunningStats`; a
         dtype that cannot hold the output.
 
@@ -88,6 +90,28 @@ def batch_norm(
     Internal Covariate Shift", 2015, https://arxiv.org/abs/1502.03167.
     """
     name = "batch_norm"
+    x, features = prepare(name, x, stats, use_running_average, momentum, feature_axes)
+    if use_running_average:
+        y = infer(name, x, stats, scale, bias, features, epsilon, mask, dtype, epsilon_on)
+        return y, stats
+    check_trainable(name, x, features, axis_name, axis_index_groups)
+    y, m = normalize_batch(
+        x,
+        scale,
+        bias,
+        feature_axes=features,
+        epsilon=epsilon,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
+        epsilon_on=epsilon_on,
+    )
+    return y, update(stats, lax.stop_gradient(m), momentum, unbiased=unbiased, nonfinite=nonfinite)
+
+
+def prepare(name, x, stats, use_running_average, momentum, feature_axes):
+    """Returns x and its feature axes, of a normalizer with running statistics."""
     ax.check_switch(name, "use_running_average", use_running_average)
     ax.check_momentum(name, momentum)
     ax.check_statistics(name, "stats", stats, RunningStats)
@@ -95,35 +119,30 @@ def batch_norm(
     features = ax.sorted_axes(name, "feature_axes", feature_axes, x.ndim)
     for label, leaf in zip(RunningStats._fields, stats, strict=True):
         ax.check_feature_shape(name, f"stats.{label}", jnp.shape(leaf), x, features)
-    if use_running_average:
-        mean, var = (ax.along(jnp.asarray(v), x.ndim, features) for v in (stats.mean, stats.var))
-        y = normalize(
-            x,
-            mean,
-            var,
-            ax.to_parameter(name, "scale", scale, x, features),
-            ax.to_parameter(name, "bias", bias, x, features),
-            epsilon=ax.to_epsilon(name, epsilon),
-            mask=ax.to_mask(name, mask, x),
-            dtype=ax.to_dtype(name, dtype, x, x=x, scale=scale, bias=bias, stats=stats.mean),
-        )
-        return y, stats
-    reduction = me.Reduction.over(
-        name, ax.other_axes(features, x.ndim), True, axis_name, axis_index_groups
-    )
+    return x, features
+
+
+def check_trainable(name, x, features, axis_name=None, axis_index_groups=None):
+    """Refuses a training batch that has one value per feature."""
+    reduced = ax.other_axes(features, x.ndim)
+    reduction = me.Reduction.over(name, reduced, True, axis_name, axis_index_groups)
     ax.check_more_than_one_value(name, me.count_entries(reduction, x), x)
-    y, m = normalize_batch(
+
+
+def infer(name, x, stats, scale, bias, features, epsilon, mask, dtype, epsilon_on="variance"):
+    """Returns x normalized by running statistics."""
+    mean, var = (ax.along(jnp.asarray(v), x.ndim, features) for v in (stats.mean, stats.var))
+    return normalize(
         x,
-        scale,
-        bias,
-        feature_axes=feature_axes,
-        epsilon=epsilon,
-        mask=mask,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        dtype=dtype,
+        mean,
+        var,
+        ax.to_parameter(name, "scale", scale, x, features),
+        ax.to_parameter(name, "bias", bias, x, features),
+        epsilon=ax.to_epsilon(name, epsilon),
+        mask=ax.to_mask(name, mask, x),
+        dtype=ax.to_dtype(name, dtype, x, x=x, scale=scale, bias=bias, stats=stats.mean),
+        epsilon_on=epsilon_on,
     )
-    return y, update(stats, lax.stop_gradient(m), momentum, unbiased=unbiased, nonfinite=nonfinite)
 
 
 def normalize_batch(
@@ -137,6 +156,7 @@ def normalize_batch(
     axis_name: Any = None,
     axis_index_groups: Any = None,
     dtype: DTypeLike | None = None,
+    epsilon_on: str = "variance",
 ) -> tuple[jax.Array, Moments]:
     """Normalizes by the statistics of this batch and returns them; nothing is remembered.
 
@@ -153,6 +173,7 @@ def normalize_batch(
       axis_name: as in `batch_norm`.
       axis_index_groups: as in `batch_norm`.
       dtype: as in `batch_norm`.
+      epsilon_on: as in `batch_norm`.
 
     Returns:
       The output, of the shape of `x`, and the `Moments` of the batch, differentiable.
@@ -182,5 +203,6 @@ def normalize_batch(
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         dtype=dtype,
+        epsilon_on=epsilon_on,
         caller="batch_norm",
     )

@@ -84,14 +84,14 @@ def group_norm(
     mask = ax.to_mask(name, mask, x)
     split = (groups, x.shape[feature] // groups)
     y, _ = standardize(
-        _split(x, feature, split),
-        _split(scale, 0, split),
-        _split(bias, 0, split),
+        split_features(x, feature, split),
+        split_features(scale, 0, split),
+        split_features(bias, 0, split),
         # The axis of groups comes before that of their members; later axes move by one.
         reduction_axes=tuple(axis + 1 if axis >= feature else axis for axis in reduced),
         feature_axes=(feature, feature + 1),
         epsilon=epsilon,
-        mask=_split(mask, feature, split),
+        mask=split_features(mask, feature, split),
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         dtype=dtype,
@@ -100,7 +100,7 @@ def group_norm(
     return pool.reshape(y, x.shape, jax.typeof(x).sharding.spec)
 
 
-def _split(value: Any, axis: int, split: tuple[int, int]) -> Any:
+def split_features(value: Any, axis: int, split: tuple[int, int]) -> Any:
     """Returns `value` with its features split into groups and members."""
     if value is None:
         return None

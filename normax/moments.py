@@ -113,7 +113,16 @@ def moments(
     x = ax.to_float_array("moments", x)
     axes = ax.reduced_axes("moments", "axes", axes, x.ndim)
     mask = ax.to_mask("moments", mask, x)
-    reduction = me.Reduction.over("moments", axes, True, axis_name, axis_index_groups)
+    return moments_over(
+        "moments", x, axes, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups
+    )
+
+
+def moments_over(
+    name, x, axes, *, centered=True, mask=None, axis_name=None, axis_index_groups=None
+):
+    """Measures what has been through `axes.py`; an axis may be none, or uncentred the result."""
+    reduction = me.Reduction.over(name, axes, centered, axis_name, axis_index_groups)
     return to_moments(reduction, x, me.measure(reduction, x, mask))
 
 

@@ -13,6 +13,8 @@ from normax import measure as me
 from normax import units
 from normax.moments import Moments, to_moments
 
+EPSILON_ON = ("variance", "deviation")
+
 
 class Plan(NamedTuple):
     """What `standardize` is to do, known when it is traced."""
@@ -21,6 +23,7 @@ class Plan(NamedTuple):
     epsilon: float
     floor: float
     dtype: Any
+    on_deviation: bool = False
 
 
 def standardize(
@@ -37,6 +40,7 @@ def standardize(
     axis_name: Any = None,
     axis_index_groups: Any = None,
     dtype: DTypeLike | None = None,
+    epsilon_on: str = "variance",
     caller: str = "standardize",
 ) -> tuple[jax.Array, Moments]:
     r"""Standardizes `x` by its own statistics, then rescales it; every normalizer is a call of it.
@@ -66,6 +70,8 @@ def standardize(
       axis_name: name, or names, of a mapped axis whose devices pool their statistics, by count.
       axis_index_groups: groups of device indices that pool among themselves.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
+      epsilon_on: "variance", inside the root, or "deviation", outside: then a constant group has
+        the derivative of a division by epsilon.
       caller: the function to name in error messages.
 
     Returns:
@@ -74,7 +80,8 @@ def standardize(
 
     Raises:
       ValueError: axes out of range or repeated; a scale or bias that is not of the feature shape;
-        epsilon below 0; a mask that does not broadcast; an unbound axis_name.
+        epsilon below 0; a mask that does not broadcast; an unbound axis_name; `epsilon_on`
+        another word.
       TypeError: integer `x`.
 
     Example:
@@ -90,8 +97,9 @@ def standardize(
     reduction = me.Reduction.over(caller, reduced, centered, axis_name, axis_index_groups)
     reduction = reduction._replace(least=units.least(max(epsilon, floor)))
     dtype = ax.to_dtype(caller, dtype, x, x=x, scale=scale, bias=bias)
+    ax.check_choice(caller, "epsilon_on", epsilon_on, EPSILON_ON)
     y, measured = _standardize(
-        Plan(reduction, epsilon, floor, dtype),
+        Plan(reduction, epsilon, floor, dtype, epsilon_on == "deviation"),
         x,
         ax.to_parameter(caller, "scale", scale, x, features),
         ax.to_parameter(caller, "bias", bias, x, features),
@@ -100,20 +108,24 @@ def standardize(
     return y, to_moments(reduction, x, measured)
 
 
-def normalize(x, mean, var, scale=None, bias=None, *, epsilon, mask=None, dtype=None):
+def normalize(
+    x, mean, var, scale=None, bias=None, *, epsilon, mask=None, dtype=None, epsilon_on="variance"
+):
     """Standardizes `x` by the statistics it is given, then rescales it; all broadcast to x."""
+    ax.check_choice("normalize", "epsilon_on", epsilon_on, EPSILON_ON)
     dtype = x.dtype if dtype is None else dtype
-    return _normalize(epsilon, dtype, x, mean, var, scale, bias, mask)
+    how = epsilon, epsilon_on == "deviation"
+    return _normalize(how, dtype, x, mean, var, scale, bias, mask)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(0, 1))
-def _normalize(epsilon, dtype, x, mean, var, scale, bias, mask):
+def _normalize(how, dtype, x, mean, var, scale, bias, mask):
     """Kept for the backward pass: the arguments, nothing of x's size in float32."""
+    epsilon, on_deviation = how
     x, mean = _alike(me.present(x, mask), mean)
     d = x - mean if mask is None else jnp.where(mask, x - mean, 0)
-    return _rescale(
-        jnp.multiply(*_alike(d, reciprocal_deviation(var, epsilon))), scale, bias, dtype
-    )
+    rstd = reciprocal_deviation(var, epsilon, 0.0, on_deviation)
+    return _rescale(jnp.multiply(*_alike(d, rstd)), scale, bias, dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -139,9 +151,13 @@ def _tangents(plan, x, scale, mask, measured, dx, dscale, dbias):
     terms = []
     if dx is not None:
         t = me.present(dx, mask)
-        dmean, along = me.moment_tangents(plan.reduction, xhat, t, measured)
-        # Where rstd is zero the deviations are too, or the group is below the floor.
-        move = me.measured_tangents(measured, dmean, along / jnp.where(rstd > 0, rstd, 1))
+        direction, length = xhat, rstd
+        if plan.on_deviation:
+            length = reciprocal_deviation(measured.var, 0.0)
+            direction = me.times(me.deviation(x, mask, measured), length)
+        dmean, along = me.moment_tangents(plan.reduction, direction, t, measured)
+        # Where the length is zero the deviations are too, or the group is below the floor.
+        move = me.measured_tangents(measured, dmean, along / jnp.where(length > 0, length, 1))
         pt = me.subtract(t, dmean, None, mask)
         dxhat = me.times(pt - me.times(xhat, along), units.divide(rstd, measured.unit))
         terms.append(dxhat if scale is None else jnp.multiply(*_alike(dxhat, scale)))
@@ -156,19 +172,30 @@ def _xhat(plan, x, measured, mask, divide=units.divide):
     """Returns the reciprocal deviation, per unit, and the standardized entries."""
     d = me.deviation(x, mask, measured, divide)
     per_unit = 1 if measured.unit is None else 1 / measured.unit
-    epsilon, floor = (value * per_unit * per_unit for value in (plan.epsilon, plan.floor))
-    rstd = reciprocal_deviation(measured.var, epsilon, floor)
+    floor = plan.floor * per_unit * per_unit
+    epsilon = plan.epsilon * per_unit * (1 if plan.on_deviation else per_unit)
+    rstd = reciprocal_deviation(measured.var, epsilon, floor, plan.on_deviation)
     return rstd, me.times(d, rstd)
 
 
-def reciprocal_deviation(var, epsilon, floor=0.0):
+def reciprocal_deviation(var, epsilon, floor=0.0, on_deviation=False):
     """Returns 1 / sqrt(var + epsilon); 0, and so are its derivatives, where that is a floor.
 
     What is no number, or negative, comes out as NaN: it must show.
     """
+    if on_deviation:
+        deviation = root(var) + epsilon
+        below = deviation == 0
+        return jnp.where(below, 0, 1 / jnp.where(below, 1, deviation))
     squared = var + epsilon
     below = (squared <= floor) & (squared >= 0)
     return jnp.where(below, 0, jax.lax.rsqrt(jnp.where(below, 1, squared)))
+
+
+def root(squared):
+    """Returns the square root, with a derivative of zero at zero."""
+    zero = squared == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squared)))
 
 
 def _rescale(xhat, scale, bias, dtype):
