@@ -90,10 +90,11 @@ def rms_norm(
     axis_name: Any = None,
     axis_index_groups: Any = None,
     dtype: DTypeLike | None = None,
+    scale_offset: float = 0.0,
 ) -> jax.Array:
     r"""Divides by the root mean square over the trailing axis, or over any others.
 
-    .. math:: y = \frac{x}{\sqrt{\frac1n \sum |x|^2 + \epsilon}} \gamma
+    .. math:: y = \frac{x}{\sqrt{\frac1n \sum |x|^2 + \epsilon}} (o + \gamma)
 
     `layer_norm` without the mean.
 
@@ -108,6 +109,7 @@ def rms_norm(
       axis_name: name, or names, of a mapped axis over which the reduced axes are sharded.
       axis_index_groups: groups of device indices that pool among themselves.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
+      scale_offset: o, added to a scale that is given; 1 for weights that were stored less one.
 
     Returns:
       An array of the shape of `x`.
@@ -128,6 +130,10 @@ def rms_norm(
     """
     x = ax.to_float_array("rms_norm", x)
     reduced = ax.reduced_axes("rms_norm", "reduction_axes", reduction_axes, x.ndim)
+    dtype = ax.to_dtype("rms_norm", dtype, x, x=x, scale=scale)
+    if scale is not None and scale_offset:
+        scale = ax.to_float_array("rms_norm", scale, "scale")
+        scale = scale.astype(ax.compute_dtype(scale.dtype)) + scale_offset
     y, _ = standardize(
         x,
         scale,

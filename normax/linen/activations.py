@@ -1,31 +1,96 @@
-"""Normalizers of activations, as linen modules."""
+"""Normalizers of activations that Flax has too, as linen modules."""
 
 from flax import linen as nn
 
 from normax import axes, options
 
-_COUNTED = ("mean", "var", "count")
+
+def parameters_of(module, x):
+    """Returns the parameters of a module by name, those it uses."""
+    return {
+        name: module.param(name, init, shape, module.param_dtype)
+        for name, init, shape in module.parameters(module.feature_shape(x))
+    }
 
 
-def _parameters(module, x):
-    """Returns the scale and bias of a module; None for one it does not use."""
-    shape, dtype = module.feature_shape(x), module.param_dtype
-    scale = module.param("scale", module.scale_init, shape, dtype) if module.use_scale else None
-    bias = module.param("bias", module.bias_init, shape, dtype) if module.use_bias else None
-    return scale, bias
-
-
-class _Stateless(nn.Module):
+class Stateless(nn.Module):
     """A normalizer that remembers nothing."""
 
     @nn.compact
-    def __call__(self, x, *, mask=None):
-        """Returns the normalized input; entries where `mask` is False read as absent."""
-        return self.normalize(x, *_parameters(self, x), mask=mask)
+    def __call__(self, x, *args, mask=None):
+        """Returns the normalized input.
+
+        Args:
+          x: the input.
+          *args: what else the function takes by position, such as the ids of segments.
+          mask: booleans that broadcast to `x.shape`; False entries read as absent.
+        """
+        return self.normalize(x, parameters_of(self, x), *args, mask=mask)
+
+
+class Running(nn.Module):
+    """A normalizer with running statistics."""
+
+    @nn.compact
+    def __call__(self, x, use_running_average=None, *, mask=None):
+        """Returns the normalized input; in training `batch_stats` must be mutable.
+
+        Args:
+          x: array of any rank, floating-point or complex.
+          use_running_average: here or in the constructor.
+          mask: booleans that broadcast to `x.shape`; False entries read as absent.
+        """
+        return self._run(x, use_running_average, mask)
+
+    def _run(self, x, use_running_average, mask, *args):
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        parameters = parameters_of(self, x)
+        training = not use_running_average
+        state = self._kept(x, training or self.is_initializing())
+        values = {name: variable.value for name, variable in state.items()}
+        masked = {} if mask is None else {"mask": mask}
+        if self.is_initializing() and training:
+            return self.normalize_first(x, parameters, values, *args, **masked)
+        y, new = self.normalize_and_remember(
+            x, parameters, values, *args, use_running_average=use_running_average, **masked
+        )
+        if training:
+            for name, variable in state.items():
+                variable.value = new[name]
+        return y
+
+    def _kept(self, x, training):
+        """Returns the variables of the state by name."""
+        names = self.state_names(training)
+        there = [name for name in names if self.has_variable("batch_stats", name)]
+        axes.check_all_or_none(type(self).__name__, "batch_stats", there, names)
+        start = {}
+        if not there:
+            key = self.make_rng("params") if self.needs_key() else None
+            start = self.create_state(key, self.feature_shape(x), self.stats_dtype(x))
+        return {name: self.variable("batch_stats", name, start.get, name) for name in names}
+
+
+class RunningWith(Running):
+    """A normalizer with running statistics that is told something else of each batch."""
+
+    @nn.compact
+    def __call__(self, x, told, use_running_average=None, *, mask=None):
+        """Returns the normalized input; in training `batch_stats` must be mutable.
+
+        Args:
+          x: array, floating-point.
+          told: what the function takes after the statistics: ids of domains, or a prior.
+          use_running_average: here or in the constructor.
+          mask: booleans that broadcast to `x.shape`; False entries read as absent.
+        """
+        return self._run(x, use_running_average, mask, told)
 
 
 @options.documented
-class BatchNorm(options.BatchNormOptions, nn.Module):
+class BatchNorm(options.BatchNormOptions, Running):
     """Batch normalization; `flax.linen.BatchNorm`, over `normax.batch_norm`.
 
     Variables: `params/scale`, `params/bias`, `batch_stats/mean`, `batch_stats/var`, and with
@@ -42,45 +107,9 @@ class BatchNorm(options.BatchNormOptions, nn.Module):
       {'batch_stats': {'mean': (3,), 'var': (3,)}}
     """
 
-    @nn.compact
-    def __call__(self, x, use_running_average=None, *, mask=None):
-        """Returns the normalized input; in training `batch_stats` must be mutable.
-
-        Args:
-          x: array of any rank, floating-point or complex.
-          use_running_average: here or in the constructor.
-          mask: booleans that broadcast to `x.shape`; False entries read as absent.
-        """
-        use_running_average = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
-        scale, bias = _parameters(self, x)
-        stats = self._stats(x, counted=not use_running_average or self.is_initializing())
-        if self.is_initializing() and not use_running_average:
-            return self.normalize_first(x, scale, bias, mask=mask)
-        values = self.stats(**{name: variable.value for name, variable in stats.items()})
-        y, new = self.normalize_and_remember(
-            x, values, scale, bias, use_running_average=use_running_average, mask=mask
-        )
-        if not use_running_average:
-            for name, variable in stats.items():
-                variable.value = getattr(new, name)
-        return y
-
-    def _stats(self, x, counted):
-        """Returns the variables of the running statistics by name; inference needs no count."""
-        names = ("mean", "var") if self.momentum is not None or not counted else _COUNTED
-        there = [name for name in names if self.has_variable("batch_stats", name)]
-        axes.check_all_or_none("BatchNorm", "batch_stats", there, names)
-        start = None
-        if not there:
-            key = self.make_rng("params") if self.needs_key() else None
-            start = self.create_stats(key, self.feature_shape(x), self.stats_dtype(x))
-        return {name: self.variable("batch_stats", name, getattr, start, name) for name in names}
-
 
 @options.documented
-class LayerNorm(options.LayerNormOptions, _Stateless):
+class LayerNorm(options.LayerNormOptions, Stateless):
     """Layer normalization; `flax.linen.LayerNorm`, over `normax.layer_norm`.
 
     Variables: `params/scale`, `params/bias`.
@@ -95,7 +124,7 @@ class LayerNorm(options.LayerNormOptions, _Stateless):
 
 
 @options.documented
-class RMSNorm(options.RMSNormOptions, _Stateless):
+class RMSNorm(options.RMSNormOptions, Stateless):
     """Root mean square normalization; `flax.linen.RMSNorm`, over `normax.rms_norm`.
 
     Variables: `params/scale`.
@@ -110,7 +139,7 @@ class RMSNorm(options.RMSNormOptions, _Stateless):
 
 
 @options.documented
-class GroupNorm(options.GroupNormOptions, _Stateless):
+class GroupNorm(options.GroupNormOptions, Stateless):
     """Group normalization; `flax.linen.GroupNorm`, over `normax.group_norm`.
 
     Variables: `params/scale`, `params/bias`.
@@ -125,7 +154,7 @@ class GroupNorm(options.GroupNormOptions, _Stateless):
 
 
 @options.documented
-class InstanceNorm(options.InstanceNormOptions, _Stateless):
+class InstanceNorm(options.InstanceNormOptions, Stateless):
     """Instance normalization; `flax.linen.InstanceNorm`, over `normax.instance_norm`.
 
     Variables: `params/scale`, `params/bias`.

@@ -1,4 +1,4 @@
-"""Normalizers of activations, as nnx modules."""
+"""Normalizers of activations that Flax has too, as nnx modules."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ from flax import nnx
 from flax.nnx.module import first_from
 
 from normax import axes, options
-from normax.nnx.plumbing import NO_METADATA, Promoting, create_parameters, signed, value_of
+from normax.nnx.plumbing import NO_METADATA, Promoting, create_parameters, parameters_of, signed
 
 _NO_MODE = (
-    "BatchNorm: expected use_running_average (True at inference, False in training) at the call, "
+    "{}: expected use_running_average (True at inference, False in training) at the call, "
     "in the constructor, or by model.train(), model.eval() or nnx.view, and got None in all"
 )
 
 
-class _Module(Promoting):
-    """The constructor of a normalizer with a scale and a bias.
+class Stateless(Promoting):
+    """The constructor of a normalizer with learned parameters.
 
     Args:
       num_features: length of the feature axis; several for several axes.
@@ -25,8 +25,6 @@ class _Module(Promoting):
       scale_metadata: metadata of the scale.
     """
 
-    scale: nnx.Param | None
-    bias: nnx.Param | None
     normalize: Any
 
     def __init__(
@@ -42,17 +40,116 @@ class _Module(Promoting):
         super().__init__(**options)
         self.num_features = num_features
         self.promote_dtype = promote_dtype
-        shape = axes.feature_shape(num_features)
-        create_parameters(self, shape, rngs, bias_metadata, scale_metadata)
+        metadata = {"bias": bias_metadata, "scale": scale_metadata}
+        create_parameters(self, axes.feature_shape(num_features), rngs, metadata)
 
-    def __call__(self, x, mask=None):
-        """Returns the normalized input; entries where `mask` is False read as absent."""
-        return self.normalize(x, value_of(self.scale), value_of(self.bias), mask=mask)
+    def __call__(self, x, *args, mask=None):
+        """Returns the normalized input.
+
+        Args:
+          x: the input.
+          *args: what else the function takes by position, such as the ids of segments.
+          mask: booleans that broadcast to `x.shape`; False entries read as absent.
+        """
+        return self.normalize(x, parameters_of(self), *args, mask=mask)
+
+
+class Running(Stateless):
+    """The constructor of a normalizer with running statistics."""
+
+    def __init__(self, num_features, *, use_running_average=False, rngs, **options):
+        super().__init__(
+            num_features, use_running_average=use_running_average, rngs=rngs, **options
+        )
+        key = rngs.params() if self.needs_key() else None
+        start = self.create_state(key, axes.feature_shape(num_features), self.stats_dtype())
+        kept = self.state_names()
+        for name in ("mean", "var", "count", "steps"):
+            setattr(self, name, nnx.BatchStat(start[name]) if name in kept else nnx.data(None))
+
+    def __call__(self, x, use_running_average=None, *, mask=None):
+        """Returns the normalized input; in training the running statistics move.
+
+        Args:
+          x: array of any rank, floating-point or complex.
+          use_running_average: here, or as the module was told before.
+          mask: booleans that broadcast to `x.shape`; False entries read as absent.
+        """
+        return self._run(x, use_running_average, mask)
+
+    def _run(self, x, use_running_average, mask, *args):
+        use_running_average = first_from(
+            use_running_average,
+            self.use_running_average,
+            error_msg=_NO_MODE.format(type(self).__name__),
+        )
+        state = {name: getattr(self, name)[...] for name in self.state_names()}
+        masked = {} if mask is None else {"mask": mask}
+        y, new = self.normalize_and_remember(
+            x,
+            parameters_of(self),
+            state,
+            *args,
+            use_running_average=use_running_average,
+            **masked,
+        )
+        if not use_running_average:
+            for name in state:
+                getattr(self, name)[...] = new[name]
+        return y
+
+    def set_view(self, use_running_average: bool | None = None):
+        """Sets the mode, for `nnx.view`.
+
+        Args:
+          use_running_average: True at inference, False in training; None leaves it.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+
+class RunningWith(Running):
+    """The constructor of one that is told something else of each batch."""
+
+    def __call__(self, x, told, use_running_average=None, *, mask=None):
+        """Returns the normalized input; in training the running statistics move.
+
+        Args:
+          x: array, floating-point.
+          told: what the function takes after the statistics: ids of domains, or a prior.
+          use_running_average: here, or as the module was told before.
+          mask: booleans that broadcast to `x.shape`; False entries read as absent.
+        """
+        return self._run(x, use_running_average, mask, told)
+
+
+class Sizeless(Stateless):
+    """The constructor of a normalizer without parameters of the features' shape.
+
+    Args:
+      rngs: random keys for the initializers.
+      promote_dtype: Flax's function of the input and parameters; it decides the output's dtype.
+      scale_metadata: metadata of the scale.
+    """
+
+    not_taken = ("num_features", "bias_metadata")
+
+    def __init__(
+        self,
+        *,
+        rngs,
+        promote_dtype=Promoting.promote_dtype,
+        scale_metadata=NO_METADATA,
+        **options,
+    ):
+        super().__init__(
+            (), rngs=rngs, promote_dtype=promote_dtype, scale_metadata=scale_metadata, **options
+        )
 
 
 @signed
 @options.documented
-class BatchNorm(_Module, options.BatchNormOptions, nnx.Module):
+class BatchNorm(Running, options.BatchNormOptions, nnx.Module):
     """Batch normalization; `flax.nnx.BatchNorm`, over `normax.batch_norm`.
 
     Variables: `scale` and `bias`, of type `nnx.Param`; `mean`, `var` and with `momentum=None`
@@ -69,52 +166,10 @@ class BatchNorm(_Module, options.BatchNormOptions, nnx.Module):
       >>> y = norm(x)
     """
 
-    def __init__(self, num_features, *, use_running_average=False, rngs, **options):
-        super().__init__(
-            num_features, use_running_average=use_running_average, rngs=rngs, **options
-        )
-        key = rngs.params() if self.needs_key() else None
-        start = self.create_stats(key, axes.feature_shape(num_features), self.stats_dtype())
-        self.mean = nnx.BatchStat(start.mean)
-        self.var = nnx.BatchStat(start.var)
-        self.count = nnx.BatchStat(start.count) if self.momentum is None else nnx.data(None)
-
-    def __call__(self, x, use_running_average=None, *, mask=None):
-        """Returns the normalized input; in training the running statistics move.
-
-        Args:
-          x: array of any rank, floating-point or complex.
-          use_running_average: here, or as the module was told before.
-          mask: booleans that broadcast to `x.shape`; False entries read as absent.
-        """
-        use_running_average = first_from(
-            use_running_average, self.use_running_average, error_msg=_NO_MODE
-        )
-        stats = self.stats(self.mean[...], self.var[...], value_of(self.count))
-        scale, bias = value_of(self.scale), value_of(self.bias)
-        y, new = self.normalize_and_remember(
-            x, stats, scale, bias, use_running_average=use_running_average, mask=mask
-        )
-        if not use_running_average:
-            self.mean[...] = new.mean
-            self.var[...] = new.var
-            if self.count is not None:
-                self.count[...] = new.count
-        return y
-
-    def set_view(self, use_running_average: bool | None = None):
-        """Sets the mode, for `nnx.view`.
-
-        Args:
-          use_running_average: True at inference, False in training; None leaves it.
-        """
-        if use_running_average is not None:
-            self.use_running_average = use_running_average
-
 
 @signed
 @options.documented
-class LayerNorm(_Module, options.LayerNormOptions, nnx.Module):
+class LayerNorm(Stateless, options.LayerNormOptions, nnx.Module):
     """Layer normalization; `flax.nnx.LayerNorm`, over `normax.layer_norm`.
 
     Variables: `scale` and `bias`, of type `nnx.Param`.
@@ -131,7 +186,7 @@ class LayerNorm(_Module, options.LayerNormOptions, nnx.Module):
 
 @signed
 @options.documented
-class RMSNorm(_Module, options.RMSNormOptions, nnx.Module):
+class RMSNorm(Stateless, options.RMSNormOptions, nnx.Module):
     """Root mean square normalization; `flax.nnx.RMSNorm`, over `normax.rms_norm`.
 
     Variables: `scale`, of type `nnx.Param`.
@@ -148,7 +203,7 @@ class RMSNorm(_Module, options.RMSNormOptions, nnx.Module):
 
 @signed
 @options.documented
-class GroupNorm(_Module, options.GroupNormOptions, nnx.Module):
+class GroupNorm(Stateless, options.GroupNormOptions, nnx.Module):
     """Group normalization; `flax.nnx.GroupNorm`, over `normax.group_norm`.
 
     Variables: `scale` and `bias`, of type `nnx.Param`.
@@ -172,7 +227,7 @@ class GroupNorm(_Module, options.GroupNormOptions, nnx.Module):
 
 @signed
 @options.documented
-class InstanceNorm(_Module, options.InstanceNormOptions, nnx.Module):
+class InstanceNorm(Stateless, options.InstanceNormOptions, nnx.Module):
     """Instance normalization; `flax.nnx.InstanceNorm`, over `normax.instance_norm`.
 
     Variables: `scale` and `bias`, of type `nnx.Param`.

@@ -22,6 +22,8 @@ def signed(module):
         if "__init__" in vars(cls) and cls.__module__.startswith(__package__ or ""):
             parameters = inspect.signature(cls.__init__).parameters
             shown = {**parameters, **shown}
+    for name in getattr(module, "not_taken", ()):
+        shown.pop(name)
     for field in dataclasses.fields(module):
         keyword = inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default
@@ -57,17 +59,16 @@ class Promoting(options.Output):
         return super().output_dtype(*promoted)
 
 
-def create_parameters(module, shape, rngs, bias_metadata, scale_metadata):
-    """Gives a module its scale and bias; None for one it does not use."""
-    module.scale = module.bias = nnx.data(None)
-    if module.use_scale:
-        value = module.scale_init(rngs.params(), shape, module.param_dtype)
-        module.scale = nnx.Param(value, **scale_metadata)
-    if module.use_bias:
-        value = module.bias_init(rngs.params(), shape, module.param_dtype)
-        module.bias = nnx.Param(value, **bias_metadata)
+def create_parameters(module, features, rngs, metadata):
+    """Gives a module its parameters; None for one it does not use."""
+    for name in module.learned:
+        setattr(module, name, nnx.data(None))
+    for name, init, shape in module.parameters(features):
+        value = init(rngs.params(), shape, module.param_dtype)
+        setattr(module, name, nnx.Param(value, **metadata.get(name, NO_METADATA)))
 
 
-def value_of(variable):
-    """Returns the array of a variable, and None for none."""
-    return None if variable is None else variable[...]
+def parameters_of(module):
+    """Returns the arrays of a module's parameters by name, those it uses."""
+    variables = {name: getattr(module, name) for name in module.learned}
+    return {name: variable[...] for name, variable in variables.items() if variable is not None}

@@ -53,27 +53,41 @@ class Output:
 class Normalizer(Output):
     """Calls a pure function with the options it takes; a subclass says which function.
 
-    `function` is the pure one, of (x, scale, bias); every option that is also a parameter of it
-    is passed on under its own name.
+    `function` is the pure one; every option that is also a parameter of it is passed on under its
+    own name. A learned parameter `p` has an option `p_init`, and may have a switch `use_p`.
     """
 
     function: ClassVar[Any]
+    learned: ClassVar[tuple[str, ...]] = ("scale", "bias")
+    scalars: ClassVar[tuple[str, ...]] = ()
     feature_axes: ax.Axes
 
     def feature_shape(self, x):
         """Returns the shape of the parameters."""
         return ax.shape_along(type(self).__name__, "feature_axes", self.feature_axes, x)
 
+    def parameters(self, features):
+        """Yields name, initializer and shape of each parameter in use; `features` is theirs."""
+        for name in self.learned:
+            if getattr(self, f"use_{name}", True):
+                yield name, getattr(self, f"{name}_init"), () if name in self.scalars else features
+
     def passed_on(self, function, *, but=()):
         """Returns the options that a function takes, by name; the dtype is for the caller."""
         names = _shared(function, type(self)) - {"dtype", *but}
         return {name: getattr(self, name) for name in names}
 
-    def normalize(self, x, scale, bias, *, mask=None):
-        """Returns the normalized input."""
-        function, dtype = self.function, self.output_dtype(x, scale, bias)
-        parameters = (scale, bias) if bias is not None else (scale,)
-        return function(x, *parameters, mask=mask, dtype=dtype, **self.passed_on(function))
+    def normalize(self, x, parameters, *args, mask=None):
+        """Returns the normalized input, given the parameters by name."""
+        masked = {} if mask is None else {"mask": mask}
+        return self.function(
+            x,
+            *args,
+            **parameters,
+            **masked,
+            dtype=self.output_dtype(x, *parameters.values()),
+            **self.passed_on(self.function),
+        )
 
 
 @functools.cache
@@ -81,6 +95,15 @@ def _shared(function, cls):
     """Returns the names of the options that are also parameters of a function."""
     names = {field.name for field in dataclasses.fields(cls)}
     return names & set(inspect.signature(function).parameters)
+
+
+def shifted(init, offset):
+    """Returns an initializer whose values are those of another, moved."""
+
+    def initialize(key, shape, dtype=jnp.float32):
+        return init(key, shape, dtype) + jnp.asarray(offset, dtype)
+
+    return initialize
 
 
 @options
@@ -109,25 +132,34 @@ class Scaled(Output):
       scale_init: initializer of the scale.
     """
 
-    use_bias: ClassVar[bool] = False
+    learned: ClassVar[tuple[str, ...]] = ("scale",)
     use_scale: bool = True
     scale_init: Initializer = initializers.ones
 
 
 @options
-class Pooled:
+class Devices:
     """Options of statistics over devices.
 
     Args:
       axis_name: name, or names, of a mapped axis over which statistics are pooled, by count.
       axis_index_groups: groups of device indices that pool among themselves.
+    """
+
+    axis_name: Any = None
+    axis_index_groups: Any = None
+
+
+@options
+class Pooled(Devices):
+    """Options of statistics over devices, and of Flax's reductions.
+
+    Args:
       use_fast_variance: taken for Flax's sake; the variance is always the accurate one.
       force_float32_reductions: False keeps running statistics in `param_dtype`, as in Flax;
         reductions are in float32 at least, whatever this says.
     """
 
-    axis_name: Any = None
-    axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
 
@@ -189,12 +221,13 @@ class Running:
       use_running_average: True at inference, False in training; here or at the call.
       axis: axis or axes that keep statistics, a scale and a bias of their own.
       momentum: weight of the past; None makes the running statistics those of all data seen, and
-        keeps their count beside them.
+        keeps their count beside them. A function of the number of training steps, such as a
+        schedule of optax, keeps that number, `steps`.
     """
 
     use_running_average: bool | None = None
     axis: ax.Axes = -1
-    momentum: float | None = 0.99
+    momentum: Any = 0.99
 
 
 @options
