@@ -10,6 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
+from normax import measure as me
 from normax import pool
 from normax.batch import check_trainable, infer, prepare
 from normax.moments import RunningStats, moments_over, update
@@ -93,6 +94,10 @@ def ghost_batch_norm(
     if axis_name is not None:
         size, groups = _devices_of_a_ghost(name, size, batch, ax.axis_size(name, axis_name))
     number = max(math.ceil(batch / size), 1)
+    each = me.Reduction(tuple(axis + 1 for axis in inner))
+    shared = 1 if groups is None else len(groups[0])
+    smallest = x[: max(batch // number, 1)][None]
+    ax.check_more_than_one_value(name, shared * me.count_entries(each, smallest), x)
     here = _split(x, number)
     y, _ = standardize(
         here,
@@ -125,8 +130,8 @@ def _devices_of_a_ghost(name, size, batch, devices):
 def _rows(batch, number):
     """Returns which examples each ghost batch has, repeating one, and which of them count."""
     length = math.ceil(batch / number)
-    starts = np.arange(number) * batch // number
-    lengths = np.diff(np.append(starts, batch))
+    lengths = batch // number + (np.arange(number) < batch % number)
+    starts = np.cumsum(lengths) - lengths
     slots = np.arange(length)
     there = slots < lengths[:, None]
     return np.where(there, starts[:, None] + slots, starts[:, None]), there

@@ -109,7 +109,7 @@ MUTATIONS = [
     Mutation("a scale of any shape taken", "axes.py", "if tuple(shape) != expected:", "if len(shape) != len(expected):", ERRORS),
     Mutation("integers taken", "axes.py", "if not jnp.issubdtype(x.dtype, jnp.inexact):", "if False:", ERRORS),
     Mutation("a single value taken", "axes.py", "if isinstance(count, int) and count == 1:", "if False:", ERRORS),
-    Mutation("a negative epsilon taken", "axes.py", "if not low <= number <= high", "if not number <= high", ERRORS),
+    Mutation("a negative epsilon taken", "checks.py", "if not low <= number <= high", "if not number <= high", ERRORS),
     Mutation("float64 lost", "axes.py", "return promote(dtype, jnp.float32)", 'return jnp.dtype("complex64" if jnp.issubdtype(dtype, jnp.complexfloating) else "float32")', "test_moments.py -k float64"),
     Mutation("half precision computed in half", "axes.py", "return promote(dtype, jnp.float32)", "return jnp.dtype(dtype)", "test_accuracy.py -k stored_statistics and 64"),
     # Weights.

@@ -1,0 +1,203 @@
+"""Numbers, words, states and devices: what `axes.py` refuses of them, in its name.
+
+A message names the function, the argument, what was given and what was expected.
+"""
+
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+
+
+def to_epsilon(name: str, epsilon: float) -> float:
+    """Returns epsilon as a Python float; it is part of the compiled program."""
+    return _number_within(name, "epsilon", epsilon, 0.0, math.inf)
+
+
+def check_fraction(name: str, label: str, value: Any) -> None:
+    """Refuses a Python number outside [0, 1]; a traced one is taken as it is."""
+    if not isinstance(value, jax.Array):
+        _number_within(name, label, value, 0.0, 1.0)
+
+
+def check_momentum(name: str, momentum: Any) -> None:
+    """Refuses a Python number outside [0, 1]; a traced momentum is taken as it is."""
+    if momentum is not None:
+        check_fraction(name, "momentum", momentum)
+
+
+def check_limit(name: str, label: str, value: Any, low: float) -> None:
+    """Refuses a Python number below a limit; a traced one is taken as it is."""
+    if not isinstance(value, jax.Array):
+        _number_within(name, label, value, low, math.inf)
+
+
+def check_loss_scale(name: str, loss_scale: Any) -> None:
+    """Refuses a Python number that is not above zero; a traced one is taken as it is."""
+    if not isinstance(loss_scale, jax.Array):
+        _number_within(name, "loss_scale", loss_scale, np.finfo(np.float32).tiny, math.inf)
+
+
+def to_positive_int(name: str, label: str, value: Any) -> int:
+    """Returns an int of at least 1."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected {label} to be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected {label} to be at least 1, got {value}")
+    return int(value)
+
+
+def _number_within(name: str, label: str, value: Any, low: float, high: float) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):  # JAX's ConcretizationTypeError, of a tracer, is a TypeError
+        raise TypeError(f"{name}: expected {label} to be a Python number, got {value!r}") from None
+    if not low <= number <= high or math.isinf(number):
+        raise ValueError(f"{name}: expected {label} in [{low:g}, {high:g}], got {value!r}")
+    return number
+
+
+def check_real(name: str, label: str, value: jax.Array) -> None:
+    """Refuses complex numbers, where there is no formula for them."""
+    if jnp.iscomplexobj(value):
+        raise TypeError(f"{name}: expected {label} of a real dtype, got {value.dtype}")
+
+
+def check_computing_dtype(name: str, dtype: DTypeLike | None) -> None:
+    """Refuses a dtype for a model to compute in that is not real floating-point."""
+    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise TypeError(
+            f"{name}: expected dtype to be floating-point or None, got {jnp.dtype(dtype)}"
+        )
+
+
+def check_given(name: str, label: str, value: Any) -> None:
+    """Refuses None."""
+    if value is None:
+        raise TypeError(f"{name}: expected a {label}, got None")
+
+
+def check_names(name: str, label: str, names: Any) -> tuple[str, ...]:
+    """Returns several names; refuses a lone string, which would be taken letter by letter."""
+    if isinstance(names, str) or not all(isinstance(each, str) for each in names):
+        raise TypeError(f"{name}: expected {label} to be a tuple of strings, got {names!r}")
+    return tuple(names)
+
+
+def check_switch(name: str, label: str, value: Any) -> None:
+    """Refuses anything but a Python bool, for what decides which program is compiled."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(
+            f"{name}: expected {label} to be True or False, got {value!r}; it chooses the program, "
+            "so it cannot be traced: make it a static argument of jit"
+        )
+
+
+def check_choice(name: str, label: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuses anything but one of a few words."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected {label} to be one of {choices}, got {value!r}")
+
+
+def check_statistics(name: str, label: str, value: Any, kind: type) -> None:
+    """Refuses what is no named tuple of statistics, or has leaves of several shapes."""
+    if not isinstance(value, kind):
+        fields = ", ".join(getattr(kind, "_fields", ()))
+        raise TypeError(
+            f"{name}: expected {label} to be a normax.{kind.__name__}({fields}), "
+            f"got {type(value).__name__}"
+        )
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(value)]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"{name}: expected {label} with leaves of one shape, got {shapes}")
+
+
+def check_keys(name: str, label: str, given: Iterable[str], expected: Iterable[str]) -> None:
+    """Refuses keys that are missing, or that nobody asked for."""
+    given, expected = set(given), set(expected)
+    if given != expected:
+        raise ValueError(
+            f"{name}: expected {label} with the keys of like; missing are "
+            f"{sorted(expected - given)}, unknown are {sorted(given - expected)}"
+        )
+
+
+def check_all_or_none(name: str, label: str, given: Iterable, expected: Iterable) -> None:
+    """Refuses a state that is there in part: what is missing cannot be made up."""
+    given, expected = tuple(given), tuple(expected)
+    if given and given != expected:
+        raise ValueError(
+            f"{name}: expected {label} with {expected}, got only {given}; a checkpoint made with a "
+            "momentum has no count: give one, or keep the momentum"
+        )
+
+
+def check_like(name: str, label: str, value: Any, like: Any) -> None:
+    """Refuses another shape or dtype than that of `like`."""
+    if jnp.shape(value) != jnp.shape(like):
+        raise ValueError(
+            f"{name}: expected {label} of shape {jnp.shape(like)}, got {jnp.shape(value)}"
+        )
+    if jnp.result_type(value) != jnp.result_type(like):
+        raise TypeError(
+            f"{name}: expected {label} of dtype {jnp.result_type(like)}, "
+            f"got {jnp.result_type(value)}"
+        )
+
+
+def check_values(name: str, label: str, value: Any, not_negative: bool) -> None:
+    """Refuses numbers that are not finite, or negative where that means nothing."""
+    if jnp.issubdtype(jnp.result_type(value), jnp.number):
+        value = np.asarray(value)
+        wide = value.astype(complex)
+        if not np.isfinite(wide).all():
+            bad = int((~np.isfinite(wide)).sum())
+            raise ValueError(f"{name}: expected finite {label}, got {bad} values that are not")
+        if not_negative and value.size and wide.real.min() < 0:
+            raise ValueError(f"{name}: expected {label} of at least 0, got {wide.real.min()}")
+
+
+def axis_size(name: str, axis_name: Any) -> int:
+    """Returns the number of devices along `axis_name`; says what to do where it is not bound."""
+    try:
+        return lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(
+            f"{name}: expected axis_name={axis_name!r} to be an axis of an enclosing "
+            "jax.shard_map, jax.vmap or jax.pmap, and there is none of that name. Under plain "
+            "jax.jit leave axis_name=None: statistics of a sharded array are those of all of it"
+        ) from None
+
+
+def check_axis_name_with_groups(name: str, axis_name: Any, groups: Any) -> None:
+    """Refuses groups of devices without the axis they are on."""
+    if axis_name is None and groups is not None:
+        raise ValueError(
+            f"{name}: expected an axis_name with axis_index_groups={groups!r}, got None"
+        )
+
+
+def check_axis_index_groups(name: str, groups: Any, size: int) -> tuple[tuple[int, ...], ...]:
+    """Returns groups of device indices as tuples; each device must be in just one."""
+    groups = tuple(tuple(int(i) for i in group) for group in groups)
+    if sorted(i for group in groups for i in group) != list(range(size)):
+        raise ValueError(
+            f"{name}: expected axis_index_groups to hold each of 0 to {size - 1} once, got {groups}"
+        )
+    return groups
+
+
+def check_ghosts(name: str, size: int, batch: int, devices: int) -> None:
+    """Refuses ghost batches that would end in the middle of a device's examples."""
+    whole = batch % size == 0 if size <= batch else size % batch == 0
+    if not whole or (size > batch and devices % min(size // batch, devices)):
+        raise ValueError(
+            f"{name}: expected ghost_size to divide the {batch} examples of a device, or to be a "
+            f"multiple of them that divides {devices} devices, got {size}"
+        )
