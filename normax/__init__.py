@@ -42,6 +42,8 @@ from normax.segment import segment_norm as segment_norm
 from normax.standardize import standardize as standardize
 from normax.state import validate as validate
 from normax.switchable import switchable_norm as switchable_norm
+from normax.trees import transform_weights as transform_weights
+from normax.trees import weight_constraint as weight_constraint
 from normax.weight import SpectralState as SpectralState
 from normax.weight import spectral_norm as spectral_norm
 from normax.weight import weight_norm as weight_norm

@@ -35,11 +35,11 @@ def norm_labels(params: Any) -> Any:
     """
     siblings: dict[tuple, set] = {}
     for path, _ in jax.tree.leaves_with_path(params):
-        *parent, name = _names(path)
+        *parent, name = names_of(path)
         siblings.setdefault(tuple(parent), set()).add(name)
 
     def label(path, _):
-        *parent, name = _names(path)
+        *parent, name = names_of(path)
         # linen names a weight's lengths `Dense_0/kernel/scale`; nnx keeps them under `scales`.
         if name.endswith("/scale") or parent[-1:] == ["scales"]:
             return "scale"
@@ -126,7 +126,7 @@ def norm_constraint(
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _names(path) -> list[str]:
+def names_of(path) -> list[str]:
     """Returns the keys of a path as strings, without the attribute nnx keeps a value under."""
     keys = [key for key in path if not isinstance(key, jax.tree_util.GetAttrKey)]
     return [str(getattr(key, "key", getattr(key, "idx", key))) for key in keys]

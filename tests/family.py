@@ -1,6 +1,7 @@
 """The family beyond Flax's normalizers: each function, its paper's formula in NumPy, its module."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -33,11 +34,11 @@ class Member(NamedTuple):
     formula: Callable
     shape: tuple
     parameters: dict
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
     stats: tuple | None = None
     told: tuple = ()
     module: str | None = None
-    module_options: dict[str, Any] = {}
+    module_options: Mapping[str, Any] = MappingProxyType({})
     removable: int | None = None
     stops: bool = False
 
@@ -143,8 +144,7 @@ def divisive(x, scale, bias, window):
 
     def near(array, at):
         slices = [
-            slice(max(i - n // 2, 0), i + (n - 1) // 2 + 1)
-            for i, n in zip(at, window, strict=True)
+            slice(max(i - n // 2, 0), i + (n - 1) // 2 + 1) for i, n in zip(at, window, strict=True)
         ]
         return array[(slice(None), *slices)].reshape(len(array), -1)
 

@@ -25,7 +25,7 @@ ROOMS = [
     ["standardize"],
     ["batch", "layer", "group", "weight", "regularize", "state", "length"],
     ["partial", "renorm", "ghost", "kalman", "switchable", "response", "evonorm", "adaptive"],
-    ["kernel", "operator", "segment"],
+    ["kernel", "operator", "segment", "trees"],
     ["__init__"],
     ["options"],
     ["linen", "nnx"],

@@ -165,7 +165,7 @@ def test_every_message_of_the_room_is_in_the_table():
 
 def test_raises_only_where_checks_belong():
     folder = pathlib.Path(normax.axes.__file__).parent
-    allowed = {"axes.py": 99, "checks.py": 99, "moments.py": 3, "regularize.py": 1}
+    allowed = {"axes.py": 99, "checks.py": 99, "moments.py": 3, "regularize.py": 1, "trees.py": 2}
     for path in folder.glob("*.py"):
         if path.name != "train.py":
             number = len(re.findall(r"^\s+raise ", path.read_text(), re.MULTILINE))

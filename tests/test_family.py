@@ -66,7 +66,9 @@ def test_batch_renorm_s_gradient_is_r_times_that_of_batch_norm(x64):
 
     r = np.clip(np.sqrt((np.var(x, (0, 1, 2)) + 1e-3) / (3 + 1e-3)), 1 / 1.1, 1.1)
     assert (np.abs(r - 1) > 0.01).any()
-    np.testing.assert_allclose(vjp(ct)[0], jax.vjp(batch_norm, x)[1](ct * r[None, None, None])[0], rtol=1e-9)
+    np.testing.assert_allclose(
+        vjp(ct)[0], jax.vjp(batch_norm, x)[1](ct * r[None, None, None])[0], rtol=1e-9
+    )
 
 
 @pytest.mark.parametrize("member", MASKED, **NAMED)
@@ -143,8 +145,8 @@ def test_inference_leaves_the_state_and_a_bad_batch_does_too(member):
     run = lambda x, inference: member.function(
         x, stats, *member.told, **parameters, **member.options, use_running_average=inference
     )
-    for x, inference in ((x, True), (x.at[...].set(jnp.nan), False)):
-        jax.tree.map(np.testing.assert_array_equal, run(x, inference)[1], stats)
+    for given, inference in ((x, True), (x.at[...].set(jnp.nan), False)):
+        jax.tree.map(np.testing.assert_array_equal, run(given, inference)[1], stats)
 
 
 @pytest.mark.parametrize("member", STATEFUL, **NAMED)

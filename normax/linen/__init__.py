@@ -21,5 +21,8 @@ from normax.linen.family import MeanOnlyBatchNorm as MeanOnlyBatchNorm
 from normax.linen.family import SegmentNorm as SegmentNorm
 from normax.linen.family import SwitchableNorm as SwitchableNorm
 from normax.linen.family import VarianceOnlyBatchNorm as VarianceOnlyBatchNorm
+from normax.linen.weights import CenteredWeightNorm as CenteredWeightNorm
+from normax.linen.weights import ScaledWeightStandardization as ScaledWeightStandardization
 from normax.linen.weights import SpectralNorm as SpectralNorm
 from normax.linen.weights import WeightNorm as WeightNorm
+from normax.linen.weights import WeightStandardization as WeightStandardization

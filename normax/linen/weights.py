@@ -32,20 +32,8 @@ def _name(module, path):
     return f"{module.layer_instance.name}/{inner}"
 
 
-@options.documented
-class WeightNorm(options.WeightNormOptions, nn.Module):
-    """A layer with weights of learned length; `flax.linen.WeightNorm`, over `normax.weight_norm`.
-
-    Variables: those of the layer, and in this module's `params` a scale for each weight, named by
-    its path: `Dense_0/kernel/scale`; a layer without a name is `layer_instance`.
-
-    Example:
-      >>> import flax.linen, jax, normax.linen as nn
-      >>> x = jax.random.normal(jax.random.key(0), (8, 3))
-      >>> layer = nn.WeightNorm(flax.linen.Dense(2))
-      >>> params = layer.init(jax.random.key(1), x)["params"]
-      >>> params["layer_instance/kernel/scale"].shape
-      (2,)
+class Weights(nn.Module):
+    """A layer called with weights that are normalized as they stand.
 
     Options of linen:
       variable_filter: normalize the parameters whose path contains one of these; None is all.
@@ -66,6 +54,86 @@ class WeightNorm(options.WeightNormOptions, nn.Module):
             shape = self.scale_shape(value)
             scale = self.param(f"{name}/scale", self.scale_init, shape, self.param_dtype)
         return self.normalize(value, scale)
+
+
+@options.documented
+class WeightNorm(Weights, options.WeightNormOptions):
+    """A layer with weights of learned length; `flax.linen.WeightNorm`, over `normax.weight_norm`.
+
+    Variables: those of the layer, and in this module's `params` a scale for each weight, named by
+    its path: `Dense_0/kernel/scale`; a layer without a name is `layer_instance`.
+
+    Example:
+      >>> import flax.linen, jax, normax.linen as nn
+      >>> x = jax.random.normal(jax.random.key(0), (8, 3))
+      >>> layer = nn.WeightNorm(flax.linen.Dense(2), use_scale=True)
+      >>> params = layer.init(jax.random.key(1), x)["params"]
+      >>> params["layer_instance/kernel/scale"].shape
+      (2,)
+
+    Options of linen:
+      variable_filter: normalize the parameters whose path contains one of these; None is all.
+    """
+
+
+@options.documented
+class CenteredWeightNorm(Weights, options.CenteredWeightNormOptions):
+    """A layer with weights of mean 0 and learned length; over `normax.centered_weight_norm`.
+
+    Variables: those of the layer, and in this module's `params` a scale for each weight, named by
+    its path: `Dense_0/kernel/scale`; a layer without a name is `layer_instance`.
+
+    Example:
+      >>> import flax.linen, jax, normax.linen as nn
+      >>> x = jax.random.normal(jax.random.key(0), (8, 3))
+      >>> layer = nn.CenteredWeightNorm(flax.linen.Dense(2), use_scale=True)
+      >>> params = layer.init(jax.random.key(1), x)["params"]
+      >>> params["layer_instance/kernel/scale"].shape
+      (2,)
+
+    Options of linen:
+      variable_filter: normalize the parameters whose path contains one of these; None is all.
+    """
+
+
+@options.documented
+class WeightStandardization(Weights, options.WeightStandardizationOptions):
+    """A layer with standardized weights; over `normax.weight_standardization`.
+
+    Variables: those of the layer, and in this module's `params` a scale for each weight, named by
+    its path: `Dense_0/kernel/scale`; a layer without a name is `layer_instance`.
+
+    Example:
+      >>> import flax.linen, jax, normax.linen as nn
+      >>> x = jax.random.normal(jax.random.key(0), (8, 3))
+      >>> layer = nn.WeightStandardization(flax.linen.Dense(2), use_scale=True)
+      >>> params = layer.init(jax.random.key(1), x)["params"]
+      >>> params["layer_instance/kernel/scale"].shape
+      (2,)
+
+    Options of linen:
+      variable_filter: normalize the parameters whose path contains one of these; None is all.
+    """
+
+
+@options.documented
+class ScaledWeightStandardization(Weights, options.ScaledWeightStandardizationOptions):
+    """A layer that keeps the variance; over `normax.scaled_weight_standardization`.
+
+    Variables: those of the layer, and in this module's `params` a scale for each weight, named by
+    its path: `Dense_0/kernel/scale`; a layer without a name is `layer_instance`.
+
+    Example:
+      >>> import flax.linen, jax, normax.linen as nn
+      >>> x = jax.random.normal(jax.random.key(0), (8, 3))
+      >>> layer = nn.ScaledWeightStandardization(flax.linen.Dense(2), use_scale=True)
+      >>> params = layer.init(jax.random.key(1), x)["params"]
+      >>> params["layer_instance/kernel/scale"].shape
+      (2,)
+
+    Options of linen:
+      variable_filter: normalize the parameters whose path contains one of these; None is all.
+    """
 
 
 @options.documented

@@ -21,5 +21,8 @@ from normax.nnx.family import MeanOnlyBatchNorm as MeanOnlyBatchNorm
 from normax.nnx.family import SegmentNorm as SegmentNorm
 from normax.nnx.family import SwitchableNorm as SwitchableNorm
 from normax.nnx.family import VarianceOnlyBatchNorm as VarianceOnlyBatchNorm
+from normax.nnx.weights import CenteredWeightNorm as CenteredWeightNorm
+from normax.nnx.weights import ScaledWeightStandardization as ScaledWeightStandardization
 from normax.nnx.weights import SpectralNorm as SpectralNorm
 from normax.nnx.weights import WeightNorm as WeightNorm
+from normax.nnx.weights import WeightStandardization as WeightStandardization

@@ -1,5 +1,7 @@
 """Normalizers of weights, as nnx modules around a layer."""
 
+from typing import Any
+
 from flax import nnx
 
 from normax import options
@@ -36,28 +38,16 @@ def _of(state, path, param, what):
     return state[path]
 
 
-@signed
-@options.documented
-class WeightNorm(Promoting, options.WeightNormOptions, nnx.Module):
-    """A layer with weights of learned length; `flax.nnx.WeightNorm`, over `normax.weight_norm`.
+class Weights(Promoting):
+    """The constructor of a layer called with weights that are normalized as they stand.
 
-    Variables: those of the layer, which keep their own values, and `scales`, a `nnx.Param` for
-    each weight by its path in the layer. They train, as Flax's do not.
-
-    Example:
-      >>> import jax, normax.nnx as nn
-      >>> from flax import nnx
-      >>> layer = nn.WeightNorm(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
-      >>> layer(jax.numpy.ones((1, 3))).shape
-      (1, 2)
-      >>> layer.scales["kernel",].shape
-      (2,)
-
-    Options of nnx:
+    Args:
       variable_filter: which parameters of the layer to normalize.
       promote_dtype: Flax's function of the weight and scale; it decides the weight's dtype.
       rngs: random keys for the scales.
     """
+
+    normalize: Any
 
     def __init__(
         self,
@@ -68,7 +58,7 @@ class WeightNorm(Promoting, options.WeightNormOptions, nnx.Module):
         rngs,
         **kwargs,
     ):
-        options.WeightNormOptions.__init__(self, layer_instance, **kwargs)
+        super().__init__(layer_instance, **kwargs)
         self.variable_filter = nnx.filterlib.to_predicate(variable_filter)
         self.promote_dtype = promote_dtype
         self.scales = nnx.data(None)
@@ -90,8 +80,88 @@ class WeightNorm(Promoting, options.WeightNormOptions, nnx.Module):
         return nnx.Param(self.scale_init(rngs.params(), self.scale_shape(param), self.param_dtype))
 
     def _normalize(self, path, param):
-        scale = _of(self.scales, path, param, "WeightNorm")[...] if self.use_scale else None
+        scale = _of(self.scales, path, param, type(self).__name__)[...] if self.use_scale else None
         return self.normalize(param[...], scale)
+
+
+@signed
+@options.documented
+class WeightNorm(Weights, options.WeightNormOptions, nnx.Module):
+    """A layer with weights of learned length; `flax.nnx.WeightNorm`, over `normax.weight_norm`.
+
+    Variables: those of the layer, which keep their own values, and `scales`, a `nnx.Param` for
+    each weight by its path in the layer. They train, as Flax's do not.
+
+    Example:
+      >>> import jax, normax.nnx as nn
+      >>> from flax import nnx
+      >>> layer = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+      >>> layer = nn.WeightNorm(layer, use_scale=True, rngs=nnx.Rngs(1))
+      >>> layer(jax.numpy.ones((1, 3))).shape
+      (1, 2)
+      >>> layer.scales["kernel",].shape
+      (2,)
+    """
+
+
+@signed
+@options.documented
+class CenteredWeightNorm(Weights, options.CenteredWeightNormOptions, nnx.Module):
+    """A layer with weights of mean 0 and learned length; over `normax.centered_weight_norm`.
+
+    Variables: those of the layer, which keep their own values, and `scales`, a `nnx.Param` for
+    each weight by its path in the layer.
+
+    Example:
+      >>> import jax, normax.nnx as nn
+      >>> from flax import nnx
+      >>> layer = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+      >>> layer = nn.CenteredWeightNorm(layer, use_scale=True, rngs=nnx.Rngs(1))
+      >>> layer(jax.numpy.ones((1, 3))).shape
+      (1, 2)
+      >>> layer.scales["kernel",].shape
+      (2,)
+    """
+
+
+@signed
+@options.documented
+class WeightStandardization(Weights, options.WeightStandardizationOptions, nnx.Module):
+    """A layer with standardized weights; over `normax.weight_standardization`.
+
+    Variables: those of the layer, which keep their own values, and `scales`, a `nnx.Param` for
+    each weight by its path in the layer.
+
+    Example:
+      >>> import jax, normax.nnx as nn
+      >>> from flax import nnx
+      >>> layer = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+      >>> layer = nn.WeightStandardization(layer, use_scale=True, rngs=nnx.Rngs(1))
+      >>> layer(jax.numpy.ones((1, 3))).shape
+      (1, 2)
+      >>> layer.scales["kernel",].shape
+      (2,)
+    """
+
+
+@signed
+@options.documented
+class ScaledWeightStandardization(Weights, options.ScaledWeightStandardizationOptions, nnx.Module):
+    """A layer that keeps the variance; over `normax.scaled_weight_standardization`.
+
+    Variables: those of the layer, which keep their own values, and `scales`, a `nnx.Param` for
+    each weight by its path in the layer.
+
+    Example:
+      >>> import jax, normax.nnx as nn
+      >>> from flax import nnx
+      >>> layer = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+      >>> layer = nn.ScaledWeightStandardization(layer, use_scale=True, rngs=nnx.Rngs(1))
+      >>> layer(jax.numpy.ones((1, 3))).shape
+      (1, 2)
+      >>> layer.scales["kernel",].shape
+      (2,)
+    """
 
 
 @signed

@@ -28,5 +28,10 @@ from normax.options.family import SwitchableNormOptions as SwitchableNormOptions
 from normax.options.family import VarianceOnlyBatchNormOptions as VarianceOnlyBatchNormOptions
 from normax.options.fields import Output as Output
 from normax.options.fields import documented as documented
+from normax.options.weights import CenteredWeightNormOptions as CenteredWeightNormOptions
+from normax.options.weights import (
+    ScaledWeightStandardizationOptions as ScaledWeightStandardizationOptions,
+)
 from normax.options.weights import SpectralNormOptions as SpectralNormOptions
 from normax.options.weights import WeightNormOptions as WeightNormOptions
+from normax.options.weights import WeightStandardizationOptions as WeightStandardizationOptions

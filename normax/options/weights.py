@@ -1,35 +1,76 @@
 """What a normalizer of weights is, whatever the framework."""
 
+from typing import Any, ClassVar
+
 from normax import axes as ax
+from normax.kernel import (
+    centered_weight_norm,
+    scaled_weight_standardization,
+    weight_standardization,
+)
 from normax.options.fields import Output, PowerIteration, Scaled, Wrapper, options
 from normax.weight import SpectralState, spectral_norm, weight_norm
 
 
 @options
-class WeightNormOptions(Scaled, Wrapper):
-    """What a `WeightNorm` is.
+class WeightsOptions(Scaled, Wrapper):
+    """What a normalizer of weights is that remembers nothing.
 
     Args:
-      feature_axes: axes whose entries have a length of their own; None gives the whole one.
+      feature_axes: axes whose entries are normalized, and scaled, by themselves: those of the
+        outputs, and for stacked layers that of the stack.
     """
 
-    epsilon: float = 1e-12
+    function: ClassVar[Any]
     feature_axes: ax.Axes | None = -1
 
     def scale_shape(self, value):
-        """Returns the shape of the lengths of a weight."""
+        """Returns the shape of the scale of a weight."""
         axes = () if self.feature_axes is None else self.feature_axes
-        return ax.shape_along("WeightNorm", "feature_axes", axes, value)
+        return ax.shape_along(type(self).__name__, "feature_axes", axes, value)
 
     def normalize(self, value, scale):
-        """Returns the weight with its lengths replaced by the scale."""
-        return weight_norm(
+        """Returns the weight normalized, and scaled."""
+        return self.function(
             value,
             scale,
             feature_axes=self.feature_axes,
             epsilon=self.epsilon,
             dtype=self.output_dtype(value, scale),
         )
+
+
+@options
+class WeightNormOptions(WeightsOptions):
+    """What a `WeightNorm` is; with `feature_axes=None` the whole weight has one length."""
+
+    function = staticmethod(weight_norm)
+    epsilon: float = 1e-12
+
+
+@options
+class CenteredWeightNormOptions(WeightsOptions):
+    """What a `CenteredWeightNorm` is."""
+
+    function = staticmethod(centered_weight_norm)
+    epsilon: float = 1e-5
+
+
+@options
+class WeightStandardizationOptions(WeightsOptions):
+    """What a `WeightStandardization` is."""
+
+    function = staticmethod(weight_standardization)
+    epsilon: float = 1e-5
+    use_scale: bool = False
+
+
+@options
+class ScaledWeightStandardizationOptions(WeightsOptions):
+    """What a `ScaledWeightStandardization` is."""
+
+    function = staticmethod(scaled_weight_standardization)
+    epsilon: float = 1e-4
 
 
 @options
