@@ -38,8 +38,8 @@ def ghost_batch_norm(
 
     .. math:: y_i = \frac{x_i - \mu_{g(i)}}{\sqrt{\sigma_{g(i)}^2 + \epsilon}} \gamma + \beta
 
-    A large batch regularized as a small one, or a batch sharded over devices without a word
-    between them: under plain jit the examples of a ghost batch that are on one device stay there.
+    A large batch regularized as a small one, or a batch sharded over devices that exchange no
+    statistics: under plain jit the examples of a ghost batch that are on one device stay there.
     The running statistics move once, by the moments of the whole batch.
 
     Args:

@@ -1,0 +1,270 @@
+"""What a condition, a device or a schedule decides: adaptive norms, ghosts, priors, schedules."""
+
+import functools
+import re
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
+
+import normax
+import normax.linen
+import normax.nnx
+
+KEY = jax.random.key(0)
+
+
+def test_adaptive_instance_norm_is_the_paper_s_formula(x64):
+    x, style = 3 + jax.random.normal(KEY, (2, 5, 4, 3)), jax.random.uniform(KEY, (2, 7, 2, 3))
+    y = normax.adaptive_instance_norm(x, style)
+    xs, ss = np.asarray(x), np.asarray(style)
+    at = {"axis": (1, 2), "keepdims": True}
+    expected = (xs - xs.mean(**at)) / np.sqrt(xs.var(**at) + 1e-5)
+    expected = expected * np.sqrt(ss.var(**at) + 1e-5) + ss.mean(**at)
+    np.testing.assert_allclose(y, expected, rtol=1e-10)
+    check_grads(normax.adaptive_instance_norm, (x, style), 1, modes=["fwd", "rev"], rtol=1e-4)
+
+
+def test_adaptive_instance_norm_masks_content_and_style():
+    x, style = jax.random.normal(KEY, (2, 2, 6, 3))
+    there = (jnp.arange(6) < 4)[None, :, None]
+    y = normax.adaptive_instance_norm(
+        jnp.where(there, x, jnp.nan), jnp.where(there, style, jnp.inf), mask=there, style_mask=there
+    )
+    expected = normax.adaptive_instance_norm(x[:, :4], style[:, :4])
+    np.testing.assert_allclose(y[:, :4], expected, rtol=1e-5, atol=1e-6)
+    assert jnp.isfinite(y).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_film_after_any_norm_is_the_conditional_one(dtype):
+    x = jax.random.normal(KEY, (3, 5, 4)).astype(dtype)
+    scale, bias = jax.random.normal(jax.random.key(1), (2, 3, 4))
+    y = normax.film(normax.layer_norm(x), scale, bias, scale_offset=1.0)
+    xs = np.asarray(normax.layer_norm(x), np.float64)
+    expected = xs * (1 + np.asarray(scale)[:, None]) + np.asarray(bias)[:, None]
+    assert y.dtype == dtype
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=eps, atol=eps)
+    with pytest.raises(ValueError, match=r"film: expected scale.shape == \(3, 4\)"):
+        normax.film(x, scale[0])
+
+
+def test_adaln_zero_is_the_transformer_block_of_the_paper(x64):
+    x = jax.random.normal(KEY, (2, 5, 4))
+    scale, bias, gate = jax.random.normal(jax.random.key(1), (3, 2, 4))
+    y = normax.adaln_zero(x, jnp.tanh, scale, bias, gate)
+    xs = np.asarray(x)
+    xhat = (xs - xs.mean(-1, keepdims=True)) / np.sqrt(xs.var(-1, keepdims=True) + 1e-6)
+    s, b, g = (np.asarray(v)[:, None] for v in (scale, bias, gate))
+    np.testing.assert_allclose(y, xs + g * np.tanh(xhat * (1 + s) + b), rtol=1e-10)
+
+
+def test_qk_norm_bounds_the_logits():
+    q, k = 100 * jax.random.normal(KEY, (2, 8, 16))
+    logits = normax.l2_norm(q) @ normax.l2_norm(k).T
+    assert float(jnp.abs(logits).max()) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("ghost_size", [2, 4, 8, 16, 32])
+def test_ghosts_mean_the_same_on_any_number_of_devices(ghost_size):
+    x = jax.random.normal(KEY, (32, 3)) * jnp.arange(1.0, 33)[:, None]
+    stats = normax.RunningStats.create(3)
+    norm = functools.partial(
+        normax.ghost_batch_norm, use_running_average=False, ghost_size=ghost_size
+    )
+    expected, expected_stats = norm(x, stats)
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.shard_map(
+        functools.partial(norm, axis_name="i"),
+        mesh=mesh,
+        in_specs=(P("i"), P()),
+        out_specs=(P("i"), P()),
+    )
+    y, new = jax.jit(sharded)(x, stats)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)
+    jax.tree.map(close, new, expected_stats)
+    parts = np.split(np.asarray(x), 32 // ghost_size)
+    formula = np.concatenate([(p - p.mean(0)) / np.sqrt(p.var(0) + 1e-5) for p in parts])
+    np.testing.assert_allclose(expected, formula, rtol=1e-4, atol=1e-5)
+
+
+def test_local_ghosts_need_no_word_between_devices_under_plain_jit():
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.device_put(jax.random.normal(KEY, (32, 3)), NamedSharding(mesh, P("i")))
+    stats = normax.RunningStats.create(3)
+    collective = re.compile(r"= (\S+) (?:all-reduce|all-gather|collective-permute|all-to-all)")
+
+    def compiled(ghost_size):
+        norm = functools.partial(
+            normax.ghost_batch_norm, use_running_average=False, ghost_size=ghost_size
+        )
+        f = jax.jit(lambda x: norm(x, stats)[0])
+        np.testing.assert_allclose(f(x), norm(jnp.asarray(np.asarray(x)), stats)[0], atol=1e-5)
+        return set(collective.findall(f.lower(x).compile().as_text()))
+
+    # One bit: whether any group has numbers whose squares would leave the range.
+    assert compiled(4) <= {"pred[]"}
+    assert compiled(16) > {"pred[]"}
+
+
+def test_a_masked_ragged_ghost():
+    x = jax.random.normal(KEY, (7, 4))
+    there = jnp.arange(7) != 5
+    stats = normax.RunningStats.create(4)
+    y, new = normax.ghost_batch_norm(
+        jnp.where(there[:, None], x, jnp.nan),
+        stats,
+        use_running_average=False,
+        ghost_size=3,
+        mask=there[:, None],
+        momentum=None,
+    )
+    xs = np.asarray(x, np.float64)
+    for rows in ([0, 1, 2], [3, 4], [6]):
+        part = xs[rows]
+        expected = (part - part.mean(0)) / np.sqrt(part.var(0) + 1e-5)
+        np.testing.assert_allclose(np.asarray(y)[rows], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(new.var, np.delete(xs, 5, 0).var(0), rtol=1e-5)
+    assert int(new.count[0]) == 6
+
+
+def test_kalman_falls_back_to_the_batch_where_the_prior_is_far_off():
+    x = jax.random.normal(KEY, (16, 4))
+    stats = normax.RunningStats.create(4)
+    for far in (1e4, jnp.inf, jnp.nan):
+        prior = normax.Moments(jnp.full(4, 9), jnp.full(4, far), jnp.full(4, far))
+        y, _, mixture = normax.kalman_batch_norm(x, stats, prior, use_running_average=False)
+        expected, _ = normax.batch_norm(x, stats, use_running_average=False)
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(mixture.var, np.asarray(x).var(0), rtol=1e-5)
+
+
+def test_a_prior_is_what_the_layer_makes_of_normal_numbers():
+    posterior = normax.Moments(jnp.full(2, 9), jnp.array([1.0, -2.0]), jnp.array([4.0, 0.0]))
+    matrix = jnp.array([[1.0, 2.0, 0.0], [3.0, 0.0, 1.0]])
+    prior = normax.kalman_prior(
+        posterior, lambda x: x @ matrix, jax.random.key(3), shape=(200_000, 2)
+    )
+    np.testing.assert_allclose(prior.mean, [-5, 2, -2], atol=0.03)
+    np.testing.assert_allclose(prior.var, [4, 16, 0], atol=0.3)
+
+
+def test_renorm_without_limits_is_inference_and_with_none_left_batch_norm():
+    x = 4 + jax.random.normal(KEY, (16, 3))
+    stats = normax.RunningStats.create(3)._replace(mean=jnp.full(3, 1.0), var=jnp.full(3, 9.0))
+    free = normax.batch_renorm(x, stats, use_running_average=False, r_max=1e9, d_max=1e9)[0]
+    np.testing.assert_allclose(free, (np.asarray(x) - 1) / np.sqrt(9 + 1e-3), rtol=1e-5)
+    tied = normax.batch_renorm(x, stats, use_running_average=False, r_max=1.0, d_max=0.0)[0]
+    xs = np.asarray(x)
+    np.testing.assert_allclose(tied, (xs - xs.mean(0)) / np.sqrt(xs.var(0) + 1e-3), atol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_schedules_of_momentum_and_limits_count_training_steps(library):
+    options = {
+        "momentum": optax.linear_schedule(0.0, 0.8, 4),
+        "r_max": optax.join_schedules([lambda _: 1.0, lambda _: 3.0], [2]),
+        "d_max": optax.join_schedules([lambda _: 0.0, lambda _: 5.0], [2]),
+    }
+    xs = 2 + 3 * jax.random.normal(KEY, (6, 8, 3))
+    stats = normax.RunningStats.create(3)
+    if library == "linen":
+        norm = normax.linen.BatchRenorm(**options)
+        variables = norm.init(KEY, xs[0], use_running_average=False)
+        assert variables["batch_stats"]["steps"].dtype == jnp.int32
+    else:
+        module = normax.nnx.BatchRenorm(3, **options, rngs=nnx.Rngs(0))
+    for step, x in enumerate(xs):
+        expected, stats = normax.batch_renorm(
+            x,
+            stats,
+            use_running_average=False,
+            momentum=jnp.float32(min(step, 4) * 0.2),
+            r_max=1.0 if step < 2 else 3.0,
+            d_max=0.0 if step < 2 else 5.0,
+        )
+        if library == "linen":
+            apply = jax.jit(
+                lambda variables, x: norm.apply(
+                    variables, x, use_running_average=False, mutable=["batch_stats"]
+                )
+            )
+            y, new = apply(variables, x)
+            variables = {**variables, **new}
+        else:
+            y = module(x)
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    steps = module.steps[...] if library == "nnx" else variables["batch_stats"]["steps"]
+    assert int(steps) == len(xs)
+
+
+def test_a_condition_drives_a_module_without_scale_and_bias():
+    class Conditional(flax.linen.Module):
+        @flax.linen.compact
+        def __call__(self, x, condition):
+            x = normax.linen.InstanceNorm(use_scale=False, use_bias=False)(x)
+            scale = flax.linen.Dense(4, kernel_init=flax.linen.initializers.zeros)(condition)
+            return normax.film(x, scale, scale_offset=1.0)
+
+    x, condition = jax.random.normal(KEY, (2, 5, 4)), jnp.ones((2, 3))
+    y, _ = Conditional().init_with_output(KEY, x, condition)
+    np.testing.assert_allclose(y, normax.instance_norm(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_segment_moments_are_those_of_the_rows(weighted, x64):
+    x = 1e6 + jax.random.normal(KEY, (9, 2, 3))
+    ids = jnp.array([0, 2, 2, -1, 0, 2, 9, 0, 2])
+    weights = jnp.linspace(0.0, 2.0, 9) if weighted else None
+    poisoned = x.at[jnp.array([3, 6])].set(jnp.nan)
+    m = normax.segment_moments(poisoned, ids, 3, weights=weights)
+    for segment in range(3):
+        rows = (np.asarray(ids) == segment) & (weights is None or np.asarray(weights) > 0)
+        w = np.ones(9) if weights is None else np.asarray(weights)
+        if not rows.any():
+            assert int(m.count[segment].max()) == 0
+            continue
+        mean = np.average(np.asarray(x)[rows], 0, w[rows])
+        var = np.average((np.asarray(x)[rows] - mean) ** 2, 0, w[rows])
+        np.testing.assert_allclose(m.mean[segment], mean, rtol=1e-12)
+        np.testing.assert_allclose(m.var[segment], var, rtol=1e-7)
+        assert int(m.count[segment, 0, 0]) == rows.sum()
+
+
+def test_segment_norm_reads_padding_as_absent():
+    x = jax.random.normal(KEY, (6, 4))
+    ids = jnp.array([0, 0, 1, 1, -1, 7])
+    poisoned = jnp.where((ids[:, None] >= 0) & (ids[:, None] < 2), x, jnp.nan)
+    y, vjp = jax.vjp(lambda x: normax.segment_norm(x, ids, 2, bias=jnp.full(4, 5.0)), poisoned)
+    np.testing.assert_array_equal(y[4:], 5.0)
+    xs = np.asarray(x)
+    expected = (xs[:2] - xs[:2].mean(0)) / np.sqrt(xs[:2].var(0) + 1e-5) + 5
+    np.testing.assert_allclose(y[:2], expected, rtol=1e-5)
+    (dx,) = vjp(jax.random.normal(KEY, y.shape))
+    np.testing.assert_array_equal(dx[4:], 0)
+    assert jnp.isfinite(dx).all()
+
+
+def test_domains_keep_statistics_apart():
+    x = jnp.concatenate([jax.random.normal(KEY, (8, 2)), 100 + jax.random.normal(KEY, (8, 2))])
+    order = jax.random.permutation(KEY, 16)
+    ids = (jnp.arange(16) // 8)[order]
+    stats = normax.RunningStats.create((3, 2))
+    _, new = normax.domain_batch_norm(
+        x[order], stats, ids, use_running_average=False, momentum=None
+    )
+    xs = np.asarray(x).reshape(2, 8, 2)
+    np.testing.assert_allclose(new.mean[:2], xs.mean(1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new.var[:2], xs.var(1), rtol=1e-3)
+    np.testing.assert_array_equal(new.var[2], 1)
+    y, _ = normax.domain_batch_norm(x[order], new, ids, use_running_average=True)
+    assert float(jnp.abs(y).max()) < 4
