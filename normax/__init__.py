@@ -5,6 +5,7 @@ from normax.adaptive import adaptive_instance_norm as adaptive_instance_norm
 from normax.adaptive import film as film
 from normax.batch import batch_norm as batch_norm
 from normax.batch import normalize_batch as normalize_batch
+from normax.conventions import convention as convention
 from normax.evonorm import evonorm_b0 as evonorm_b0
 from normax.evonorm import evonorm_s0 as evonorm_s0
 from normax.ghost import ghost_batch_norm as ghost_batch_norm
@@ -28,6 +29,10 @@ from normax.moments import update as update
 from normax.operator import operator_norm as operator_norm
 from normax.partial import mean_only_batch_norm as mean_only_batch_norm
 from normax.partial import variance_only_batch_norm as variance_only_batch_norm
+from normax.population import debias as debias
+from normax.population import mixed_batch_norm as mixed_batch_norm
+from normax.population import momentum_per_entry as momentum_per_entry
+from normax.population import population_norm as population_norm
 from normax.regularize import norm_constraint as norm_constraint
 from normax.regularize import norm_labels as norm_labels
 from normax.regularize import norm_penalty as norm_penalty

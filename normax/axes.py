@@ -19,6 +19,7 @@ from normax.checks import check_axis_index_groups as check_axis_index_groups
 from normax.checks import check_axis_name_with_groups as check_axis_name_with_groups
 from normax.checks import check_choice as check_choice
 from normax.checks import check_computing_dtype as check_computing_dtype
+from normax.checks import check_found as check_found
 from normax.checks import check_fraction as check_fraction
 from normax.checks import check_ghosts as check_ghosts
 from normax.checks import check_given as check_given

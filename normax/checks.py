@@ -77,6 +77,12 @@ def check_computing_dtype(name: str, dtype: DTypeLike | None) -> None:
         )
 
 
+def check_found(name: str, what: str, found: bool) -> None:
+    """Refuses that something is not there."""
+    if not found:
+        raise ValueError(f"{name}: expected {what}, got none")
+
+
 def check_given(name: str, label: str, value: Any) -> None:
     """Refuses None."""
     if value is None:

@@ -25,14 +25,14 @@ ROOMS = [
     ["standardize"],
     ["batch", "layer", "group", "weight", "regularize", "state", "length"],
     ["partial", "renorm", "ghost", "kalman", "switchable", "response", "evonorm", "adaptive"],
-    ["kernel", "operator", "segment", "trees"],
+    ["kernel", "operator", "segment", "trees", "population", "conventions"],
     ["__init__"],
     ["options"],
     ["linen", "nnx"],
-    ["train"],
+    ["train", "recalibrate"],
     ["experiments"],
 ]
-FLAX = {"linen", "nnx", "train", "experiments"}
+FLAX = {"linen", "nnx", "train", "recalibrate", "experiments"}
 REFUSE_NOTHING = {"norm_labels", "norm_penalty", "from_nnx"}
 PAPERS = ["batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "weight_norm"]
 PAPERS += ["spectral_norm", "moments", "merge", "update"]

@@ -1,0 +1,178 @@
+"""Population statistics of a trained model: measured over a stream, merged, put in their place."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx
+
+from normax import axes as ax
+from normax.linen.activations import Running as LinenRunning
+from normax.nnx.activations import Running as NNXRunning
+
+
+def recalibrate(
+    apply: Callable[[Any, Any], Any],
+    variables: Any,
+    batches: Iterable,
+    *,
+    progress: bool = False,
+) -> Any:
+    r"""Replaces a linen model's running statistics by those of all the data of a stream.
+
+    .. math:: \mu = \frac1n \sum_b n_b \mu_b, \qquad
+              \sigma^2 = \frac1n \sum_b n_b (\sigma_b^2 + |\mu_b - \mu|^2)
+
+    With the parameters as they are, after training, after averaging of weights, or for data of
+    another kind; each layer sees what it sees in training. Batches may differ in size. Memory does
+    not grow with the stream.
+
+    Args:
+      apply: function of (variables, batch) that applies the model in training and returns the
+        updated collections: `model.apply(variables, batch, ..., mutable=["batch_stats"])[1]`.
+      variables: of the model, `batch_stats` among them; they stay as they are.
+      batches: the stream, of any pytree that `apply` takes.
+      progress: show a progress bar; needs rich.
+
+    Returns:
+      Variables of the same structure, with new running statistics in every `normax.linen` module
+      that merges (`BatchRenorm` does not: it averages deviations).
+
+    Raises:
+      ValueError: a stream without a batch; a model without running statistics.
+      TypeError: a `BatchRenorm` in the model.
+
+    Where others differ: PyTorch's `update_bn` and fvcore average the variances of batches, without
+    the variance of their means, and weigh a short last batch like a full one.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, normax.linen as nn
+      >>> from normax.recalibrate import recalibrate
+      >>> model = nn.BatchNorm()
+      >>> x = jax.random.normal(jax.random.key(0), (10, 2)) + 3
+      >>> variables = model.init(jax.random.key(1), x, use_running_average=True)
+      >>> apply = lambda variables, x: model.apply(
+      ...     variables, x, use_running_average=False, mutable=["batch_stats"]
+      ... )[1]
+      >>> new = recalibrate(apply, variables, [x[:7], x[7:]])
+      >>> bool(jnp.allclose(new["batch_stats"]["var"], x.var(0)))
+      True
+
+    Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, https://arxiv.org/abs/2105.07576.
+    """
+    stats = variables.get("batch_stats", {})
+    fresh, found = _restarted(stats)
+    ax.check_found("recalibrate", "variables with running statistics", found)
+
+    @jax.jit
+    def measure(stats, batch):
+        with linen.intercept_methods(_merging):
+            updates = apply({**variables, "batch_stats": stats}, batch)
+        return updates["batch_stats"]
+
+    seen = False
+    for batch in _shown(batches, progress):
+        fresh, seen = measure(fresh, batch), True
+    ax.check_found("recalibrate", "a batch", seen)
+    return {**variables, "batch_stats": _like(fresh, stats)}
+
+
+def recalibrate_nnx(
+    model: nnx.Module,
+    batches: Iterable,
+    *,
+    call: Callable[[Any, Any], Any] = lambda model, batch: model(batch),
+    progress: bool = False,
+) -> nnx.Module:
+    """Returns an nnx model with the running statistics of all the data of a stream.
+
+    `recalibrate` for nnx: a copy of the model is called in training, batch by batch.
+
+    Args:
+      model: the model; it stays as it is.
+      batches: the stream.
+      call: function of (model, batch) that calls the model.
+      progress: show a progress bar; needs rich.
+
+    Returns:
+      A copy of the model, in the mode and with the momenta of the original.
+
+    Raises:
+      ValueError: a stream without a batch; a model without running statistics.
+      TypeError: a `BatchRenorm` in the model.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, normax.nnx as nn
+      >>> from flax import nnx
+      >>> from normax.recalibrate import recalibrate_nnx
+      >>> model = nn.BatchNorm(2, rngs=nnx.Rngs(0))
+      >>> x = jax.random.normal(jax.random.key(0), (10, 2)) + 3
+      >>> new = recalibrate_nnx(model, [x[:7], x[7:]])
+      >>> bool(jnp.allclose(new.mean[...], x.mean(0)))
+      True
+
+    Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, https://arxiv.org/abs/2105.07576.
+    """
+    copy = nnx.clone(model)
+    layers = [layer for _, layer in nnx.iter_modules(copy) if isinstance(layer, NNXRunning)]
+    ax.check_found("recalibrate_nnx", "a model with running statistics", bool(layers))
+    kept = [(layer.momentum, layer.count, layer.use_running_average) for layer in layers]
+    for layer in layers:
+        layer.momentum, layer.use_running_average = None, False
+        layer.mean[...] = jnp.zeros_like(layer.mean[...])
+        layer.var[...] = jnp.ones_like(layer.var[...])
+        layer.count = nnx.BatchStat(jnp.zeros(layer.mean[...].shape, jnp.int32))
+
+    @nnx.jit
+    def measure(model, batch):
+        call(model, batch)
+
+    seen = False
+    for batch in _shown(batches, progress):
+        measure(copy, batch)
+        seen = True
+    ax.check_found("recalibrate_nnx", "a batch", seen)
+    for layer, (momentum, count, mode) in zip(layers, kept, strict=True):
+        layer.momentum, layer.use_running_average = momentum, mode
+        layer.count = nnx.data(None) if count is None else layer.count
+    return copy
+
+
+def _merging(call, args, kwargs, context):
+    """Calls a module that keeps running statistics as if its momentum were None."""
+    module = context.module
+    if not isinstance(module, LinenRunning) or context.method_name != "__call__":
+        return call(*args, **kwargs)
+    momentum = module.momentum
+    object.__setattr__(module, "momentum", None)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        object.__setattr__(module, "momentum", momentum)
+
+
+def _restarted(stats):
+    """Returns statistics before any data, each with a count, and whether there are any."""
+    if not isinstance(stats, dict):
+        return stats, False
+    if {"mean", "var"} <= set(stats):
+        new = {"mean": jnp.zeros_like(stats["mean"]), "var": jnp.ones_like(stats["var"])}
+        return {**stats, **new, "count": jnp.zeros(new["mean"].shape, jnp.int32)}, True
+    parts = {name: _restarted(part) for name, part in stats.items()}
+    return {name: part for name, (part, _) in parts.items()}, any(f for _, f in parts.values())
+
+
+def _like(new, old):
+    """Returns the new statistics without what the old ones have not."""
+    if not isinstance(old, dict):
+        return new
+    return {name: _like(new[name], part) for name, part in old.items()}
+
+
+def _shown(batches, progress):
+    if not progress:
+        return batches
+    from rich.progress import track
+
+    return track(batches, description="recalibrating")
