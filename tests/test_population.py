@@ -116,7 +116,7 @@ def test_conventions_are_fresh_dicts_for_functions_and_modules():
     np.testing.assert_allclose(y, (xs - xs.mean(0)) / np.sqrt(xs.var(0) + 1e-3), atol=1e-5)
     normax.linen.BatchNorm(**normax.convention("torch", "batch_norm"))
     with pytest.raises(
-        ValueError, match="convention: expected library to be one of .* got 'mxnet'"
+        ValueError, match=r"convention: expected library to be one of .* got 'mxnet'"
     ):
         normax.convention("mxnet", "batch_norm")
 
