@@ -33,6 +33,8 @@ from normax.population import debias as debias
 from normax.population import mixed_batch_norm as mixed_batch_norm
 from normax.population import momentum_per_entry as momentum_per_entry
 from normax.population import population_norm as population_norm
+from normax.power import PowerState as PowerState
+from normax.power import power_norm as power_norm
 from normax.regularize import norm_constraint as norm_constraint
 from normax.regularize import norm_labels as norm_labels
 from normax.regularize import norm_penalty as norm_penalty

@@ -25,7 +25,7 @@ ROOMS = [
     ["standardize"],
     ["batch", "layer", "group", "weight", "regularize", "state", "length"],
     ["partial", "renorm", "ghost", "kalman", "switchable", "response", "evonorm", "adaptive"],
-    ["kernel", "operator", "segment", "trees", "population", "conventions"],
+    ["kernel", "operator", "segment", "trees", "population", "conventions", "power"],
     ["__init__"],
     ["options"],
     ["linen", "nnx"],
