@@ -298,3 +298,63 @@ def test_inference_needs_no_count():
     )
     y = norm.apply({"batch_stats": stats}, jnp.ones((4, 2)))
     np.testing.assert_allclose(y, jnp.full((4, 2), -2.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm", "RMSNorm", "InstanceNorm", "EvoNormB0"])
+def test_nnx_tabulates(name):
+    module = getattr(normax.nnx, name)(3, rngs=nnx.Rngs(0))
+    table = nnx.tabulate(module, jnp.ones((2, 4, 3)))
+    assert name in table
+
+
+def test_modules_made_alike_are_traced_once():
+    traced = []
+
+    @nnx.jit
+    def run(module, x):
+        traced.append(None)
+        return module(x)
+
+    for seed in range(3):
+        init = nnx.initializers.constant(2.0)
+        run(normax.nnx.LayerNorm(3, scale_init=init, rngs=nnx.Rngs(seed)), jnp.ones((2, 3)))
+    assert len(traced) == 1
+
+
+def test_a_wrapper_writes_nothing_where_no_state_moves():
+    class Layer(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(3, 2, rngs=rngs)
+            self.norm = normax.nnx.BatchNorm(2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.linear(x))
+
+    layer = normax.nnx.WeightNorm(Layer(nnx.Rngs(0)), rngs=nnx.Rngs(1))
+    layer.eval()
+    x = jax.random.normal(KEY, (4, 3))
+    np.testing.assert_allclose(jax.jit(lambda x: layer(x))(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_a_layer_can_freeze_its_statistics_and_its_parameters(library):
+    x = 5 + jax.random.normal(KEY, (8, 3))
+    frozen = {"freeze_stats": True, "freeze_affine": True}
+    if library == "linen":
+        norm = normax.linen.BatchNorm(use_running_average=False, **frozen)
+        variables = norm.init(KEY, x)
+
+        def run(params):
+            return norm.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+
+        y, new = run(variables["params"])
+        jax.tree.map(np.testing.assert_array_equal, new["batch_stats"], variables["batch_stats"])
+        grads = jax.grad(lambda params: run(params)[0].sum())(variables["params"])
+    else:
+        norm = normax.nnx.BatchNorm(3, **frozen, rngs=nnx.Rngs(0))
+        norm.train()
+        y = norm(x)
+        np.testing.assert_array_equal(norm.mean[...], jnp.zeros(3))
+        grads = nnx.grad(lambda norm: norm(x).sum())(norm)
+    np.testing.assert_allclose(y, x / np.sqrt(1 + 1e-5), rtol=1e-6)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads))

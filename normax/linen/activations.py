@@ -9,7 +9,7 @@ def parameters_of(module, x):
     """Returns the parameters of a module by name, those it uses."""
     return {
         name: module.param(name, init, shape, module.param_dtype)
-        for name, init, shape in module.parameters(module.feature_shape(x))
+        for name, init, shape in module._parameters(module._feature_shape(x))
     }
 
 
@@ -25,7 +25,7 @@ class Stateless(nn.Module):
           *args: what else the function takes by position, such as the ids of segments.
           mask: booleans that broadcast to `x.shape`; False entries read as absent.
         """
-        return self.normalize(x, parameters_of(self, x), *args, mask=mask)
+        return self._normalize(x, parameters_of(self, x), *args, mask=mask)
 
 
 class Running(nn.Module):
@@ -52,8 +52,8 @@ class Running(nn.Module):
         values = {name: variable.value for name, variable in state.items()}
         masked = {} if mask is None else {"mask": mask}
         if self.is_initializing() and training:
-            return self.normalize_first(x, parameters, values, *args, **masked)
-        y, new = self.normalize_and_remember(
+            return self._normalize_first(x, parameters, values, *args, **masked)
+        y, new = self._normalize_and_remember(
             x, parameters, values, *args, use_running_average=use_running_average, **masked
         )
         if training:
@@ -63,13 +63,13 @@ class Running(nn.Module):
 
     def _kept(self, x, training):
         """Returns the variables of the state by name."""
-        names = self.state_names(training)
+        names = self._state_names(training)
         there = [name for name in names if self.has_variable("batch_stats", name)]
         axes.check_all_or_none(type(self).__name__, "batch_stats", there, names)
         start = {}
         if not there:
-            key = self.make_rng("params") if self.needs_key() else None
-            start = self.create_state(key, self.feature_shape(x), self.stats_dtype(x))
+            key = self.make_rng("params") if self._needs_key() else None
+            start = self._create_state(key, self._feature_shape(x), self._stats_dtype(x))
         return {name: self.variable("batch_stats", name, start.get, name) for name in names}
 
 

@@ -44,16 +44,16 @@ class Weights(nn.Module):
     @nn.compact
     def __call__(self, *args, **kwargs):
         """Calls the layer with its weights normalized."""
-        return _call_with(self, self._normalize, *args, **kwargs)
+        return _call_with(self, self._normalize_at, *args, **kwargs)
 
-    def _normalize(self, name, value):
+    def _normalize_at(self, name, value):
         if self.variable_filter and not any(part in name for part in self.variable_filter):
             return value
         scale = None
         if self.use_scale:
-            shape = self.scale_shape(value)
+            shape = self._scale_shape(value)
             scale = self.param(f"{name}/scale", self.scale_init, shape, self.param_dtype)
-        return self.normalize(value, scale)
+        return self._normalize(value, scale)
 
 
 @options.documented
@@ -166,20 +166,20 @@ class SpectralNorm(options.SpectralNormOptions, nn.Module):
         """
 
         def normalize(name, value):
-            return self._normalize(name, value, update_stats)
+            return self._normalize_at(name, value, update_stats)
 
         return _call_with(self, normalize, *args, mutable=True, **kwargs)
 
-    def _normalize(self, name, value, update_stats):
-        if not self.applies_to(value):
+    def _normalize_at(self, name, value, update_stats):
+        if not self._applies_to(value):
             return value
         where = self.collection_name
         start = None
         if not self.has_variable(where, f"{name}/u"):
-            start = self.create_state(self.make_rng("params"), value)
+            start = self._create_state(self.make_rng("params"), value)
         u = self.variable(where, f"{name}/u", getattr, start, "u")
         sigma = self.variable(where, f"{name}/sigma", getattr, start, "sigma")
-        weight, new = self.normalize(value, u.value, sigma.value)
+        weight, new = self._normalize(value, u.value, sigma.value)
         if update_stats:
             u.value, sigma.value = new
         return weight

@@ -25,7 +25,7 @@ class Stateless(Promoting):
       scale_metadata: metadata of the scale.
     """
 
-    normalize: Any
+    _normalize: Any
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Stateless(Promoting):
           *args: what else the function takes by position, such as the ids of segments.
           mask: booleans that broadcast to `x.shape`; False entries read as absent.
         """
-        return self.normalize(x, parameters_of(self), *args, mask=mask)
+        return self._normalize(x, parameters_of(self), *args, mask=mask)
 
 
 class Running(Stateless):
@@ -61,9 +61,9 @@ class Running(Stateless):
         super().__init__(
             num_features, use_running_average=use_running_average, rngs=rngs, **options
         )
-        key = rngs.params() if self.needs_key() else None
-        start = self.create_state(key, axes.feature_shape(num_features), self.stats_dtype())
-        kept = self.state_names()
+        key = rngs.params() if self._needs_key() else None
+        start = self._create_state(key, axes.feature_shape(num_features), self._stats_dtype())
+        kept = self._state_names()
         for name in ("mean", "var", "count", "steps"):
             setattr(self, name, nnx.BatchStat(start[name]) if name in kept else nnx.data(None))
 
@@ -83,9 +83,9 @@ class Running(Stateless):
             self.use_running_average,
             error_msg=_NO_MODE.format(type(self).__name__),
         )
-        state = {name: getattr(self, name)[...] for name in self.state_names()}
+        state = {name: getattr(self, name)[...] for name in self._state_names()}
         masked = {} if mask is None else {"mask": mask}
-        y, new = self.normalize_and_remember(
+        y, new = self._normalize_and_remember(
             x,
             parameters_of(self),
             state,
@@ -222,7 +222,7 @@ class GroupNorm(Stateless, options.GroupNormOptions, nnx.Module):
         super().__init__(
             num_features, num_groups=num_groups, group_size=group_size, rngs=rngs, **options
         )
-        self.check_features(num_features)
+        self._check_features(num_features)
 
 
 @signed

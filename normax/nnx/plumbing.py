@@ -36,6 +36,9 @@ def signed(module):
     @functools.wraps(construct)
     def __init__(self, *args, **kwargs):
         construct(self, *args, **kwargs)
+        # They have done their work; kept, two modules with initializers of their own would differ.
+        for name in [name for name in vars(self) if name.endswith("_init")]:
+            delattr(self, name)
 
     vars(__init__)["__signature__"] = inspect.Signature([*positional, *keywords])
     module.__init__ = __init__
@@ -50,20 +53,20 @@ class Promoting(options.Output):
 
     promote_dtype = staticmethod(dtypes.promote_dtype)
 
-    def output_dtype(self, x, *params):
+    def _output_dtype(self, x, *params):
         """Returns the dtype of the output, by Flax's rule for what was promoted."""
         with jax.numpy_dtype_promotion("standard"):
             promoted = jax.eval_shape(
                 lambda values: self.promote_dtype(values, dtype=self.dtype), (x, *params)
             )
-        return super().output_dtype(*promoted)
+        return super()._output_dtype(*promoted)
 
 
 def create_parameters(module, features, rngs, metadata):
     """Gives a module its parameters; None for one it does not use."""
     for name in module.learned:
         setattr(module, name, nnx.data(None))
-    for name, init, shape in module.parameters(features):
+    for name, init, shape in module._parameters(features):
         value = init(rngs.params(), shape, module.param_dtype)
         setattr(module, name, nnx.Param(value, **metadata.get(name, NO_METADATA)))
 

@@ -12,15 +12,25 @@ def _call(layer, values, *args, **kwargs):
     """Calls a layer as if its weights had other values, given by their path.
 
     It is a copy that gets them: the parameters themselves are what the optimizer moves, and may
-    be out of reach of the trace that calls. Other state of the layer moves as it would.
+    be out of reach of the trace that calls. Other state of the layer moves as it would, and where
+    none does nothing is written.
     """
     copy = nnx.clone(layer)
     for path, param in _parameters(copy):
         if path in values:
             param.set_value(values[path])
+    before = _others(copy)
     out = copy(*args, **kwargs)
-    nnx.update(layer, nnx.state(copy, nnx.Not(nnx.Param)))
+    moved = {path: value for path, value in _others(copy).items() if value is not before.get(path)}
+    if moved:
+        nnx.update(layer, nnx.from_flat_state(moved))
     return out
+
+
+def _others(layer):
+    """Returns the values of a layer that are no parameters, by their path."""
+    flat = nnx.to_flat_state(nnx.state(layer, nnx.Not(nnx.Param)))
+    return {path: variable[...] for path, variable in flat}
 
 
 def _parameters(layer):
@@ -47,7 +57,7 @@ class Weights(Promoting):
       rngs: random keys for the scales.
     """
 
-    normalize: Any
+    _normalize: Any
 
     def __init__(
         self,
@@ -69,7 +79,7 @@ class Weights(Promoting):
 
     def __call__(self, x, *args, **kwargs):
         """Calls the layer with its weights normalized."""
-        values = {path: self._normalize(path, param) for path, param in self._weights()}
+        values = {path: self._normalize_at(path, param) for path, param in self._weights()}
         return _call(self.layer_instance, values, x, *args, **kwargs)
 
     def _weights(self):
@@ -77,11 +87,11 @@ class Weights(Promoting):
         return [(path, param) for path, param in params if self.variable_filter(path, param)]
 
     def _create_scale(self, rngs, param):
-        return nnx.Param(self.scale_init(rngs.params(), self.scale_shape(param), self.param_dtype))
+        return nnx.Param(self.scale_init(rngs.params(), self._scale_shape(param), self.param_dtype))
 
-    def _normalize(self, path, param):
+    def _normalize_at(self, path, param):
         scale = _of(self.scales, path, param, type(self).__name__)[...] if self.use_scale else None
-        return self.normalize(param[...], scale)
+        return self._normalize(param[...], scale)
 
 
 @signed
@@ -190,7 +200,7 @@ class SpectralNorm(options.SpectralNormOptions, nnx.Module):
         self.set_view(not update_stats)
         state = {}
         for path, param in self._weights():
-            start = self.create_state(rngs.params(), param)
+            start = self._create_state(rngs.params(), param)
             state[(*path, "u")] = nnx.BatchStat(start.u)
             state[(*path, "sigma")] = nnx.BatchStat(start.sigma)
         self.batch_stats = nnx.data(state)
@@ -200,7 +210,7 @@ class SpectralNorm(options.SpectralNormOptions, nnx.Module):
         # model.train() and model.eval() set use_running_average, which is the opposite.
         update_stats = not self.use_running_average if update_stats is None else update_stats
         values = {
-            path: self._normalize(path, param, update_stats) for path, param in self._weights()
+            path: self._normalize_at(path, param, update_stats) for path, param in self._weights()
         }
         return _call(self.layer_instance, values, x, **kwargs)
 
@@ -215,12 +225,12 @@ class SpectralNorm(options.SpectralNormOptions, nnx.Module):
 
     def _weights(self):
         params = _parameters(self.layer_instance)
-        return [(path, param) for path, param in params if self.applies_to(param)]
+        return [(path, param) for path, param in params if self._applies_to(param)]
 
-    def _normalize(self, path, param, update_stats):
+    def _normalize_at(self, path, param, update_stats):
         u = _of(self.batch_stats, (*path, "u"), param, "SpectralNorm")
         sigma = _of(self.batch_stats, (*path, "sigma"), param, "SpectralNorm")
-        weight, new = self.normalize(param[...], u[...], sigma[...])
+        weight, new = self._normalize(param[...], u[...], sigma[...])
         if update_stats:
             u[...], sigma[...] = new
         return weight

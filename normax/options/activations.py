@@ -31,12 +31,12 @@ class BatchNormOptions(RunningNormalizer, Pooled, Affine):
       epsilon_on: add epsilon to the "variance", inside the root, or to the "deviation".
     """
 
-    function = staticmethod(batch_norm)
+    _function = staticmethod(batch_norm)
     epsilon: float = 1e-5
     unbiased: bool = False
     epsilon_on: str = "variance"
 
-    def normalize_first(self, x, parameters, state, *args, mask=None):
+    def _normalize_first(self, x, parameters, state, *args, mask=None):
         """Returns the input normalized by its own statistics, on this device, and keeps none."""
         y, _ = normalize_batch(
             x,
@@ -44,7 +44,7 @@ class BatchNormOptions(RunningNormalizer, Pooled, Affine):
             feature_axes=self.axis,
             epsilon=self.epsilon,
             mask=mask,
-            dtype=self.output_dtype(x, *parameters.values()),
+            dtype=self._output_dtype(x, *parameters.values()),
             epsilon_on=self.epsilon_on,
         )
         return y
@@ -54,7 +54,7 @@ class BatchNormOptions(RunningNormalizer, Pooled, Affine):
 class LayerNormOptions(Normalizer, Pooled, LayerAxes, Affine):
     """What a `LayerNorm` is."""
 
-    function = staticmethod(layer_norm)
+    _function = staticmethod(layer_norm)
 
 
 @options
@@ -66,13 +66,13 @@ class RMSNormOptions(Normalizer, Pooled, LayerAxes, Scaled):
         for checkpoints that hold the scale less one.
     """
 
-    function = staticmethod(rms_norm)
+    _function = staticmethod(rms_norm)
     learned: ClassVar[tuple[str, ...]] = ("scale",)
     scale_offset: float = 0.0
 
-    def parameters(self, features):
+    def _parameters(self, features):
         """Yields the scale, less what is added to it."""
-        for name, init, shape in super().parameters(features):
+        for name, init, shape in super()._parameters(features):
             yield name, (shifted(init, -self.scale_offset) if self.scale_offset else init), shape
 
 
@@ -84,10 +84,10 @@ class GroupNormOptions(Normalizer, Pooled, GroupAxes, Affine, Groups):
       feature_axes: the one axis of features.
     """
 
-    function = staticmethod(group_norm)
+    _function = staticmethod(group_norm)
     feature_axes: ax.Axes = -1
 
-    def check_features(self, features):
+    def _check_features(self, features):
         """Refuses groups that `features` cannot be split into."""
         ax.group_count("GroupNorm", features, self.num_groups, self.group_size)
 
@@ -96,4 +96,4 @@ class GroupNormOptions(Normalizer, Pooled, GroupAxes, Affine, Groups):
 class InstanceNormOptions(Normalizer, Pooled, FeatureAxes, Affine):
     """What an `InstanceNorm` is."""
 
-    function = staticmethod(instance_norm)
+    _function = staticmethod(instance_norm)

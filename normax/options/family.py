@@ -42,7 +42,7 @@ class BatchRenormOptions(RunningNormalizer, Devices, Affine):
       d_max: largest correction of the mean, likewise.
     """
 
-    function = staticmethod(batch_renorm)
+    _function = staticmethod(batch_renorm)
     scheduled: ClassVar[tuple[str, ...]] = ("momentum", "r_max", "d_max")
     epsilon: float = 1e-3
     r_max: Any = 3.0
@@ -59,7 +59,7 @@ class GhostBatchNormOptions(RunningNormalizer, Affine):
       unbiased: remember the variance times n / (n - 1), as PyTorch does.
     """
 
-    function = staticmethod(ghost_batch_norm)
+    _function = staticmethod(ghost_batch_norm)
     epsilon: float = 1e-5
     ghost_size: int = 128
     axis_name: Any = None
@@ -75,7 +75,7 @@ class MeanOnlyBatchNormOptions(RunningNormalizer, Devices, Output):
       bias_init: initializer of the bias.
     """
 
-    function = staticmethod(mean_only_batch_norm)
+    _function = staticmethod(mean_only_batch_norm)
     learned: ClassVar[tuple[str, ...]] = ("bias",)
     use_bias: bool = True
     bias_init: Initializer = initializers.zeros
@@ -89,7 +89,7 @@ class VarianceOnlyBatchNormOptions(RunningNormalizer, Devices, Affine):
       unbiased: remember the variance times n / (n - 1), as PyTorch does.
     """
 
-    function = staticmethod(variance_only_batch_norm)
+    _function = staticmethod(variance_only_batch_norm)
     epsilon: float = 1e-5
     unbiased: bool = False
 
@@ -105,7 +105,7 @@ class SwitchableNormOptions(RunningNormalizer, Devices, Affine):
         features.
     """
 
-    function = staticmethod(switchable_norm)
+    _function = staticmethod(switchable_norm)
     learned: ClassVar[tuple[str, ...]] = ("scale", "bias", "mean_weights", "var_weights")
     epsilon: float = 1e-5
     momentum: Any = 0.9
@@ -113,9 +113,9 @@ class SwitchableNormOptions(RunningNormalizer, Devices, Affine):
     var_weights_init: Initializer = initializers.ones
     num_statistics: int = 3
 
-    def parameters(self, features):
+    def _parameters(self, features):
         """Yields the parameters; logits there are one for each kind of statistics."""
-        for name, init, shape in super().parameters(features):
+        for name, init, shape in super()._parameters(features):
             yield name, init, (self.num_statistics,) if name.endswith("_weights") else shape
 
 
@@ -129,7 +129,7 @@ class KalmanBatchNormOptions(RunningNormalizer, Devices, Affine):
       largest_ratio: the ratio of variances from which on the prior is left out.
     """
 
-    function = staticmethod(kalman_batch_norm)
+    _function = staticmethod(kalman_batch_norm)
     scheduled: ClassVar[tuple[str, ...]] = ("momentum", "prior_weight")
     epsilon: float = 1e-5
     momentum: Any = 0.9
@@ -146,16 +146,16 @@ class DomainBatchNormOptions(RunningNormalizer, Affine):
       unbiased: remember the variance times n / (n - 1), as PyTorch does.
     """
 
-    function = staticmethod(domain_batch_norm)
+    _function = staticmethod(domain_batch_norm)
     epsilon: float = 1e-5
     num_domains: int = 2
     unbiased: bool = False
 
-    def stats_shape(self, features):
+    def _stats_shape(self, features):
         """Returns the shape of the running statistics: a row for each domain."""
         return (self.num_domains, *features)
 
-    def axes_passed_on(self):
+    def _axes_passed_on(self):
         """Returns nothing: the features are last."""
         ax.check_choice("DomainBatchNorm", "axis", self.axis, (-1,))
         return {}
@@ -178,7 +178,7 @@ class Sloped(Output):
 class EvoNormB0Options(RunningNormalizer, Devices, Affine, Sloped):
     """What an `EvoNormB0` is."""
 
-    function = staticmethod(evonorm_b0)
+    _function = staticmethod(evonorm_b0)
     learned: ClassVar[tuple[str, ...]] = ("scale", "bias", "slope")
     epsilon: float = 1e-5
     momentum: Any = 0.9
@@ -188,7 +188,7 @@ class EvoNormB0Options(RunningNormalizer, Devices, Affine, Sloped):
 class EvoNormS0Options(Normalizer, FeatureAxes, Affine, Sloped, Groups):
     """What an `EvoNormS0` is."""
 
-    function = staticmethod(evonorm_s0)
+    _function = staticmethod(evonorm_s0)
     learned: ClassVar[tuple[str, ...]] = ("scale", "bias", "slope")
     epsilon: float = 1e-5
 
@@ -205,7 +205,7 @@ class FilterResponseNormOptions(Normalizer, Devices, FeatureAxes, Affine):
       learned_epsilon_init: initializer of that number.
     """
 
-    function = staticmethod(filter_response_norm)
+    _function = staticmethod(filter_response_norm)
     learned: ClassVar[tuple[str, ...]] = ("scale", "bias", "threshold", "learned_epsilon")
     use_threshold: bool = True
     use_learned_epsilon: bool = False
@@ -217,7 +217,7 @@ class FilterResponseNormOptions(Normalizer, Devices, FeatureAxes, Affine):
 class GlobalResponseNormOptions(Normalizer, FeatureAxes, Affine):
     """What a `GlobalResponseNorm` is: the identity, before training."""
 
-    function = staticmethod(global_response_norm)
+    _function = staticmethod(global_response_norm)
     scale_init: Initializer = initializers.zeros
 
 
@@ -232,7 +232,7 @@ class LocalResponseNormOptions(Normalizer, FeatureAxes, Output):
       k: added inside the power.
     """
 
-    function = staticmethod(local_response_norm)
+    _function = staticmethod(local_response_norm)
     learned: ClassVar[tuple[str, ...]] = ()
     size: int = 5
     alpha: float = 1e-4
@@ -248,7 +248,7 @@ class DivisiveNormOptions(Normalizer, FeatureAxes, Affine):
       window: length of the window along each axis after the first.
     """
 
-    function = staticmethod(divisive_norm)
+    _function = staticmethod(divisive_norm)
     epsilon: float = 1.0
     window: tuple[int, ...] = ()
 
@@ -263,17 +263,13 @@ class L2NormOptions(Normalizer, Output):
       scale_init: initializer of the scale.
     """
 
-    function = staticmethod(l2_norm)
+    _function = staticmethod(l2_norm)
     learned: ClassVar[tuple[str, ...]] = ("scale",)
     scalars: ClassVar[tuple[str, ...]] = ("scale",)
     epsilon: float = 1e-12
     reduction_axes: ax.Axes = -1
     use_scale: bool = True
     scale_init: Initializer = initializers.ones
-
-    def feature_shape(self, x):
-        """Returns the shape of the parameters: none has the features'."""
-        return ()
 
 
 @options
@@ -284,7 +280,7 @@ class DynamicTanhOptions(Normalizer, FeatureAxes, Affine):
       alpha_init: initializer of the slope, one number for all.
     """
 
-    function = staticmethod(dynamic_tanh)
+    _function = staticmethod(dynamic_tanh)
     learned: ClassVar[tuple[str, ...]] = ("scale", "bias", "alpha")
     scalars: ClassVar[tuple[str, ...]] = ("alpha",)
     alpha_init: Initializer = initializers.constant(0.5)
@@ -300,7 +296,7 @@ class SegmentNormOptions(Normalizer, FeatureAxes, Affine):
       mean_scale_init: initializer of that scale.
     """
 
-    function = staticmethod(segment_norm)
+    _function = staticmethod(segment_norm)
     learned: ClassVar[tuple[str, ...]] = ("scale", "bias", "mean_scale")
     epsilon: float = 1e-5
     num_segments: int = 1

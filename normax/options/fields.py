@@ -5,6 +5,7 @@ import functools
 import inspect
 from typing import Any, ClassVar, dataclass_transform
 
+import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
@@ -45,48 +46,57 @@ class Output:
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
-    def output_dtype(self, x, *params):
+    def _output_dtype(self, x, *params):
         """Returns the dtype of the output, by Flax's rule."""
         return ax.result_dtype(self.dtype, x, *params)
 
 
+@options
 class Normalizer(Output):
     """Calls a pure function with the options it takes; a subclass says which function.
 
-    `function` is the pure one; every option that is also a parameter of it is passed on under its
+    `_function` is the pure one; every option that is also a parameter of it is passed on under its
     own name. A learned parameter `p` has an option `p_init`, and may have a switch `use_p`.
+
+    Args:
+      freeze_affine: let no gradient reach the parameters, for fine-tuning.
     """
 
-    function: ClassVar[Any]
+    _function: ClassVar[Any]
     learned: ClassVar[tuple[str, ...]] = ("scale", "bias")
     scalars: ClassVar[tuple[str, ...]] = ()
-    feature_axes: ax.Axes
+    freeze_affine: bool = False
 
-    def feature_shape(self, x):
+    def _feature_shape(self, x):
         """Returns the shape of the parameters."""
-        return ax.shape_along(type(self).__name__, "feature_axes", self.feature_axes, x)
+        axes = getattr(self, "feature_axes", ())
+        return ax.shape_along(type(self).__name__, "feature_axes", axes, x)
 
-    def parameters(self, features):
+    def _parameters(self, features):
         """Yields name, initializer and shape of each parameter in use; `features` is theirs."""
         for name in self.learned:
             if getattr(self, f"use_{name}", True):
                 yield name, getattr(self, f"{name}_init"), () if name in self.scalars else features
 
-    def passed_on(self, function, *, but=()):
+    def _given(self, parameters):
+        """Returns the parameters as the function is given them."""
+        return jax.lax.stop_gradient(parameters) if self.freeze_affine else parameters
+
+    def _passed_on(self, function, *, but=()):
         """Returns the options that a function takes, by name; the dtype is for the caller."""
         names = _shared(function, type(self)) - {"dtype", *but}
         return {name: getattr(self, name) for name in names}
 
-    def normalize(self, x, parameters, *args, mask=None):
+    def _normalize(self, x, parameters, *args, mask=None):
         """Returns the normalized input, given the parameters by name."""
         masked = {} if mask is None else {"mask": mask}
-        return self.function(
+        return self._function(
             x,
             *args,
-            **parameters,
+            **self._given(parameters),
             **masked,
-            dtype=self.output_dtype(x, *parameters.values()),
-            **self.passed_on(self.function),
+            dtype=self._output_dtype(x, *parameters.values()),
+            **self._passed_on(self._function),
         )
 
 

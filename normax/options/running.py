@@ -20,81 +20,85 @@ class RunningNormalizer(Normalizer, Running):
       var_init: initializer of the running variance.
       nonfinite: "skip" leaves the running statistics of a feature as they were where those of the
         batch are not finite; "keep" lets NaN and inf in.
+      freeze_stats: use the running statistics and leave them, whatever the mode, for fine-tuning.
     """
 
     scheduled: ClassVar[tuple[str, ...]] = ("momentum",)
     mean_init: Initializer = initializers.zeros
     var_init: Initializer = initializers.ones
     nonfinite: str = "skip"
+    freeze_stats: bool = False
 
-    def feature_shape(self, x):
+    def _feature_shape(self, x):
         """Returns the shape of the parameters and statistics."""
         return ax.shape_along(type(self).__name__, "axis", self.axis, x)
 
-    def stats_shape(self, features):
+    def _stats_shape(self, features):
         """Returns the shape of the running statistics."""
         return features
 
-    def stats_dtype(self, x=None):
+    def _stats_dtype(self, x=None):
         """Returns the dtype of the running mean: float32 at least, whatever the input."""
         if not getattr(self, "force_float32_reductions", True):
             return self.param_dtype
         return ax.result_dtype(None, *(d for d in (jnp.float32, x, self.dtype) if d is not None))
 
-    def state_names(self, training=True):
+    def _state_names(self, training=True):
         """Returns what is kept; inference needs neither count nor steps."""
         counted = ("count",) if training and self.momentum is None else ()
         stepped = ("steps",) if training and self._has_schedule() else ()
         return ("mean", "var", *counted, *stepped)
 
-    def create_state(self, key, features, dtype):
+    def _create_state(self, key, features, dtype):
         """Returns the state before any data, by name."""
-        shape = self.stats_shape(features)
+        shape = self._stats_shape(features)
         keys = (None, None) if key is None else jax.random.split(key)
         mean = self.mean_init(keys[0], shape, dtype)
         var = self.var_init(keys[1], shape, ax.real_dtype(dtype))
         count, steps = jnp.zeros(shape, jnp.int32), jnp.zeros((), jnp.int32)
         return {"mean": mean, "var": var, "count": count, "steps": steps}
 
-    def needs_key(self):
+    def _needs_key(self):
         """Returns whether the running statistics start anywhere but at 0 and 1."""
         return self.mean_init is not initializers.zeros or self.var_init is not initializers.ones
 
-    def normalize_first(self, x, parameters, state, *args, mask=None):
+    def _normalize_first(self, x, parameters, state, *args, mask=None):
         """Returns what initialization gives: inference, which needs one value and no device."""
-        out, _ = self.normalize_and_remember(
+        out, _ = self._normalize_and_remember(
             x, parameters, state, *args, use_running_average=True, mask=mask
         )
         return out
 
-    def normalize_and_remember(
+    def _normalize_and_remember(
         self, x, parameters, state, *args, use_running_average, mask=None
     ) -> tuple[Any, dict]:
         """Returns the normalized input and the new state by name."""
         count = state.get("count")
         if count is None:
             count = jnp.zeros(jnp.shape(state["mean"]), jnp.int32)
-        options = self.passed_on(self.function, but=("use_running_average", *self.scheduled))
+        use_running_average = use_running_average or self.freeze_stats
+        options = self._passed_on(self._function, but=("use_running_average", *self.scheduled))
         steps = state.get("steps", 0)
         for name in self.scheduled:
             value = getattr(self, name)
             options[name] = value(steps) if callable(value) else value
         if mask is not None:
             options["mask"] = mask
-        y, stats, *rest = self.function(
+        y, stats, *rest = self._function(
             x,
             RunningStats(state["mean"], state["var"], count),
             *args,
-            **parameters,
+            **self._given(parameters),
             use_running_average=use_running_average,
-            dtype=self.output_dtype(x, *parameters.values()),
-            **self.axes_passed_on(),
+            dtype=self._output_dtype(x, *parameters.values()),
+            **self._axes_passed_on(),
             **options,
         )
-        new = {**stats._asdict(), "steps": jnp.asarray(steps, jnp.int32) + 1}
+        taken = 0 if use_running_average else 1
+        new = {**stats._asdict(), "steps": jnp.asarray(steps, jnp.int32) + taken}
         return (y, *rest) if rest else y, new
 
-    def axes_passed_on(self):
+    def _axes_passed_on(self):
         """Returns how the function calls the axis option."""
         return {"feature_axes": self.axis}
 

@@ -21,22 +21,22 @@ class WeightsOptions(Scaled, Wrapper):
         outputs, and for stacked layers that of the stack.
     """
 
-    function: ClassVar[Any]
+    _function: ClassVar[Any]
     feature_axes: ax.Axes | None = -1
 
-    def scale_shape(self, value):
+    def _scale_shape(self, value):
         """Returns the shape of the scale of a weight."""
         axes = () if self.feature_axes is None else self.feature_axes
         return ax.shape_along(type(self).__name__, "feature_axes", axes, value)
 
-    def normalize(self, value, scale):
+    def _normalize(self, value, scale):
         """Returns the weight normalized, and scaled."""
-        return self.function(
+        return self._function(
             value,
             scale,
             feature_axes=self.feature_axes,
             epsilon=self.epsilon,
-            dtype=self.output_dtype(value, scale),
+            dtype=self._output_dtype(value, scale),
         )
 
 
@@ -44,7 +44,7 @@ class WeightsOptions(Scaled, Wrapper):
 class WeightNormOptions(WeightsOptions):
     """What a `WeightNorm` is; with `feature_axes=None` the whole weight has one length."""
 
-    function = staticmethod(weight_norm)
+    _function = staticmethod(weight_norm)
     epsilon: float = 1e-12
 
 
@@ -52,7 +52,7 @@ class WeightNormOptions(WeightsOptions):
 class CenteredWeightNormOptions(WeightsOptions):
     """What a `CenteredWeightNorm` is."""
 
-    function = staticmethod(centered_weight_norm)
+    _function = staticmethod(centered_weight_norm)
     epsilon: float = 1e-5
 
 
@@ -60,7 +60,7 @@ class CenteredWeightNormOptions(WeightsOptions):
 class WeightStandardizationOptions(WeightsOptions):
     """What a `WeightStandardization` is."""
 
-    function = staticmethod(weight_standardization)
+    _function = staticmethod(weight_standardization)
     epsilon: float = 1e-5
     use_scale: bool = False
 
@@ -69,7 +69,7 @@ class WeightStandardizationOptions(WeightsOptions):
 class ScaledWeightStandardizationOptions(WeightsOptions):
     """What a `ScaledWeightStandardization` is."""
 
-    function = staticmethod(scaled_weight_standardization)
+    _function = staticmethod(scaled_weight_standardization)
     epsilon: float = 1e-4
 
 
@@ -86,20 +86,20 @@ class SpectralNormOptions(Output, PowerIteration):
     error_on_non_matrix: bool = False
     collection_name: str = "batch_stats"
 
-    def applies_to(self, value):
+    def _applies_to(self, value):
         """Returns whether a parameter is a weight to normalize."""
         return self.n_steps > 0 and ax.is_weight(value, self.error_on_non_matrix)
 
-    def create_state(self, key, value):
+    def _create_state(self, key, value):
         """Returns the iteration's state before any."""
         return SpectralState.create(key, value.shape[-1], self.param_dtype)
 
-    def normalize(self, value, u, sigma):
+    def _normalize(self, value, u, sigma):
         """Returns the weight over its largest singular value, and the iteration's state."""
         return spectral_norm(
             value,
             SpectralState(u, sigma),
             n_steps=self.n_steps,
             epsilon=self.epsilon,
-            dtype=self.output_dtype(value, u),
+            dtype=self._output_dtype(value, u),
         )
