@@ -157,6 +157,13 @@ def check_like(name: str, label: str, value: Any, like: Any) -> None:
         )
 
 
+def check_structure(name: str, label: str, value: Any, like: Any) -> None:
+    """Refuses containers of other types than those of `like`."""
+    ours, expected = (jax.tree.structure(tree) for tree in (value, like))
+    if ours != expected:
+        raise TypeError(f"{name}: expected {label} of the structure {expected}, got {ours}")
+
+
 def check_values(name: str, label: str, value: Any, not_negative: bool) -> None:
     """Refuses numbers that are not finite, or negative where that means nothing."""
     if jnp.issubdtype(jnp.result_type(value), jnp.number):

@@ -8,16 +8,23 @@ from typing import Any
 import jax
 import optax
 
+# What some normalizers learn beside a scale and a bias.
+FURTHER = (
+    *("slope", "threshold", "learned_epsilon", "alpha"),
+    *("mean_scale", "mean_weights", "var_weights"),
+)
+
 Function = Callable[[jax.Array], jax.Array]
 
 
 def norm_labels(params: Any) -> Any:
-    """Labels each parameter: "scale" or "bias" of a normalizer, or "other".
+    """Labels each parameter: "scale", "bias" or another one ("norm") of a normalizer, or "other".
 
-    A normalizer is told by what it holds: nothing but a scale, a bias, or both; so the bias of a
-    Dense or Conv, which has a kernel beside it, is "other", and a module that has a parameter named
-    bias and no other passes for one. The lengths of weight normalization are
-    "scale". For `optax.masked`, `optax.multi_transform`, or to keep weight decay off them.
+    A normalizer is told by what it holds: a scale, a bias, or both, and nothing but what
+    normalizers have; so the bias of a Dense or Conv, which has a kernel beside it, is "other", and
+    a module that has a parameter named bias and no other passes for one. The lengths of weight
+    normalization are "scale"; the threshold of a filter response norm is "norm". For
+    `optax.masked`, `optax.multi_transform`, or to keep weight decay off them.
 
     Args:
       params: parameters of a linen or nnx model, a nested dict or `nnx.State`.
@@ -34,7 +41,9 @@ def norm_labels(params: Any) -> Any:
       {'bias': 'other', 'kernel': 'other'}
     """
     siblings: dict[tuple, set] = {}
-    for path, _ in jax.tree.leaves_with_path(params):
+    # What optax has masked is no leaf, but it is there: a kernel tells what its bias is of.
+    masked = lambda value: isinstance(value, optax.MaskedNode)  # noqa: E731
+    for path, _ in jax.tree.leaves_with_path(params, is_leaf=masked):
         *parent, name = names_of(path)
         siblings.setdefault(tuple(parent), set()).add(name)
 
@@ -43,7 +52,10 @@ def norm_labels(params: Any) -> Any:
         # linen names a weight's lengths `Dense_0/kernel/scale`; nnx keeps them under `scales`.
         if name.endswith("/scale") or parent[-1:] == ["scales"]:
             return "scale"
-        return name if siblings[tuple(parent)] <= {"scale", "bias"} else "other"
+        beside = siblings[tuple(parent)]
+        if not beside & {"scale", "bias"} or not beside <= {"scale", "bias", *FURTHER}:
+            return "other"
+        return name if name in ("scale", "bias") else "norm"
 
     return jax.tree.map_with_path(label, params)
 

@@ -1,6 +1,5 @@
 """Jitted train and eval steps for models with running statistics, linen and nnx alike."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from flax import linen, nnx
 from jax.typing import DTypeLike
 
 from normax import axes as ax
+from normax.bind import LinenBinding, NNXBinding, check_structure
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -117,7 +117,7 @@ class TrainState(flax.struct.PyTreeNode):
         It is donated at each step: nothing in it may be the caller's, or be in it twice.
         """
         opt_state, step = tx.init(params), jnp.zeros((), jnp.int32)
-        trees = jax.tree.map(jnp.copy, (params, model_state, opt_state, key))
+        trees = jax.tree.map(_own, (params, model_state, opt_state, key))
         return cls(step, *trees, bind=bind, tx=tx)
 
     @property
@@ -136,7 +136,8 @@ class TrainState(flax.struct.PyTreeNode):
     def model(self) -> Any:
         """The nnx model, with the variables of this state."""
         self._made_by("from_nnx", NNXBinding, "model")
-        return self.bind.merge(self.params, self.model_state)
+        # The arrays of the state are gone with the next step.
+        return self.bind.merge(*jax.tree.map(_own, (self.params, self.model_state)))
 
     def _made_by(self, maker, kind, name):
         if not isinstance(self.bind, kind):
@@ -146,109 +147,10 @@ class TrainState(flax.struct.PyTreeNode):
             )
 
 
-class LinenBinding:
-    """Binds variables to a linen model; equal where the model is the same one."""
-
-    def __init__(self, model: linen.Module, rngs: tuple[str, ...]):
-        self.model, self.rngs = model, rngs
-
-    def __eq__(self, other):
-        same = isinstance(other, LinenBinding) and self.model is other.model
-        return same and self.rngs == other.rngs
-
-    def __hash__(self):
-        return hash((id(self.model), self.rngs))
-
-    def __call__(self, params, model_state, key, *, train, dtype):
-        """Returns the model with its variables."""
-        return BoundLinen(self, params, model_state, key, train, dtype)
-
-
-class BoundLinen:
-    """A linen model with its variables: call it as the model; each call moves `model_state`."""
-
-    def __init__(self, binding, params, model_state, key, train, dtype):
-        self.binding, self.params, self.model_state = binding, params, model_state
-        self.key, self.train, self.dtype = key, train, dtype
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Applies the model."""
-        args, kwargs = cast((args, kwargs), self.dtype)
-        variables = {"params": cast(self.params, self.dtype), **self.model_state}
-        self.key, *keys = jax.random.split(self.key, len(self.binding.rngs) + 1)
-        if self.train:
-            kwargs["rngs"] = dict(zip(self.binding.rngs, keys, strict=True))
-            kwargs["mutable"] = list(self.model_state)
-        out = self.binding.model.apply(variables, *args, **kwargs)
-        if self.train:
-            out, updates = out
-            for name, new in updates.items():
-                _check_structure(name, self.model_state[name], new)
-            self.model_state = {**self.model_state, **updates}
-        return cast_back(out, self.dtype)
-
-
-def _check_structure(name, old, new):
-    """Refuses a collection that grows, as one that is sown into does: a state cannot."""
-    if jax.tree.structure(old) != jax.tree.structure(new):
-        raise ValueError(
-            f"train_step: expected the collection {name!r} to keep its structure, got "
-            f"{jax.tree.structure(new)} for {jax.tree.structure(old)}; sow what is no state into "
-            "'intermediates'"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class NNXBinding:
-    """Binds variables to an nnx model."""
-
-    graph: Any
-
-    def merge(self, params, model_state):
-        """Returns a model with these variables."""
-        return nnx.merge(self.graph, params, model_state, copy=True)
-
-    def __call__(self, params, model_state, key, *, train, dtype):
-        """Returns the model with its variables, in training or inference."""
-        model = self.merge(cast(params, dtype), model_state)
-        model.train() if train else model.eval()
-        return BoundNNX(model, dtype)
-
-
-class BoundNNX:
-    """An nnx model with its variables: call it, or use its attributes, as the model."""
-
-    def __init__(self, model, dtype):
-        self._model, self._dtype = model, dtype
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Applies the model."""
-        args, kwargs = cast((args, kwargs), self._dtype)
-        return cast_back(self._model(*args, **kwargs), self._dtype)
-
-    def __getattr__(self, name):
-        return getattr(self._model, name)
-
-    @property
-    def model_state(self):
-        """What the calls so far have left of the state that is not `nnx.Param`, nor sown."""
-        nnx.pop(self._model, nnx.Intermediate)
-        return nnx.split(self._model, nnx.Param, ...)[2]
-
-
-def cast(tree: Any, dtype: DTypeLike | None) -> Any:
-    """Returns a pytree with its real floating-point arrays in `dtype`; None leaves them."""
-
-    def leaf(value):
-        real = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
-        return value.astype(dtype) if real else value
-
-    return tree if dtype is None else jax.tree.map(leaf, tree)
-
-
-def cast_back(tree: Any, dtype: DTypeLike | None) -> Any:
-    """Returns what a model gave in `dtype` in float32, for the loss."""
-    return tree if dtype is None else cast(tree, jnp.float32)
+def _own(leaf):
+    """Returns a copy of an array, of a dtype that stays as it is."""
+    copy = jnp.copy(leaf)
+    return copy if jnp.issubdtype(copy.dtype, jax.dtypes.prng_key) else copy.astype(copy.dtype)
 
 
 def train_step(
@@ -272,6 +174,10 @@ def train_step(
         float16 do not underflow.
       donate: let the new state take the memory of the old one, which is then gone.
 
+    A batch with NaN leaves the running statistics but makes the gradients NaN, and with them the
+    parameters: `optax.apply_if_finite` skips it. An nnx model is put in training for the step; to
+    freeze a layer's statistics give it `freeze_stats=True`.
+
     Returns:
       A function `step(state, batch)` that returns the new state, and the metrics with the loss
       under "loss".
@@ -279,7 +185,7 @@ def train_step(
     Raises:
       ValueError: a `loss_scale` that is not above 0; when it is traced: a loss that is no scalar,
         metrics that are no dict or have a "loss" of their own, a collection of the model that
-        changes its structure.
+        changes its structure, a model called inside a transformation of JAX.
       TypeError: a dtype that is not floating-point.
 
     Example:
@@ -311,7 +217,7 @@ def train_step(
             key = jax.random.fold_in(state.key, state.step)
             model = state.bind(params, state.model_state, key, train=True, dtype=dtype)
             value, metrics = _value_and_metrics(loss(model, batch, True))
-            return value * loss_scale, (value, metrics, model.model_state)
+            return value * loss_scale, (value, metrics, _state_after(model, state.model_state))
 
         grads, (value, metrics, model_state) = jax.grad(objective, has_aux=True)(state.params)
         grads = jax.tree.map(lambda grad: grad / loss_scale, grads)
@@ -332,6 +238,12 @@ def train_step(
         return new, metrics
 
     return jax.jit(step, donate_argnums=(0,) if donate else ())
+
+
+def _state_after(model, before):
+    """Returns the state that a model was left with, of the structure it had."""
+    check_structure("the model's state", before, model.model_state)
+    return model.model_state
 
 
 def eval_step(

@@ -29,10 +29,11 @@ ROOMS = [
     ["__init__"],
     ["options"],
     ["linen", "nnx"],
+    ["bind"],
     ["train", "recalibrate"],
     ["experiments"],
 ]
-FLAX = {"linen", "nnx", "train", "recalibrate", "experiments"}
+FLAX = {"linen", "nnx", "bind", "train", "recalibrate", "experiments"}
 REFUSE_NOTHING = {"norm_labels", "norm_penalty", "from_nnx"}
 PAPERS = ["batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "weight_norm"]
 PAPERS += ["spectral_norm", "moments", "merge", "update"]

@@ -358,3 +358,16 @@ def test_a_layer_can_freeze_its_statistics_and_its_parameters(library):
         grads = nnx.grad(lambda norm: norm(x).sum())(norm)
     np.testing.assert_allclose(y, x / np.sqrt(1 + 1e-5), rtol=1e-6)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "InstanceNorm"])
+def test_several_feature_axes_may_be_one_number_as_in_flax(name):
+    x = jax.random.normal(KEY, (2, 3, 4) if name != "InstanceNorm" else (2, 5, 3, 4))
+    axes = {"feature_axes": (-2, -1)} | (
+        {} if name == "InstanceNorm" else {"reduction_axes": (1, 2)}
+    )
+    ours = getattr(normax.nnx, name)(12, **axes, rngs=nnx.Rngs(0))
+    theirs = getattr(nnx, name)(12, **axes, rngs=nnx.Rngs(0))
+    ours.scale[...] = theirs.scale[...] = jnp.arange(12.0)
+    with jax.numpy_rank_promotion("allow"):
+        np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-4, atol=1e-5)

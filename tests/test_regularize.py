@@ -78,3 +78,31 @@ def test_the_constraint_needs_the_parameters():
     tx = normax.norm_constraint(scale=optax.projections.projection_non_negative)
     with pytest.raises(ValueError, match="expected params"):
         tx.update({}, tx.init({}))
+
+
+def test_what_optax_masks_still_tells_what_a_bias_is_of():
+    params = {
+        "Dense_0": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)},
+        "norm": {"scale": jnp.ones(2), "bias": jnp.zeros(2)},
+    }
+    seven = normax.norm_constraint(bias=lambda bias: jnp.full_like(bias, 7))
+    for tx in (
+        optax.masked(seven, lambda tree: jax.tree.map(lambda leaf: leaf.ndim == 1, tree)),
+        optax.multi_transform(
+            {"decayed": optax.sgd(0.1), "rest": optax.chain(optax.sgd(0.1), seven)},
+            lambda tree: jax.tree.map(lambda leaf: "decayed" if leaf.ndim > 1 else "rest", tree),
+        ),
+    ):
+        updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+        new = optax.apply_updates(params, updates)
+        np.testing.assert_array_equal(new["norm"]["bias"], 7)
+        np.testing.assert_array_equal(new["Dense_0"]["bias"], 0)
+
+
+def test_what_else_a_normalizer_learns_is_labelled():
+    frn = {"scale": 1.0, "bias": 0.0, "threshold": 0.0}
+    assert normax.norm_labels({"frn": frn})["frn"]["threshold"] == "norm"
+    assert normax.norm_labels({"dense": {"kernel": 1.0, "threshold": 0.0}})["dense"] == {
+        "kernel": "other",
+        "threshold": "other",
+    }

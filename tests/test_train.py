@@ -307,3 +307,78 @@ def test_a_state_of_the_other_library_says_so():
     for name in ("variables", "batch_stats"):
         with pytest.raises(AttributeError, match=r"made by TrainState\.create"):
             getattr(other, name)
+
+
+class Small(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = normax.linen.BatchNorm(use_running_average=not train)(nn.Dense(3)(x))
+        self.sow("intermediates", "hidden", x)
+        return nn.Dense(1)(x)
+
+
+def small(loss, **options):
+    x = jax.random.normal(jax.random.key(0), (8, 4))
+    state = train.TrainState.create(Small(), optax.sgd(0.1), jax.random.key(1), x, train=False)
+    return train.train_step(loss, **options)(state, x)
+
+
+def test_a_loss_may_ask_for_intermediates():
+    def loss(model, batch, train):
+        y, kept = model(batch, train=train, mutable=["intermediates"])
+        (hidden,) = kept["intermediates"]["hidden"]
+        return (y**2).mean() + 0.1 * (hidden**2).mean()
+
+    state, metrics = small(loss)
+    assert np.isfinite(metrics["loss"])
+    assert np.asarray(state.batch_stats["BatchNorm_0"]["mean"]).any()
+
+
+@pytest.mark.parametrize("transform", [jax.checkpoint, lambda f: lambda x: jax.vmap(f)(x[None])[0]])
+def test_a_model_inside_a_transformation_of_jax_is_refused(transform):
+    def loss(model, batch, train):
+        return (transform(lambda x: model(x, train=train))(batch) ** 2).mean()
+
+    with pytest.raises(ValueError, match=r"outside jax.checkpoint, .* use Flax's own nn.remat"):
+        small(loss)
+
+
+def test_a_model_without_moving_state_may_be_called_inside_a_transformation():
+    def penalty(model, batch, train):
+        slope = jax.grad(lambda x: jax.checkpoint(lambda x: model(x, train=False))(x).sum())(batch)
+        return ((jnp.linalg.norm(slope, axis=-1) - 1) ** 2).mean()
+
+    state, metrics = small(penalty)
+    assert np.isfinite(metrics["loss"])
+    assert np.isfinite(np.asarray(state.params["Dense_0"]["kernel"])).all()
+
+
+def test_the_model_given_back_outlives_the_next_step():
+    model = nnx.Sequential(
+        nnx.Linear(4, 3, rngs=nnx.Rngs(0)), normax.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    )
+    state = train.TrainState.from_nnx(model, optax.sgd(0.1))
+    step = train.train_step(lambda model, batch, train: (model(batch) ** 2).mean())
+    x = jax.random.normal(jax.random.key(0), (8, 4))
+    kept = state.model
+    state, _ = step(state, x)
+    assert np.isfinite(kept(x)).all()
+
+
+@pytest.mark.usefixtures("optax_promotes")
+def test_every_optimizer_compiles_once():
+    traced = []
+
+    def loss(model, batch, train):
+        traced.append(None)
+        return (model(batch, train=train) ** 2).mean()
+
+    x = jax.random.normal(jax.random.key(0), (8, 4))
+    for tx in (optax.adam(0.1), optax.contrib.reduce_on_plateau()):
+        state = train.TrainState.create(Small(), tx, jax.random.key(1), x, train=False)
+        normax.validate(state, state)
+        step = train.train_step(loss)
+        state, _ = step(state, x)
+        before = len(traced)
+        step(state, x)
+        assert len(traced) == before

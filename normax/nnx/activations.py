@@ -51,7 +51,7 @@ class Stateless(Promoting):
           *args: what else the function takes by position, such as the ids of segments.
           mask: booleans that broadcast to `x.shape`; False entries read as absent.
         """
-        return self._normalize(x, parameters_of(self), *args, mask=mask)
+        return self._normalize(x, parameters_of(self, x), *args, mask=mask)
 
 
 class Running(Stateless):
@@ -87,7 +87,7 @@ class Running(Stateless):
         masked = {} if mask is None else {"mask": mask}
         y, new = self._normalize_and_remember(
             x,
-            parameters_of(self),
+            parameters_of(self, x),
             state,
             *args,
             use_running_average=use_running_average,

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 from types import MappingProxyType
 
 import jax
@@ -71,7 +72,14 @@ def create_parameters(module, features, rngs, metadata):
         setattr(module, name, nnx.Param(value, **metadata.get(name, NO_METADATA)))
 
 
-def parameters_of(module):
-    """Returns the arrays of a module's parameters by name, those it uses."""
-    variables = {name: getattr(module, name) for name in module.learned}
-    return {name: variable[...] for name, variable in variables.items() if variable is not None}
+def parameters_of(module, x):
+    """Returns the arrays of a module's parameters by name, those it uses, in their shapes.
+
+    Flax keeps those of several feature axes as one row where `num_features` is their product.
+    """
+    found = {}
+    for name, _, shape in module._parameters(module._feature_shape(x)):
+        value = getattr(module, name)[...]
+        one_row = value.ndim == 1 and value.size == math.prod(shape)
+        found[name] = value.reshape(shape) if one_row else value
+    return found
