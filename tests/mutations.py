@@ -84,7 +84,7 @@ MUTATIONS = [
     # Running statistics.
     Mutation("momentum swapped", "moments.py", "past = jnp.asarray(momentum, dtype)", "past = 1 - jnp.asarray(momentum, dtype)", STATE),
     Mutation("Bessel's correction the other way round", "moments.py", "n / jnp.maximum(n - 1, 1))", "jnp.maximum(n - 1, 1) / jnp.maximum(n, 1))", STATE),
-    Mutation("unbiased ignored", "moments.py", "(_bessel(m.count, dtype) if unbiased else 1)", "1", STATE),
+    Mutation("unbiased ignored", "moments.py", "(bessel(m.count, dtype) if unbiased else 1)", "1", STATE),
     Mutation("mean of means in merge", "moments.py", "(n / jnp.maximum(n_a + n_b, 1) for n in (n_a, n_b))", "(jnp.full_like(n, 0.5) for n in (n_a, n_b))", STATE),
     Mutation("no distance of means in merge", "moments.py", " + apart", "", STATE),
     Mutation("counts of merge wrap", "moments.py", "jnp.where(a > me.MAX_COUNT - b, me.MAX_COUNT, a + b)", "a + b", STATE),
