@@ -65,7 +65,8 @@ def standardize_features(
 
     Where others differ: scikit-learn's `StandardScaler` counts every NaN as absent, and takes a
     feature for constant where its variance is within the error bound of its algorithm; here equal
-    entries have no deviation. The slides this follows add 0.001 to the deviation.
+    entries have no deviation. A stream in float32 whose mean is a million times its deviation has
+    chunks with rounded means, and a deviation good to three or four digits: an array has seven.
 
     Example:
       >>> import jax.numpy as jnp, normax
@@ -79,6 +80,9 @@ def standardize_features(
       >>> chunks = [normax.moments(x[i : i + 1], 0) for i in range(2)]
       >>> print(normax.standardize_features(normax.merge(*chunks)).factor)
       [ 1.  1. 10.]
+
+    LeCun, Bottou, Orr and Müller, "Efficient BackProp", 1998, section 4.3,
+    https://doi.org/10.1007/3-540-49430-8_2.
     """
     name = "standardize_features"
     if isinstance(x_or_moments, tuple):
@@ -296,9 +300,9 @@ def condition_number(
               H = \frac1n \sum_{i=1}^n x_i x_i^*
 
     H is the Hessian of linear regression without an intercept, the uncentred second moments; of
-    features less their means it is their covariance. Gradient descent takes a number of steps that
-    grows with :math:`\kappa`. It is measured by the singular values of the data, so it has twice
-    the digits that the eigenvalues of H would leave.
+    features less their means it is their covariance. Gradient descent takes a number of steps in
+    proportion to :math:`\kappa`. It is measured by the singular values of the data, which keep
+    the digits that forming H would lose.
 
     Args:
       x: array of any rank, floating-point or complex.
@@ -325,6 +329,9 @@ def condition_number(
       >>> y = normax.transform_features(x, normax.standardize_features(x))
       >>> print(f"{normax.condition_number(y):.3f}")
       1.000
+
+    LeCun, Bottou, Orr and Müller, "Efficient BackProp", 1998, section 5,
+    https://doi.org/10.1007/3-540-49430-8_2.
     """
     name = "condition_number"
     x = ax.to_float_array(name, x)
