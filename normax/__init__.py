@@ -8,6 +8,13 @@ from normax.batch import normalize_batch as normalize_batch
 from normax.conventions import convention as convention
 from normax.evonorm import evonorm_b0 as evonorm_b0
 from normax.evonorm import evonorm_s0 as evonorm_s0
+from normax.features import FeatureScaling as FeatureScaling
+from normax.features import condition_number as condition_number
+from normax.features import inverse_features as inverse_features
+from normax.features import min_max_features as min_max_features
+from normax.features import robust_features as robust_features
+from normax.features import standardize_features as standardize_features
+from normax.features import transform_features as transform_features
 from normax.ghost import ghost_batch_norm as ghost_batch_norm
 from normax.group import group_norm as group_norm
 from normax.kalman import kalman_batch_norm as kalman_batch_norm
@@ -27,6 +34,9 @@ from normax.moments import merge as merge
 from normax.moments import moments as moments
 from normax.moments import update as update
 from normax.operator import operator_norm as operator_norm
+from normax.order import Extremes as Extremes
+from normax.order import extremes as extremes
+from normax.order import merge_extremes as merge_extremes
 from normax.partial import mean_only_batch_norm as mean_only_batch_norm
 from normax.partial import variance_only_batch_norm as variance_only_batch_norm
 from normax.population import debias as debias

@@ -7,7 +7,7 @@ message names the function, the argument, what was given and what was expected.
 
 import numbers
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -118,9 +118,19 @@ def group_axes(name: str, axes: Axes | None, feature: int, ndim: int) -> tuple[i
     return positive
 
 
+@overload
+def to_parameter(
+    name: str, label: str, value: ArrayLike, x: jax.Array, feature_axes: tuple[int, ...]
+) -> jax.Array: ...
+@overload
+def to_parameter(
+    name: str, label: str, value: None, x: jax.Array, feature_axes: tuple[int, ...]
+) -> None: ...
+@overload
 def to_parameter(
     name: str, label: str, value: ArrayLike | None, x: jax.Array, feature_axes: tuple[int, ...]
-) -> jax.Array | None:
+) -> jax.Array | None: ...
+def to_parameter(name, label, value, x, feature_axes):
     """Returns a scale or bias of shape `x.shape[feature_axes]`, laid along those axes of x."""
     if value is None:
         return None

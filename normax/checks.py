@@ -41,7 +41,7 @@ def check_limit(name: str, label: str, value: Any, low: float) -> None:
 def check_loss_scale(name: str, loss_scale: Any) -> None:
     """Refuses a Python number that is not above zero; a traced one is taken as it is."""
     if not isinstance(loss_scale, jax.Array):
-        _number_within(name, "loss_scale", loss_scale, np.finfo(np.float32).tiny, math.inf)
+        _number_within(name, "loss_scale", loss_scale, float(np.finfo(np.float32).tiny), math.inf)
 
 
 def to_positive_int(name: str, label: str, value: Any) -> int:
@@ -105,7 +105,7 @@ def check_switch(name: str, label: str, value: Any) -> None:
         )
 
 
-def check_choice(name: str, label: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, label: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Refuses anything but one of a few words."""
     if value not in choices:
         raise ValueError(f"{name}: expected {label} to be one of {choices}, got {value!r}")

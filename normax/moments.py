@@ -279,7 +279,7 @@ def _exponential(momentum, stats, m, unbiased):
     """Returns the moving average of mean and variance."""
     dtype, mean_dtype = ax.promote(m.var, stats.var), ax.promote(m.mean, stats.mean)
     past = jnp.asarray(momentum, dtype)
-    var = jnp.asarray(m.var, dtype) * (_bessel(m.count, dtype) if unbiased else 1)
+    var = jnp.asarray(m.var, dtype) * (bessel(m.count, dtype) if unbiased else 1)
     old, new = jnp.asarray(stats.mean, mean_dtype), jnp.asarray(m.mean, mean_dtype)
     mean = me.times(old, past) + me.times(new, 1 - past)
     return mean, past * jnp.asarray(stats.var, dtype) + (1 - past) * var
@@ -292,11 +292,11 @@ def _cumulative(stats, m, unbiased):
         _, mean, var = merge(past, m)
         return mean, var
     dtype = jnp.result_type(stats.var)
-    count, mean, var = merge(past._replace(var=past.var / _bessel(past.count, dtype)), m)
-    return mean, var * _bessel(count, var.dtype)
+    count, mean, var = merge(past._replace(var=past.var / bessel(past.count, dtype)), m)
+    return mean, var * bessel(count, var.dtype)
 
 
-def _bessel(count, dtype):
+def bessel(count, dtype):
     """Returns n / (n - 1), and 1 where n < 2 so that a single entry's variance stays 0."""
     n = jnp.asarray(count, dtype)
     return jnp.where(n < 2, 1, n / jnp.maximum(n - 1, 1))

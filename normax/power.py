@@ -151,13 +151,13 @@ def power_norm(
 def _forward(plan, x, rstd, drift, scale, bias, mask):
     reduced, momentum, dtype = plan
     there = jnp.ones((1,) * x.ndim, bool) if mask is None else mask
-    y = _divide(reduced, momentum, present(x, mask), rstd, drift, there)
+    y: Any = _divide(reduced, momentum, present(x, mask), rstd, drift, there)
     y = y if scale is None else y * scale.astype(y.dtype)
     return (y if bias is None else y + bias.astype(y.dtype)).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _divide(reduced, momentum, x, rstd, drift, there):
+def _divide(reduced, momentum, x, rstd, drift, there) -> jax.Array:
     del reduced, momentum, drift, there
     return x * rstd
 

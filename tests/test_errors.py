@@ -26,6 +26,7 @@ M = normax.moments(X, 0)
 LOSS = lambda model, batch, train: model(batch).sum()
 ROOM = (normax.axes.__file__, normax.checks.__file__)
 IDS = jnp.arange(4) % 2
+SCALING = normax.standardize_features(X)
 BAD_STATS = STATS._replace(mean=jnp.full(8, jnp.nan))
 BAD_VAR = STATS._replace(var=jnp.full(8, -1.0))
 
@@ -133,6 +134,40 @@ BAD = [
     (lambda: normax.local_response_norm(X, k=0.0), ValueError, r"local_response_norm: expected k in"),
     (lambda: train(X, epsilon_on="root"), ValueError, r"batch_norm: expected epsilon_on to be one of \('variance', 'deviation'\), got 'root'"),
     (lambda: nnx.GroupNorm(8, 3, rngs=flax.nnx.Rngs(0)), ValueError, r"GroupNorm: expected num_groups to divide"),
+    (lambda: normax.standardize_features(jnp.ones(3, int)), TypeError, r"standardize_features: expected x_or_moments of a fl.* got int32"),
+    (lambda: normax.standardize_features(X, feature_axes=2), ValueError, r"standardize_features: expected feature_axes within .* got 2"),
+    (lambda: normax.standardize_features(X, mask=X), TypeError, r"standardize_features: expected a boolean mask"),
+    (lambda: normax.standardize_features(STATS), TypeError, r"standardize_features: expected x_or_moments to be a normax.Moments\(count, mean, var\), got RunningStats"),
+    (lambda: normax.standardize_features(normax.extremes(X, 0)), TypeError, r"x_or_moments to be a normax.Moments.* got Extremes"),
+    (lambda: normax.standardize_features(M, mask=X > 0), ValueError, r"standardize_features: expected a mask with an array only, got one with x_or_moments"),
+    (lambda: normax.min_max_features(M), TypeError, r"min_max_features: expected x_or_extremes to be a normax.Extremes\(low, high\), got Moments"),
+    (lambda: normax.min_max_features(normax.extremes(X, 0), mask=X > 0), ValueError, r"min_max_features: expected a mask with an array only"),
+    (lambda: normax.min_max_features(jnp.ones(3, int)), TypeError, r"min_max_features: expected x_or_extremes of a fl.* got int32"),
+    (lambda: normax.min_max_features(X.astype(complex)), TypeError, r"min_max_features: expected x_or_extremes of a real dtype, got complex64"),
+    (lambda: normax.min_max_features(X, feature_range=(1, 0)), ValueError, r"min_max_features: expected feature_range to ascend within .* got \(1, 0\)"),
+    (lambda: normax.min_max_features(X, feature_range=(0, 0.0)), ValueError, r"feature_range to ascend within .* got \(0, 0.0\)"),
+    (lambda: normax.min_max_features(X, feature_range=(0, jnp.inf)), ValueError, r"feature_range to ascend within .* got \(0, inf\)"),
+    (lambda: normax.min_max_features(X, feature_range=(0, 1, 2)), TypeError, r"min_max_features: expected feature_range to be two numbers, got \(0, 1, 2\)"),
+    (lambda: jax.jit(lambda a: normax.min_max_features(X, feature_range=(a, 1)))(0.0), TypeError, r"feature_range to be two numbers"),
+    (lambda: normax.robust_features(X, quantile_range=(25.0, 101.0)), ValueError, r"robust_features: expected quantile_range to ascend within \[0, 100\], got \(25.0, 101.0\)"),
+    (lambda: normax.robust_features(X, quantile_range=50), TypeError, r"robust_features: expected quantile_range to be two numbers, got 50"),
+    (lambda: normax.robust_features(X.astype(complex)), TypeError, r"robust_features: expected x of a real dtype, got complex64"),
+    (lambda: normax.robust_features(M), TypeError, r"robust_features: expected x to be one array, as quantiles .* got Moments"),
+    (lambda: normax.extremes(jnp.ones(3, bool), 0), TypeError, r"extremes: expected x of a fl.* got bool"),
+    (lambda: normax.extremes(X, ()), ValueError, r"extremes: expected at least one axis in axes"),
+    (lambda: normax.merge_extremes(normax.extremes(X, 0), M), TypeError, r"merge_extremes: expected b to be a normax.Extremes.* got Moments"),
+    (lambda: normax.merge_extremes(normax.extremes(X, 0), normax.extremes(X, 1)), ValueError, r"merge_extremes: expected extremes of one shape, got \(8,\) and \(4,\)"),
+    (lambda: normax.transform_features(jnp.ones(8, int), SCALING), TypeError, r"transform_features: expected x of a fl.* got int32"),
+    (lambda: normax.transform_features(X.T, SCALING), ValueError, r"transform_features: expected scaling.offset.shape == \(4,\) .* got \(8,\)"),
+    (lambda: normax.transform_features(X, normax.FeatureScaling(0.0, 1.0)), ValueError, r"expected scaling.offset.shape == \(8,\) .* got \(\)"),
+    (lambda: normax.transform_features(X, SCALING._replace(factor=1.0)), ValueError, r"transform_features: expected scaling with leaves of one shape"),
+    (lambda: normax.transform_features(X, (0.0, 1.0)), TypeError, r"transform_features: expected scaling to be a normax.FeatureScaling\(offset, factor\), got tuple"),
+    (lambda: normax.transform_features(X, SCALING._replace(offset=X[0].astype(complex))), TypeError, r"transform_features: expected a complex dtype for the output, scaling being complex64, got float32"),
+    (lambda: normax.inverse_features(jnp.ones(8, int), SCALING), TypeError, r"inverse_features: expected y of a fl.* got int32"),
+    (lambda: normax.inverse_features(X, SCALING, feature_axes=0), ValueError, r"inverse_features: expected scaling.offset.shape == \(4,\)"),
+    (lambda: normax.inverse_features(X, SCALING, mask=X[:3] > 0), ValueError, r"inverse_features: expected a mask that broadcasts"),
+    (lambda: normax.condition_number(jnp.ones((3, 3), int)), TypeError, r"condition_number: expected x of a fl.* got int32"),
+    (lambda: normax.condition_number(X, feature_axes=(1, -1)), ValueError, r"condition_number: expected feature_axes without repeats"),
 ]  # fmt: skip
 
 
@@ -170,6 +205,7 @@ def test_every_message_of_the_room_is_in_the_table():
 def test_raises_only_where_checks_belong():
     folder = pathlib.Path(normax.axes.__file__).parent
     allowed = {"axes.py": 99, "checks.py": 99, "moments.py": 3, "regularize.py": 1, "trees.py": 2}
+    allowed |= {"order.py": 4, "features.py": 2}
     for path in folder.glob("*.py"):
         if path.name not in ("train.py", "bind.py"):
             number = len(re.findall(r"^\s+raise ", path.read_text(), re.MULTILINE))

@@ -77,7 +77,7 @@ class RunningWith(Running):
     """A normalizer with running statistics that is told something else of each batch."""
 
     @nn.compact
-    def __call__(self, x, told, use_running_average=None, *, mask=None):
+    def __call__(self, x, told, use_running_average=None, *, mask=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the normalized input; in training `batch_stats` must be mutable.
 
         Args:

@@ -57,6 +57,16 @@ class Stateless(Promoting):
 class Running(Stateless):
     """The constructor of a normalizer with running statistics."""
 
+    mean: nnx.BatchStat
+    var: nnx.BatchStat
+    count: Any
+    momentum: Any
+    _normalize_and_remember: Any
+    _needs_key: Any
+    _create_state: Any
+    _stats_dtype: Any
+    _state_names: Any
+
     def __init__(self, num_features, *, use_running_average=False, rngs, **options):
         super().__init__(
             num_features, use_running_average=use_running_average, rngs=rngs, **options
@@ -67,7 +77,7 @@ class Running(Stateless):
         for name in ("mean", "var", "count", "steps"):
             setattr(self, name, nnx.BatchStat(start[name]) if name in kept else nnx.data(None))
 
-    def __call__(self, x, use_running_average=None, *, mask=None):
+    def __call__(self, x, use_running_average=None, *, mask=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the normalized input; in training the running statistics move.
 
         Args:
@@ -111,7 +121,7 @@ class Running(Stateless):
 class RunningWith(Running):
     """The constructor of one that is told something else of each batch."""
 
-    def __call__(self, x, told, use_running_average=None, *, mask=None):
+    def __call__(self, x, told, use_running_average=None, *, mask=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the normalized input; in training the running statistics move.
 
         Args:

@@ -57,6 +57,10 @@ class Weights(Promoting):
       rngs: random keys for the scales.
     """
 
+    layer_instance: Any
+    use_scale: bool
+    scale_init: Any
+    _scale_shape: Any
     _normalize: Any
 
     def __init__(
