@@ -338,7 +338,7 @@ def condition_number(
     features = ax.sorted_axes(name, "feature_axes", feature_axes, x.ndim)
     mask = ax.to_mask(name, mask, x)
     entries = me.present(x, None if mask is None else jnp.all(mask, features, keepdims=True))
-    # Squares of the singular values must be in range.
+    # Not every backend's decomposition squares in range.
     everything = tuple(range(x.ndim))
     entries = units.divide(entries, lax.stop_gradient(units.choose(entries, everything, 0.0)))
     matrix = order.in_a_row(entries, features)
