@@ -1,0 +1,9 @@
+"""Variables from elsewhere and back: PyTorch, Keras, Flax; normalizers folded into their layers."""
+
+from normax.interop.flax import from_flax as from_flax
+from normax.interop.hyperparameters import options_of as options_of
+from normax.interop.keras import from_keras as from_keras
+from normax.interop.keras import to_keras as to_keras
+from normax.interop.pairing import Report as Report
+from normax.interop.pytorch import from_torch as from_torch
+from normax.interop.pytorch import to_torch as to_torch
