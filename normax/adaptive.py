@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
+from normax.measure import present
 from normax.moments import moments_over
 from normax.standardize import root, standardize
 
@@ -169,7 +170,7 @@ def adaln_zero(
       bias: beta, of the same shape.
       gate: alpha, of the same shape.
       epsilon: added to the variance, inside the root.
-      mask: as in `layer_norm`.
+      mask: as in `layer_norm`; an absent entry is zero in the sum, and the block is given its beta.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
 
     Returns:
@@ -207,4 +208,5 @@ def adaln_zero(
     out = jnp.asarray(block(modulated))
     ax.check_shape(name, "block(x)", out.shape, x.shape)
     gated = film(out, gate, dtype=ax.promote(jnp.float32, x.dtype, out.dtype))
-    return (x.astype(gated.dtype) + gated).astype(ax.to_dtype(name, dtype, x, x=x))
+    there = present(x, ax.to_mask(name, mask, x)).astype(gated.dtype)
+    return (there + gated).astype(ax.to_dtype(name, dtype, x, x=x))

@@ -33,6 +33,7 @@ from normax.checks import check_real as check_real
 from normax.checks import check_statistics as check_statistics
 from normax.checks import check_structure as check_structure
 from normax.checks import check_switch as check_switch
+from normax.checks import check_takes_mask as check_takes_mask
 from normax.checks import check_values as check_values
 from normax.checks import to_epsilon as to_epsilon
 from normax.checks import to_positive_int as to_positive_int

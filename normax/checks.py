@@ -3,6 +3,7 @@
 A message names the function, the argument, what was given and what was expected.
 """
 
+import inspect
 import math
 import numbers
 from collections.abc import Iterable
@@ -33,8 +34,8 @@ def check_momentum(name: str, momentum: Any) -> None:
 
 
 def check_limit(name: str, label: str, value: Any, low: float) -> None:
-    """Refuses a Python number below a limit; a traced one is taken as it is."""
-    if not isinstance(value, jax.Array):
+    """Refuses a Python number below a limit, which may be inf; a traced one is taken as it is."""
+    if not isinstance(value, jax.Array) and value != math.inf:
         _number_within(name, label, value, low, math.inf)
 
 
@@ -155,6 +156,12 @@ def check_like(name: str, label: str, value: Any, like: Any) -> None:
             f"{name}: expected {label} of dtype {jnp.result_type(like)}, "
             f"got {jnp.result_type(value)}"
         )
+
+
+def check_takes_mask(name: str, function: Any) -> None:
+    """Refuses a mask for a function that knows none."""
+    if "mask" not in inspect.signature(function).parameters:
+        raise TypeError(f"{name}: expected no mask, which {function.__name__} does not take")
 
 
 def check_structure(name: str, label: str, value: Any, like: Any) -> None:

@@ -136,6 +136,7 @@ def mixed_batch_norm(
 
     def mixture(old, new):
         wide = ax.promote(old, new)
+        new = jnp.where(weight == 1, 0, new)  # out of range it may be inf
         return times(old.astype(wide), weight) + times(new.astype(wide), 1 - weight)
 
     return normalize(

@@ -1,6 +1,6 @@
 """Population statistics of a trained model: measured over a stream, merged, put in their place."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -37,7 +37,8 @@ def recalibrate(
 
     Returns:
       Variables of the same structure, with new running statistics in every `normax.linen` module
-      that merges (`BatchRenorm` does not: it averages deviations).
+      that merges (`BatchRenorm` does not: it averages deviations). Those of features that saw no
+      entry stay: of frozen layers, of layers that are not called, and of Flax's own.
 
     Raises:
       ValueError: a stream without a batch; a model without running statistics.
@@ -118,6 +119,7 @@ def recalibrate_nnx(
     layers = [layer for _, layer in nnx.iter_modules(copy) if isinstance(layer, NNXRunning)]
     ax.check_found("recalibrate_nnx", "a model with running statistics", bool(layers))
     kept = [(layer.momentum, layer.count, layer.use_running_average) for layer in layers]
+    before = [(layer.mean[...], layer.var[...]) for layer in layers]
     for layer in layers:
         layer.momentum, layer.use_running_average = None, False
         layer.mean[...] = jnp.zeros_like(layer.mean[...])
@@ -133,9 +135,16 @@ def recalibrate_nnx(
         measure(copy, batch)
         seen = True
     ax.check_found("recalibrate_nnx", "a batch", seen)
+    for layer, (mean, var) in zip(layers, before, strict=True):
+        layer.mean[...] = jnp.where(layer.count[...] > 0, layer.mean[...], mean)
+        layer.var[...] = jnp.where(layer.count[...] > 0, layer.var[...], var)
     for layer, (momentum, count, mode) in zip(layers, kept, strict=True):
         layer.momentum, layer.use_running_average = momentum, mode
-        layer.count = nnx.data(None) if count is None else layer.count
+        if count is None:
+            layer.count = nnx.data(None)
+        else:
+            new = layer.count[...]
+            layer.count[...] = jnp.where(new > 0, new, count[...])
     return copy
 
 
@@ -154,7 +163,7 @@ def _merging(call, args, kwargs, context):
 
 def _restarted(stats):
     """Returns statistics before any data, each with a count, and whether there are any."""
-    if not isinstance(stats, dict):
+    if not isinstance(stats, Mapping):
         return stats, False
     if {"mean", "var"} <= set(stats):
         new = {"mean": jnp.zeros_like(stats["mean"]), "var": jnp.ones_like(stats["var"])}
@@ -164,9 +173,14 @@ def _restarted(stats):
 
 
 def _like(new, old):
-    """Returns the new statistics without what the old ones have not."""
-    if not isinstance(old, dict):
+    """Returns the new statistics where there are any, without what the old ones have not."""
+    if not isinstance(old, Mapping):
         return new
+    if {"mean", "var"} <= set(old):
+        seen = new["count"] > 0
+        kept = {name: jnp.where(seen, new[name], old[name]) for name in ("mean", "var")}
+        kept["count"] = jnp.where(seen, new["count"], old.get("count", 0))
+        return {name: kept.get(name, part) for name, part in old.items()}
     return {name: _like(new[name], part) for name, part in old.items()}
 
 

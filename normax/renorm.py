@@ -67,7 +67,7 @@ def batch_renorm(
 
     Raises:
       ValueError: as `batch_norm`; a Python `r_max` below 1 or `d_max` below 0.
-      TypeError: as `batch_norm`; complex `x`; a momentum of None.
+      TypeError: as `batch_norm`; complex `x`, `scale` or `bias`; a momentum of None.
 
     Where others differ: Keras clips to limits that do not move, and knows no warm-up.
 
@@ -92,8 +92,9 @@ def batch_renorm(
     check_trainable(name, x, features, axis_name, axis_index_groups)
     reduced = ax.other_axes(features, x.ndim)
     epsilon = ax.to_epsilon(name, epsilon)
+    mask = ax.to_mask(name, mask, x)
     options = {"mask": mask, "axis_name": axis_name, "axis_index_groups": axis_index_groups}
-    m = moments_over(name, x, reduced, **{**options, "mask": ax.to_mask(name, mask, x)})
+    m = moments_over(name, x, reduced, **options)
     m = lax.stop_gradient(m)
     batch = m._replace(var=jnp.sqrt(m.var + epsilon))
     past = stats._replace(var=jnp.sqrt(stats.var + jnp.asarray(epsilon, stats.var.dtype)))
@@ -101,7 +102,9 @@ def batch_renorm(
     d = lax.stop_gradient(_clip((batch.mean - past.mean) / past.var, -jnp.asarray(d_max), d_max))
     for label, value in (("scale", scale), ("bias", bias)):
         if value is not None:
-            ax.check_feature_shape(name, label, jnp.shape(value), x, features)
+            value = ax.to_float_array(name, value, label)
+            ax.check_real(name, label, value)
+            ax.check_feature_shape(name, label, value.shape, x, features)
     y, _ = standardize(
         x,
         r if scale is None else _product(r, scale),
@@ -113,6 +116,9 @@ def batch_renorm(
         caller=name,
         **options,
     )
+    if mask is not None:
+        absent = ax.along(jnp.zeros_like(d) if bias is None else _like(bias, d), x.ndim, features)
+        y = jnp.where(mask, y, absent.astype(y.dtype))
     new = update(past, batch, momentum, nonfinite=nonfinite)
     moved = (new.count != past.count) | (new.var != past.var) | (new.mean != past.mean)
     # Where nothing moved not even the root and the square may leave their rounding.

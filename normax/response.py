@@ -10,6 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
+from normax import units
 from normax.measure import present, square
 from normax.moments import moments_over
 from normax.standardize import normalize, root, standardize
@@ -177,11 +178,14 @@ def global_response_norm(
 @functools.partial(jax.checkpoint, static_argnums=(0, 1, 2, 3))
 def _global_response(spatial, features, epsilon, dtype, x, scale, bias, mask):
     x = present(x, mask)
+    # In a unit of each example the squares are in range.
+    unit = lax.stop_gradient(units.choose(x, tuple(range(1, x.ndim)), units.least(epsilon)))
+    scaled = units.divide(x, unit)
     # The root of the mean square: of the length it is a fixed part, but for epsilon.
-    squared = jnp.expand_dims(moments_over("", x, spatial, centered=False).var, spatial)
+    squared = jnp.expand_dims(moments_over("", scaled, spatial, centered=False).var, spatial)
     size = jnp.asarray(math.prod(x.shape[axis] for axis in spatial), squared.dtype)
     length = root(squared * size)
-    response = length / (jnp.mean(length, features, keepdims=True) + epsilon)
+    response = length / (jnp.mean(length, features, keepdims=True) + epsilon / unit)
     y = x * response
     y = y if scale is None else y * scale.astype(y.dtype)
     y = x + y

@@ -220,7 +220,7 @@ def _prepare(name, x, ids, number, weights, label="segment_ids"):
     x = ax.to_float_array(name, x)
     ax.check_rank(name, "x", x, 1)
     number = ax.to_positive_int(name, "num_segments", number)
-    ids = ax.to_ids(name, label, ids)
+    ids = ax.to_ids(name, label, ids).astype(jnp.int32)
     ax.check_shape(name, label, ids.shape, x.shape[:1])
     dtype = ax.real_dtype(ax.compute_dtype(x.dtype))
     weights = jnp.ones(ids.shape, dtype) if weights is None else weights

@@ -268,3 +268,65 @@ def test_domains_keep_statistics_apart():
     np.testing.assert_array_equal(new.var[2], 1)
     y, _ = normax.domain_batch_norm(x[order], new, ids, use_running_average=True)
     assert float(jnp.abs(y).max()) < 4
+
+
+def test_masked_entries_of_batch_renorm_come_out_as_bias():
+    x = jnp.array([[1.0, 2], [3, 4], [5, 9], [jnp.nan, jnp.inf]])
+    mask, bias = jnp.array([[True], [True], [True], [False]]), jnp.array([0.5, -0.5])
+    stats = normax.RunningStats.create(2)
+
+    def renorm(scale, x, mask):
+        options = {"use_running_average": False, "r_max": 3.0, "d_max": 5.0}
+        return normax.batch_renorm(x, stats, scale, bias, mask=mask, **options)[0]
+
+    scale = jnp.array([2.0, 3.0])
+    y, whole = renorm(scale, x, mask), renorm(scale, x[:3], None)
+    np.testing.assert_array_equal(y[3], bias)
+    np.testing.assert_allclose(y[:3], whole, rtol=1e-6)
+    slope, expected = (
+        jax.grad(lambda *args: renorm(*args).sum())(scale, *args)
+        for args in ((x, mask), (x[:3], None))
+    )
+    np.testing.assert_allclose(slope, expected, rtol=1e-5)
+    np.testing.assert_array_equal(renorm(scale, jnp.ones((1, 2)) * x[:2], None).shape, (2, 2))
+
+
+def test_masked_entries_add_nothing_to_an_adaptive_block():
+    x, zero = jnp.array([[1.0, 2, jnp.nan], [3, 5, 4]]), jnp.zeros((2, 3))
+    mask, one = ~jnp.isnan(x), jnp.ones((2, 3))
+    y = lambda x: normax.adaln_zero(x, jnp.tanh, zero, zero, one, mask=mask)
+    np.testing.assert_allclose(y(x)[0], [1 - np.tanh(1), 2 + np.tanh(1), 0], rtol=1e-5)
+    dx = jax.grad(lambda x: y(x).sum())(x)
+    assert jnp.isfinite(dx).all()
+    assert dx[0, 2] == 0
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-10, 1e25])
+def test_global_response_norm_of_every_size(size):
+    x = np.asarray(jax.random.normal(KEY, (2, 5, 3)), np.float64)
+    f = lambda x: normax.global_response_norm(x, epsilon=0.0)
+    length = np.sqrt((x**2).sum(1, keepdims=True))
+    expected = x + x * length / length.mean(-1, keepdims=True)
+    np.testing.assert_allclose(f(jnp.float32(x * size)) / size, expected, rtol=1e-5)
+    dx = jax.grad(lambda x: (f(x) / size).sum())(jnp.float32(x * size))
+    assert jnp.isfinite(dx).all()
+    assert (dx != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8])
+def test_ids_of_a_narrow_dtype(dtype):
+    number = 256 if dtype == jnp.uint8 else 200
+    ids = jnp.array([0, 100, 0, 100], dtype)
+    m = normax.segment_moments(jnp.array([[1.0], [2], [3], [4]]), ids, number)
+    np.testing.assert_array_equal(m.mean[jnp.array([0, 100]), 0], [2, 3])
+
+
+@pytest.mark.parametrize("library", [normax.linen, normax.nnx])
+def test_a_module_that_knows_no_mask_says_so(library):
+    x = jnp.ones((3, 4))
+    calls = {
+        normax.linen: lambda: normax.linen.DynamicTanh().init(KEY, x, mask=x > 0),
+        normax.nnx: lambda: normax.nnx.DynamicTanh(4, rngs=nnx.Rngs(0))(x, mask=x > 0),
+    }
+    with pytest.raises(TypeError, match="DynamicTanh: expected no mask, which dynamic_tanh does"):
+        calls[library]()

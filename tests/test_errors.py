@@ -133,6 +133,7 @@ BAD = [
     (lambda: normax.filter_response_norm(X.astype(complex)), TypeError, r"filter_response_norm: expected x of a real dtype, got complex64"),
     (lambda: normax.local_response_norm(X, k=0.0), ValueError, r"local_response_norm: expected k in"),
     (lambda: train(X, epsilon_on="root"), ValueError, r"batch_norm: expected epsilon_on to be one of \('variance', 'deviation'\), got 'root'"),
+    (lambda: linen.DynamicTanh().init(jax.random.key(0), X, mask=X > 0), TypeError, r"DynamicTanh: expected no mask, which dynamic_tanh does not take"),
     (lambda: nnx.GroupNorm(8, 3, rngs=flax.nnx.Rngs(0)), ValueError, r"GroupNorm: expected num_groups to divide"),
     (lambda: normax.standardize_features(jnp.ones(3, int)), TypeError, r"standardize_features: expected x_or_moments of a fl.* got int32"),
     (lambda: normax.standardize_features(X, feature_axes=2), ValueError, r"standardize_features: expected feature_axes within .* got 2"),

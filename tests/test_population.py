@@ -259,3 +259,37 @@ def test_affine_parameters_can_be_frozen_by_label():
     for name in ("first", "second"):
         jax.tree.map(np.testing.assert_array_equal, new[name], params[name])
     assert not np.array_equal(new["Dense_0"]["kernel"], params["Dense_0"]["kernel"])
+
+
+def test_a_mixture_without_the_batch_is_inference_however_large():
+    x = jnp.array([[1e25], [-3e25]])
+    stats = normax.RunningStats.create(1)
+    f = lambda x: normax.mixed_batch_norm(x, stats, running_weight=1.0)
+    y = f(x)
+    expected, _ = normax.batch_norm(x, stats, use_running_average=True)
+    np.testing.assert_array_equal(y, expected)
+    assert jnp.isfinite(
+        jax.grad(lambda x: normax.mixed_batch_norm(x, stats, running_weight=1.0).sum())(x)
+    ).all()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_recalibration_leaves_what_no_entry_reaches(frozen):
+    class Net(flax.linen.Module):
+        @flax.linen.compact
+        def __call__(self, x, train):
+            x = normax.linen.BatchNorm(not train, freeze_stats=frozen, name="ours")(x)
+            return flax.linen.BatchNorm(not train, name="theirs")(x)
+
+    variables = Net().init(KEY, X, train=False)
+    variables = jax.tree.map(lambda leaf: leaf + 5, variables)
+    apply = lambda variables, x: Net().apply(variables, x, train=True, mutable=["batch_stats"])[1]
+    new = recalibrate(apply, flax.core.freeze(variables), [X[:9], X[9:]])["batch_stats"]
+    expected = np.full(4, 5) if frozen else np.asarray(X).mean(0)
+    np.testing.assert_allclose(new["ours"]["mean"], expected, rtol=1e-5)
+    np.testing.assert_array_equal(new["theirs"]["mean"], 5)
+    assert set(new["ours"]) == {"mean", "var"}
+
+    model = normax.nnx.BatchNorm(4, freeze_stats=frozen, rngs=nnx.Rngs(0))
+    model.mean[...] += 5
+    np.testing.assert_allclose(recalibrate_nnx(model, [X]).mean[...], expected, rtol=1e-5)

@@ -87,9 +87,16 @@ class Normalizer(Output):
         names = _shared(function, type(self)) - {"dtype", *but}
         return {name: getattr(self, name) for name in names}
 
+    def _masked(self, mask):
+        """Returns the mask as the function is given it, which may know none."""
+        if mask is None:
+            return {}
+        ax.check_takes_mask(type(self).__name__, self._function)
+        return {"mask": mask}
+
     def _normalize(self, x, parameters, *args, mask=None):
         """Returns the normalized input, given the parameters by name."""
-        masked = {} if mask is None else {"mask": mask}
+        masked = self._masked(mask)
         return self._function(
             x,
             *args,

@@ -82,8 +82,7 @@ class RunningNormalizer(Normalizer, Running):
         for name in self.scheduled:
             value = getattr(self, name)
             options[name] = value(steps) if callable(value) else value
-        if mask is not None:
-            options["mask"] = mask
+        options |= self._masked(mask)
         y, stats, *rest = self._function(
             x,
             RunningStats(state["mean"], state["var"], count),
