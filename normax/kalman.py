@@ -123,7 +123,10 @@ def kalman_batch_norm(
 def _mixture(prior, m, weight, largest_ratio):
     """Returns the moments of a draw from the prior with this weight, else from the batch."""
     mean, var = (jnp.asarray(v).astype(m.var.dtype) for v in (prior.mean, prior.var))
-    ratio = jnp.mean(var / jnp.where(m.var > 0, m.var, jnp.finfo(m.var.dtype).tiny))
+    ratios = var / jnp.where(m.var > 0, m.var, jnp.finfo(m.var.dtype).tiny)
+    # A feature without an entry says nothing of how far the prior is off.
+    seen = m.count > 0
+    ratio = jnp.sum(jnp.where(seen, ratios, 0)) / jnp.maximum(jnp.sum(seen, dtype=var.dtype), 1)
     p = jnp.where(ratio < largest_ratio, weight.astype(m.var.dtype), 0)
     # What is left out must not bring its inf or NaN.
     mean, var = jnp.where(p > 0, mean, 0), jnp.where(p > 0, var, 0)

@@ -71,7 +71,8 @@ def operator_norm(
         (back,) = transpose(v)
         u = _unit(back)
     sigma = jnp.sum(v * linear(w, u))
-    u = jnp.where(jnp.all(jnp.isfinite(u)), u, start)
+    # From zero no later step would leave.
+    u = jnp.where(jnp.all(jnp.isfinite(u)) & jnp.any(u != 0), u, start)
     new = SpectralState(u, lax.stop_gradient(sigma).astype(jnp.result_type(state.sigma)))
     return sigma, new
 

@@ -63,8 +63,7 @@ def recalibrate(
     Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, https://arxiv.org/abs/2105.07576.
     """
     stats = variables.get("batch_stats", {})
-    fresh, found = _restarted(stats)
-    ax.check_found("recalibrate", "variables with running statistics", found)
+    ax.check_found("recalibrate", "variables with running statistics", bool(stats))
 
     @jax.jit
     def measure(stats, batch):
@@ -72,10 +71,11 @@ def recalibrate(
             updates = apply({**variables, "batch_stats": stats}, batch)
         return updates["batch_stats"]
 
-    seen = False
+    fresh = None
     for batch in _shown(batches, progress):
-        fresh, seen = measure(fresh, batch), True
-    ax.check_found("recalibrate", "a batch", seen)
+        fresh = _restarted(stats, _moving(apply, variables, batch)) if fresh is None else fresh
+        fresh = measure(fresh, batch)
+    ax.check_found("recalibrate", "a batch", fresh is not None)
     return {**variables, "batch_stats": _like(fresh, stats)}
 
 
@@ -117,7 +117,8 @@ def recalibrate_nnx(
     """
     copy = nnx.clone(model)
     layers = [layer for _, layer in nnx.iter_modules(copy) if isinstance(layer, NNXRunning)]
-    ax.check_found("recalibrate_nnx", "a model with running statistics", bool(layers))
+    layers = [layer for layer in layers if not layer.freeze_stats]
+    ax.check_found("recalibrate_nnx", "a model with running statistics that move", bool(layers))
     kept = [(layer.momentum, layer.count, layer.use_running_average) for layer in layers]
     before = [(layer.mean[...], layer.var[...]) for layer in layers]
     for layer in layers:
@@ -151,7 +152,7 @@ def recalibrate_nnx(
 def _merging(call, args, kwargs, context):
     """Calls a module that keeps running statistics as if its momentum were None."""
     module = context.module
-    if not isinstance(module, LinenRunning) or context.method_name != "__call__":
+    if not isinstance(module, LinenRunning) or module.freeze_stats:
         return call(*args, **kwargs)
     momentum = module.momentum
     object.__setattr__(module, "momentum", None)
@@ -161,15 +162,33 @@ def _merging(call, args, kwargs, context):
         object.__setattr__(module, "momentum", momentum)
 
 
-def _restarted(stats):
-    """Returns statistics before any data, each with a count, and whether there are any."""
+def _moving(apply, variables, batch):
+    """Returns the paths of the modules that are called and whose statistics are not frozen."""
+    paths = set()
+
+    def note(call, args, kwargs, context):
+        module = context.module
+        if isinstance(module, LinenRunning) and not module.freeze_stats:
+            paths.add(module.path)
+        return call(*args, **kwargs)
+
+    def traced(variables, batch):
+        with linen.intercept_methods(note):
+            return apply(variables, batch)
+
+    jax.eval_shape(traced, variables, batch)
+    ax.check_found("recalibrate", "a model with running statistics that move", bool(paths))
+    return paths
+
+
+def _restarted(stats, paths, path=()):
+    """Returns statistics before any data, each with a count, at the paths."""
     if not isinstance(stats, Mapping):
-        return stats, False
-    if {"mean", "var"} <= set(stats):
-        new = {"mean": jnp.zeros_like(stats["mean"]), "var": jnp.ones_like(stats["var"])}
-        return {**stats, **new, "count": jnp.zeros(new["mean"].shape, jnp.int32)}, True
-    parts = {name: _restarted(part) for name, part in stats.items()}
-    return {name: part for name, (part, _) in parts.items()}, any(f for _, f in parts.values())
+        return stats
+    if path in paths:
+        zero, one = jnp.zeros_like(stats["mean"]), jnp.ones_like(stats["var"])
+        return {**stats, "mean": zero, "var": one, "count": jnp.zeros(zero.shape, jnp.int32)}
+    return {name: _restarted(part, paths, (*path, name)) for name, part in stats.items()}
 
 
 def _like(new, old):
@@ -177,9 +196,12 @@ def _like(new, old):
     if not isinstance(old, Mapping):
         return new
     if {"mean", "var"} <= set(old):
-        seen = new["count"] > 0
-        kept = {name: jnp.where(seen, new[name], old[name]) for name in ("mean", "var")}
-        kept["count"] = jnp.where(seen, new["count"], old.get("count", 0))
+        seen = new["count"] > 0 if "count" in new else False
+        kept = {
+            name: jnp.where(seen, new[name], old[name])
+            for name in ("mean", "var", "count")
+            if name in old
+        }
         return {name: kept.get(name, part) for name, part in old.items()}
     return {name: _like(new[name], part) for name, part in old.items()}
 

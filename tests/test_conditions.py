@@ -330,3 +330,22 @@ def test_a_module_that_knows_no_mask_says_so(library):
     }
     with pytest.raises(TypeError, match="DynamicTanh: expected no mask, which dynamic_tanh does"):
         calls[library]()
+
+
+def test_a_channel_without_an_entry_does_not_drop_the_prior():
+    x, mask = jax.random.normal(KEY, (64, 3)), jnp.array([False, True, True])
+    prior = normax.Moments(jnp.full(3, 9), jnp.zeros(3), jnp.ones(3))
+    stats = normax.RunningStats.create(3)
+    options = {"use_running_average": False, "prior_weight": 0.5}
+    *_, whole = normax.kalman_batch_norm(x, stats, prior, **options)
+    *_, part = normax.kalman_batch_norm(x, stats, prior, mask=mask, **options)
+    np.testing.assert_allclose(part.var[1:], whole.var[1:], rtol=1e-6)
+
+
+def test_the_norm_of_an_operator_that_began_at_zero():
+    w = jnp.diag(jnp.array([3.0, 1.0]))
+    linear = lambda w, u: w @ u
+    state = normax.SpectralState(jnp.array([1.0, 2.0]), jnp.zeros(()))
+    _, state = normax.operator_norm(linear, jnp.zeros((2, 2)), state)
+    sigma, _ = normax.operator_norm(linear, w, state, n_steps=30)
+    np.testing.assert_allclose(sigma, 3, rtol=1e-4)

@@ -214,7 +214,7 @@ def test_recalibration_refuses_what_it_cannot_do():
         recalibrate(apply, variables, [])
     with pytest.raises(ValueError, match="expected variables with running statistics, got none"):
         recalibrate(apply, {"params": variables["params"]}, [X])
-    with pytest.raises(ValueError, match="expected a model with running statistics, got none"):
+    with pytest.raises(ValueError, match="a model with running statistics that move, got none"):
         recalibrate_nnx(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), [X])
     renorm = normax.nnx.BatchRenorm(4, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match="batch_renorm: expected a momentum, got None"):
@@ -274,22 +274,36 @@ def test_a_mixture_without_the_batch_is_inference_however_large():
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_recalibration_leaves_what_no_entry_reaches(frozen):
+def test_recalibration_leaves_what_is_frozen_and_what_is_flax_s(frozen):
     class Net(flax.linen.Module):
         @flax.linen.compact
         def __call__(self, x, train):
-            x = normax.linen.BatchNorm(not train, freeze_stats=frozen, name="ours")(x)
-            return flax.linen.BatchNorm(not train, name="theirs")(x)
+            x = normax.linen.BatchNorm(not train, freeze_stats=frozen, epsilon=0.0, name="first")(x)
+            x = flax.linen.BatchNorm(True, epsilon=0.0, name="theirs")(x)
+            return normax.linen.BatchNorm(not train, name="last")(x)
 
     variables = Net().init(KEY, X, train=False)
-    variables = jax.tree.map(lambda leaf: leaf + 5, variables)
+    variables = jax.tree.map(lambda leaf: leaf + 3, variables)
     apply = lambda variables, x: Net().apply(variables, x, train=True, mutable=["batch_stats"])[1]
-    new = recalibrate(apply, flax.core.freeze(variables), [X[:9], X[9:]])["batch_stats"]
-    expected = np.full(4, 5) if frozen else np.asarray(X).mean(0)
-    np.testing.assert_allclose(new["ours"]["mean"], expected, rtol=1e-5)
-    np.testing.assert_array_equal(new["theirs"]["mean"], 5)
-    assert set(new["ours"]) == {"mean", "var"}
+    new = recalibrate(apply, flax.core.freeze(variables), [X])["batch_stats"]
+    mean = np.asarray(X).mean(0)
+    np.testing.assert_allclose(new["first"]["mean"], 3 if frozen else mean, rtol=1e-5)
+    np.testing.assert_array_equal(new["theirs"]["mean"], 3)
+    assert set(new["last"]) == {"mean", "var"}
+    # Scale 4 and bias 3 of a variance of 4, twice.
+    seen = 2 * (mean - 3) + 3 if frozen else np.full(4, 3.0)
+    np.testing.assert_allclose(new["last"]["mean"], 2 * (seen - 3) + 3, rtol=1e-4, atol=1e-4)
 
-    model = normax.nnx.BatchNorm(4, freeze_stats=frozen, rngs=nnx.Rngs(0))
-    model.mean[...] += 5
-    np.testing.assert_allclose(recalibrate_nnx(model, [X]).mean[...], expected, rtol=1e-5)
+    first = normax.nnx.BatchNorm(4, freeze_stats=frozen, rngs=nnx.Rngs(0))
+    first.mean[...] += 3
+    model = nnx.Sequential(first, normax.nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    new = recalibrate_nnx(model, [X])
+    np.testing.assert_allclose(new.layers[0].mean[...], 3 if frozen else mean, rtol=1e-5)
+    second = (mean - 3) / np.sqrt(1 + 1e-5) if frozen else np.zeros(4)
+    np.testing.assert_allclose(new.layers[1].mean[...], second, atol=1e-4)
+
+
+def test_frozen_statistics_need_not_be_mutable():
+    norm = normax.linen.BatchNorm(False, freeze_stats=True)
+    variables = norm.init(KEY, X)
+    np.testing.assert_allclose(norm.apply(variables, X), X / np.sqrt(1 + 1e-5), rtol=1e-6)

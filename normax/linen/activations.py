@@ -56,7 +56,7 @@ class Running(nn.Module):
         y, new = self._normalize_and_remember(
             x, parameters, values, *args, use_running_average=use_running_average, **masked
         )
-        if training:
+        if training and not self.freeze_stats:
             for name, variable in state.items():
                 variable.value = new[name]
         return y

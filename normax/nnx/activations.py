@@ -61,6 +61,7 @@ class Running(Stateless):
     var: nnx.BatchStat
     count: Any
     momentum: Any
+    freeze_stats: bool
     _normalize_and_remember: Any
     _needs_key: Any
     _create_state: Any
@@ -103,7 +104,7 @@ class Running(Stateless):
             use_running_average=use_running_average,
             **masked,
         )
-        if not use_running_average:
+        if not use_running_average and not self.freeze_stats:
             for name in state:
                 getattr(self, name)[...] = new[name]
         return y
