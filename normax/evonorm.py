@@ -144,7 +144,7 @@ def evonorm_b0(
       >>> x = jax.random.normal(jax.random.key(0), (4, 8, 2))
       >>> stats, flat = normax.RunningStats.create(2), jnp.zeros(2)
       >>> y, _ = normax.evonorm_b0(x[:1], stats, flat, use_running_average=False)
-      >>> bool(jnp.allclose(y, x[:1] / x[:1].std((0, 1)), rtol=1e-4))
+      >>> bool(jnp.allclose(y, x[:1] / x[:1].std((0, 1), keepdims=True), rtol=1e-4))
       True
 
     Liu, Brock, Simonyan and Le, "Evolving Normalization-Activation Layers", 2020,

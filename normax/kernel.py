@@ -207,7 +207,7 @@ def weight_norm_init(m: Moments, *, epsilon: float = 1e-10) -> tuple[jax.Array, 
       >>> import jax, jax.numpy as jnp, normax
       >>> x, v = jax.random.normal(jax.random.key(0), (64, 5)), jnp.eye(5)[:, :2]
       >>> g, b = normax.weight_norm_init(normax.moments(x @ normax.weight_norm(v), 0))
-      >>> y = x @ normax.weight_norm(v, g) + b
+      >>> y = x @ normax.weight_norm(v, g) + b[None]
       >>> bool(jnp.allclose(y.std(0), 1, atol=1e-3))
       True
 
