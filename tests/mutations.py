@@ -3,7 +3,9 @@
     python tests/mutations.py            # all, two at a time
     python tests/mutations.py momentum   # those whose name has the word
 
-Ends with the share that was noticed, and with status 1 if it is below 95 %.
+Ends with the share that was noticed, and with status 1 if any was not. Each is shown to the tests
+named with it, which pass where nothing is broken: that is what the test run says, and for the first
+of them it is checked here, so that an environment without JAX does not pass for a sharp eye.
 """
 
 import concurrent.futures
@@ -16,7 +18,6 @@ import tempfile
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
-GOAL = 0.95
 WORKERS = 2
 
 
@@ -138,9 +139,9 @@ def run(mutation: Mutation) -> bool:
         shutil.copy(ROOT / "pyproject.toml", copy)
         path = copy / "normax" / mutation.file
         text = path.read_text()
-        if text.count(mutation.old) != 1:
+        if mutation.old and text.count(mutation.old) != 1:
             sys.exit(f"{mutation.name}: expected its text once in {path.name}: {mutation.old!r}")
-        path.write_text(text.replace(mutation.old, mutation.new))
+        path.write_text(text.replace(mutation.old, mutation.new) if mutation.old else text)
         files, _, words = mutation.tests.partition(" -k ")
         command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", "--no-header"]
         command += [f"tests/{file}" for file in files.split()] + (["-k", words] if words else [])
@@ -155,13 +156,15 @@ def run(mutation: Mutation) -> bool:
 def main(words: list[str]) -> int:
     """Runs the mutations whose names have the words; returns an exit status."""
     chosen = [m for m in MUTATIONS if all(word in m.name for word in words)]
+    if chosen and run(Mutation("nothing", "axes.py", "", "", chosen[0].tests)):
+        sys.exit(f"expected {chosen[0].tests} to pass where nothing is broken")
     results = []
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as workers:
         for mutation, noticed in zip(chosen, workers.map(run, chosen), strict=True):
             results.append(noticed)
             print(f"{'noticed ' if noticed else 'SURVIVED'}  {mutation.name}", flush=True)
     print(f"{sum(results)} of {len(results)} mutations noticed")
-    return int(sum(results) < GOAL * len(results))
+    return int(not all(results))
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ def test_the_table_is_whole_on_a_narrow_terminal(monkeypatch, capsys):
         "step_ms": 1234.5,
     }
     compare.summarize(result, 0.975)
-    report.show({"instance": result}, 0.975)
+    report.show({"instance": result}, 0.975, 360)
     printed = capsys.readouterr().out
     assert "\N{HORIZONTAL ELLIPSIS}" not in printed
     for cell in ("instance", "100.0", " 12 ", "1234.5", "to 0.975"):

@@ -186,6 +186,21 @@ def test_the_state_keeps_its_dtype_in_a_scan(dtype):
     assert state["batch_stats"]["var"].dtype == jnp.float32
 
 
+def test_a_float64_state_stays_one_in_a_scan():
+    with jax.enable_x64(True):
+        norm = normax.linen.BatchNorm(use_running_average=False, dtype=jnp.float64)
+        xs = jax.random.normal(KEY, (3, 8, 2), jnp.float64)
+        state = norm.init(KEY, xs[0])["batch_stats"]
+
+        def step(state, x):
+            variables = {"params": {"scale": jnp.ones(2), "bias": jnp.ones(2)}}
+            out = norm.apply({**variables, "batch_stats": state}, x, mutable=["batch_stats"])
+            return out[1]["batch_stats"], None
+
+        state, _ = jax.lax.scan(step, state, xs)
+        assert {leaf.dtype for leaf in state.values()} == {jnp.dtype("float64")}
+
+
 def test_a_missing_axis_name_says_what_to_do():
     norm = normax.nnx.BatchNorm(2, axis_name="batch", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"axis_name='batch'.*Under plain\s+jax.jit leave"):

@@ -1,5 +1,6 @@
 """Batch norms folded into the layers beside them: the same outputs, and nothing left of the norm."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -124,7 +125,7 @@ def test_a_model_of_linen(norm):
     np.testing.assert_allclose(
         apply(new, IMAGE), model.apply(variables, IMAGE), rtol=1e-5, atol=1e-5
     )
-    jax.tree.map(np.testing.assert_array_equal, variables, before)
+    chex.assert_trees_all_equal(variables, before)
 
 
 def test_nothing_of_the_norm_is_left_in_the_program():

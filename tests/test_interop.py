@@ -2,6 +2,7 @@
 
 import os
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -204,7 +205,7 @@ def test_a_safetensors_file(torch, tmp_path):
     like = model.init(KEY, jnp.ones((1, 8, 8, 3)), train=False)
     ours, _ = interop.from_torch(path, like, names=RESIDUAL)
     direct, _ = interop.from_torch(net.state_dict(), like, names=RESIDUAL)
-    jax.tree.map(np.testing.assert_array_equal, ours, direct)
+    chex.assert_trees_all_equal(ours, direct)
     back, _ = interop.to_torch(ours, str(path), names=RESIDUAL)
     np.testing.assert_array_equal(back["conv1.weight"], net.conv1.weight.detach().numpy())
 
@@ -400,7 +401,7 @@ def test_layers_of_keras(keras, layer, model, transposed):
     variables, _ = interop.from_keras(weights, variables, **ways)
     np.testing.assert_allclose(model.apply(variables, x), expected, atol=2e-5, rtol=1e-5)
     back, _ = interop.to_keras(variables, weights, **ways)
-    jax.tree.map(np.testing.assert_array_equal, back, dict(weights))
+    chex.assert_trees_all_equal(back, dict(weights))
 
 
 def test_linen_and_nnx(keras):
@@ -425,7 +426,7 @@ def test_linen_and_nnx(keras):
     back, _ = interop.from_flax(
         nnx.state(other), linen, names={there: here for here, there in names.items()}
     )
-    jax.tree.map(np.testing.assert_array_equal, back, linen)
+    chex.assert_trees_all_equal(back, linen)
 
 
 def test_variables_of_flax_load_in_its_own_words():

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import flax.linen
 import jax
 import jax.numpy as jnp
@@ -132,7 +133,7 @@ def test_the_weights_of_a_model_by_path_and_not_written_back():
         return (model.apply({"params": kept}, x) ** 2).sum()
 
     grads = jax.grad(loss)(params)
-    jax.tree.map(np.testing.assert_array_equal, params, before)
+    chex.assert_trees_all_equal(params, before)
     kernel = grads["layers_0"]["kernel"]
     np.testing.assert_allclose(kernel.sum(0), 0, atol=1e-4)  # no gradient along a shift
     only = normax.transform_weights(

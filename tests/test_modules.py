@@ -2,6 +2,7 @@
 
 import inspect
 
+import chex
 import flax.linen
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def test_shells_are_the_function_bit_for_bit(row, x_dtype, dtype, param_dtype):
     module.scale[...] = params["scale"]
     with jax.numpy_dtype_promotion("standard"):  # which Flax needs
         theirs = getattr(flax.linen, name)(**options).init(jax.random.key(1), x)["params"]
-    jax.tree.map(np.testing.assert_array_equal, params, theirs)
+    chex.assert_trees_all_equal(params, theirs)
     with jax.numpy_dtype_promotion("standard"):
         expected_dtype = dtype or jnp.result_type(x_dtype, param_dtype)
     for kwargs in ({}, {"mask": mask}):
@@ -257,7 +258,7 @@ def test_remat_moves_the_state_once():
 
     grads, new = jax.grad(loss, has_aux=True)(variables["params"], flax.linen.remat(Block)())
     plain, once = jax.grad(loss, has_aux=True)(variables["params"], Block())
-    jax.tree.map(np.testing.assert_array_equal, new, once)
+    chex.assert_trees_all_equal(new, once)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, plain)
 
 
@@ -348,7 +349,7 @@ def test_a_layer_can_freeze_its_statistics_and_its_parameters(library):
             return norm.apply({**variables, "params": params}, x, mutable=["batch_stats"])
 
         y, new = run(variables["params"])
-        jax.tree.map(np.testing.assert_array_equal, new["batch_stats"], variables["batch_stats"])
+        chex.assert_trees_all_equal(new["batch_stats"], variables["batch_stats"])
         grads = jax.grad(lambda params: run(params)[0].sum())(variables["params"])
     else:
         norm = normax.nnx.BatchNorm(3, **frozen, rngs=nnx.Rngs(0))
@@ -371,3 +372,17 @@ def test_several_feature_axes_may_be_one_number_as_in_flax(name):
     ours.scale[...] = theirs.scale[...] = jnp.arange(12.0)
     with jax.numpy_rank_promotion("allow"):
         np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"])
+def test_nnx_modules_have_flax_s_variables(name):
+    make = lambda library: getattr(library, name)(32, rngs=nnx.Rngs(0))
+    ours, theirs = (nnx.state(make(library)) for library in (normax.nnx, nnx))
+    variables = lambda state: {
+        path: (type(variable), variable.shape, variable.dtype)
+        for path, variable in nnx.to_flat_state(state)
+    }
+    assert variables(ours) == variables(theirs)
+    model = make(normax.nnx)
+    nnx.update(model, theirs)
+    chex.assert_trees_all_equal(nnx.state(model), theirs)

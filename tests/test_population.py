@@ -2,6 +2,7 @@
 
 import inspect
 
+import chex
 import flax.linen
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def test_the_start_is_taken_out_of_an_average(start):
     np.testing.assert_allclose(plain.mean, average(xs.mean(1)), rtol=1e-5)
     np.testing.assert_allclose(plain.var, average(xs.var(1)), rtol=1e-4)
     again = normax.debias(first, first, 1.0)
-    jax.tree.map(np.testing.assert_array_equal, again, first)
+    chex.assert_trees_all_equal(again, first)
 
 
 def test_a_batch_in_two_halves_moves_the_average_as_far():
@@ -142,7 +143,7 @@ def test_recalibration_gives_the_statistics_of_all_the_data():
     before = jax.tree.map(np.array, variables)
     apply = lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])[1]
     new = recalibrate(apply, variables, batches())
-    jax.tree.map(np.testing.assert_array_equal, variables, before)
+    chex.assert_trees_all_equal(variables, before)
     assert jax.tree.structure(new) == jax.tree.structure(variables)
     seen, seen_later = [], []
     params = jax.tree.map(lambda v: np.asarray(v, np.float64), variables["params"])
@@ -198,7 +199,7 @@ def test_nnx_recalibration_agrees_and_leaves_the_model():
     model.eval()
     before = jax.tree.map(np.array, nnx.state(model))
     new = recalibrate_nnx(model, batches())
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
+    chex.assert_trees_all_equal(nnx.state(model), before)
     h = np.concatenate([np.asarray(model.first(x)) for x in batches()])
     np.testing.assert_allclose(new.norm.mean[...], h.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(new.norm.var[...], h.var(0), rtol=1e-5)
@@ -257,7 +258,7 @@ def test_affine_parameters_can_be_frozen_by_label():
     updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params)
     new = optax.apply_updates(params, updates)
     for name in ("first", "second"):
-        jax.tree.map(np.testing.assert_array_equal, new[name], params[name])
+        chex.assert_trees_all_equal(new[name], params[name])
     assert not np.array_equal(new["Dense_0"]["kernel"], params["Dense_0"]["kernel"])
 
 

@@ -1,5 +1,6 @@
 """Power normalization against the paper's algorithm, step by step, in NumPy."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +55,7 @@ def test_the_paper_s_algorithm(masked):
         np.testing.assert_allclose(state.square, square, rtol=1e-5)
         np.testing.assert_allclose(state.drift, drift, rtol=1e-4, atol=1e-5)
     y, same = normax.power_norm(xs[0], state, use_running_average=True)
-    jax.tree.map(np.testing.assert_array_equal, same, state)
+    chex.assert_trees_all_equal(same, state)
     expected = np.asarray(xs[0, :16]) / np.sqrt(np.asarray(state.square) + 1e-5)
     np.testing.assert_allclose(y[:16], expected, rtol=1e-5)
 
@@ -69,7 +70,7 @@ def test_warming_up_divides_by_the_batch_and_a_bad_batch_moves_nothing():
     np.testing.assert_allclose(jax.jit(run)(x, False)[0], xs / np.sqrt(1 + 1e-5), rtol=1e-5)
     bad = x.at[0].set(jnp.nan)
     *_, new = step(bad, x, state, jnp.ones(3), jnp.zeros(3))
-    jax.tree.map(np.testing.assert_array_equal, new, state)
+    chex.assert_trees_all_equal(new, state)
 
 
 def test_half_precision_comes_back():

@@ -1,4 +1,4 @@
-"""The README's code runs as it stands."""
+"""The README's code runs: the first block on inputs of these names, the second as it stands."""
 
 import pathlib
 import re

@@ -1,4 +1,21 @@
-"""Bugs that other libraries had, by the number of their public issue: normax has none of them."""
+"""Bugs that other libraries had, by the number of their public issue: normax has none of them.
+
+Public issues that have no test by their number, and why:
+
+- the same cancellation as those named here, held by tests/test_accuracy.py on a grid:
+  pytorch#51102, onnxruntime#28463, #21935, mlx#2238, tensorflow#118701; between eager and jit, jax#37281, too;
+- statistics in half precision: tensorflow#24979, pytorch#62594, #147303, apex#411: held by the grid
+  of tests/test_accuracy.py in float16 and bfloat16;
+- a batch of one value: torch/nn#1271: refused, tests/test_errors.py;
+- uneven or no entries on a device, and which devices: flax#2417, #1250, #452, pytorch#62967:
+  tests/test_sync.py;
+- masks: keras#18759, flax#3508, #3690: tests/test_masks.py;
+- a state that moves where it should not, or compiles again: equinox#659, #965:
+  tests/test_state.py and tests/test_train.py (one compilation);
+- more than 2**32 values, pytorch#181555: counts stop at 2**31 - 1 (tests/test_moments.py), the
+  memory of such an array is beyond these tests;
+- an input overwritten by a kernel, FlagGems#6332: arrays of JAX cannot be.
+"""
 
 import flax.linen
 import flax.nnx

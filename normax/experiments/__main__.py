@@ -9,7 +9,7 @@ from normax.experiments import interrupt
 from normax.experiments.data import UsageError
 
 # A study is a module of this package with `add_arguments` and `run`.
-STUDIES = {"compare": "train one network with six normalizers on images"}
+STUDIES = {"compare": "train one network on images, plain and with five normalizers"}
 NEEDED = ("matplotlib", "rich", "scipy", "sklearn")
 INTERRUPTED = 130
 

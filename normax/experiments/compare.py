@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--dataset", choices=data.NAMES, default="digits")
     add("--data-home", help="folder of scikit-learn's cache, for mnist and cifar10")
-    add("--norms", type=_norms, nargs="+", default=[list(NORMS)], help=f"of {','.join(NORMS)}")
+    add("--norms", type=_norms, nargs="+", action="extend", help=f"of {','.join(NORMS)}")
     add("--epochs", type=_positive_int, default=12)
     add("--batch-size", type=_batch_size, default=64)
     add("--learning-rate", type=_positive_float, default=0.003)
@@ -45,7 +45,8 @@ def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
       options: what the command line says.
       check: raises KeyboardInterrupt if Ctrl-C was pressed; called between steps.
     """
-    options.norms = list(dict.fromkeys(norm for names in options.norms for norm in names))
+    named = options.norms or [list(NORMS)]
+    options.norms = list(dict.fromkeys(norm for names in named for norm in names))
     report.prepare(options.out)
     training, test = data.load(options.dataset, options.seed, options.data_home)
     training = data.Images(*(array[: options.limit] for array in training))
@@ -66,7 +67,8 @@ def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
     for result in results.values():
         summarize(result, options.target)
     record = {"arguments": _plain(options), "versions": versions(), "interrupted": interrupted}
-    report.show(results, options.target)
+    record["images"] = {"training": len(training.label), "test": len(test.label)}
+    report.show(results, options.target, len(test.label))
     for path in report.write(options.out, {**record, "results": results}):
         print(path)
     if interrupted:

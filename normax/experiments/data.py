@@ -1,6 +1,9 @@
 """Images to train on: scikit-learn's digits, or MNIST and CIFAR-10 through OpenML's cache."""
 
+import http.client
+import pathlib
 import warnings
+import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +55,8 @@ def _openml(name, home):
     from sklearn.datasets import fetch_openml
 
     title, version, shape, train = OPENML[name]
+    if home is not None and pathlib.Path(home).exists() and not pathlib.Path(home).is_dir():
+        raise UsageError(f"--data-home {home} is no folder")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of each retry; the error says it all
@@ -67,12 +72,16 @@ def _openml(name, home):
             )
     except ImportError as error:
         raise UsageError(f'{name} needs pandas: pip install "normax[experiments]"') from error
-    except OSError as error:  # URLError is one
+    except PermissionError as error:
+        raise UsageError(
+            f"the cache of {name} cannot be used ({error}); see --data-home"
+        ) from error
+    except (OSError, EOFError, http.client.HTTPException) as error:  # URLError is an OSError
         raise UsageError(
             f"{name} is not in the cache and openml.org cannot be reached ({error}); run once "
             "with a network, or use --dataset digits, which needs none"
         ) from error
-    except ValueError as error:  # an unknown, truncated or altered data set
+    except (ValueError, KeyError, zlib.error) as error:  # an unknown, truncated or altered data set
         raise UsageError(f"{name} as openml.org gave it cannot be read ({error})") from error
     image = np.array(table.data, np.float32).reshape(-1, *shape)
     image /= 255  # in place: CIFAR-10 is 700 MB

@@ -1,0 +1,151 @@
+"""Writes docs/normalizers.md: every public function by what its docstring says, and the recipes.
+
+python docs/build.py
+"""
+
+import inspect
+import pathlib
+import re
+import types
+
+import normax
+import normax.interop
+import normax.linen
+import normax.recalibrate
+
+HERE = pathlib.Path(__file__).parent
+
+RUNNING = "`RunningStats`"
+# Title, then each function: its module in normax.linen and normax.nnx, and its state.
+GROUPS = {
+    "Over a batch": {
+        "batch_norm": ("BatchNorm", RUNNING),
+        "normalize_batch": ("", "returns `Moments`"),
+        "batch_renorm": ("BatchRenorm", RUNNING),
+        "ghost_batch_norm": ("GhostBatchNorm", RUNNING),
+        "kalman_batch_norm": ("KalmanBatchNorm", f"{RUNNING}; the prior is an argument"),
+        "kalman_prior": ("", ""),
+        "mean_only_batch_norm": ("MeanOnlyBatchNorm", RUNNING),
+        "variance_only_batch_norm": ("VarianceOnlyBatchNorm", RUNNING),
+        "switchable_norm": ("SwitchableNorm", RUNNING),
+        "domain_batch_norm": ("DomainBatchNorm", f"{RUNNING}, a row for each domain"),
+        "evonorm_b0": ("EvoNormB0", RUNNING),
+        "power_norm": ("", "`PowerState`"),
+        "population_norm": ("", "given `Moments` or " + RUNNING),
+        "mixed_batch_norm": ("", f"{RUNNING}, which stay"),
+    },
+    "Over each example": {
+        "layer_norm": ("LayerNorm", ""),
+        "rms_norm": ("RMSNorm", ""),
+        "group_norm": ("GroupNorm", ""),
+        "instance_norm": ("InstanceNorm", ""),
+        "evonorm_s0": ("EvoNormS0", ""),
+        "filter_response_norm": ("FilterResponseNorm", ""),
+        "global_response_norm": ("GlobalResponseNorm", ""),
+        "local_response_norm": ("LocalResponseNorm", ""),
+        "divisive_norm": ("DivisiveNorm", ""),
+        "l2_norm": ("L2Norm", ""),
+        "dynamic_tanh": ("DynamicTanh", ""),
+        "segment_norm": ("SegmentNorm", ""),
+        "standardize": ("", "returns `Moments`"),
+    },
+    "By a condition": {
+        "adaptive_instance_norm": ("", ""),
+        "film": ("", ""),
+        "adaln_zero": ("", ""),
+    },
+    "Of weights": {
+        "weight_norm": ("WeightNorm", ""),
+        "weight_norm_init": ("", ""),
+        "centered_weight_norm": ("CenteredWeightNorm", ""),
+        "weight_standardization": ("WeightStandardization", ""),
+        "scaled_weight_standardization": ("ScaledWeightStandardization", ""),
+        "spectral_norm": ("SpectralNorm", "`SpectralState`"),
+        "operator_norm": ("", "`SpectralState`"),
+        "transform_weights": ("", ""),
+        "weight_constraint": ("", "an optax transformation"),
+    },
+    "Of input features": {
+        "standardize_features": ("", "`FeatureScaling`"),
+        "min_max_features": ("", "`FeatureScaling`"),
+        "robust_features": ("", "`FeatureScaling`"),
+        "transform_features": ("", "given `FeatureScaling`"),
+        "inverse_features": ("", "given `FeatureScaling`"),
+        "extremes": ("", "returns `Extremes`"),
+        "merge_extremes": ("", "`Extremes`"),
+        "condition_number": ("", ""),
+    },
+    "Statistics": {
+        "moments": ("", "returns `Moments`"),
+        "merge": ("", "`Moments`"),
+        "update": ("", RUNNING),
+        "segment_moments": ("", "returns `Moments`"),
+        "debias": ("", RUNNING),
+        "momentum_per_entry": ("", ""),
+        "convention": ("", "a dict of options"),
+        "validate": ("", "any"),
+    },
+    "Of a model's parameters": {
+        "norm_labels": ("", ""),
+        "norm_penalty": ("", ""),
+        "norm_constraint": ("", "an optax transformation"),
+    },
+    "In and out (`normax.interop`), and population statistics (`normax.recalibrate`)": {
+        "from_torch": ("", ""),
+        "to_torch": ("", ""),
+        "from_keras": ("", ""),
+        "to_keras": ("", ""),
+        "from_flax": ("", ""),
+        "options_of": ("", ""),
+        "affine_of": ("", ""),
+        "fold_into_previous": ("", ""),
+        "fold_into_next": ("", ""),
+        "fold_linen": ("", ""),
+        "fold_nnx": ("", ""),
+        "recalibrate": ("", "new variables"),
+        "recalibrate_nnx": ("", "a new model"),
+    },
+}
+ROOMS = (normax, normax.interop, normax.recalibrate)
+
+
+def public() -> dict[str, types.FunctionType]:
+    """Returns the public functions by name."""
+    return {
+        name: function
+        for room in ROOMS
+        for name, function in vars(room).items()
+        if inspect.isfunction(function) and not name.startswith("_")
+    }
+
+
+def entry(name: str, module: str, state: str) -> str:
+    """Returns the lines of a function."""
+    text = inspect.getdoc(public()[name]) or ""
+    formula = re.search(r"\.\. math::(.*?)\n\n", text, re.DOTALL)
+    links = re.findall(r"https?://[^\s;]+", text)
+    lines = [f"### `{name}`", "", text.splitlines()[0], ""]
+    if formula:
+        lines += ["```math", re.sub(r"\s+", " ", formula[1]).strip(), "```", ""]
+    facts = [f"module: `{module}`"] if module else []
+    facts += [f"state: {state}"] if state else []
+    facts += [f"mask: {mask(name)}"] if name in vars(normax) else []
+    facts += ["paper: " + ", ".join(f"<{link.rstrip('.')}>" for link in links)] if links else []
+    return "\n".join([*lines, "; ".join(facts), ""] if facts else lines)
+
+
+def mask(name: str) -> str:
+    """Returns whether a function takes a mask."""
+    return "yes" if "mask" in inspect.signature(public()[name]).parameters else "no"
+
+
+def page() -> str:
+    """Returns the whole page."""
+    parts = [(HERE / "normalizers.head.md").read_text()]
+    for title, functions in GROUPS.items():
+        parts += [f"## {title}\n", *(entry(name, *facts) for name, facts in functions.items())]
+    return "\n".join([*parts, (HERE / "normalizers.tail.md").read_text()])
+
+
+if __name__ == "__main__":
+    (HERE / "normalizers.md").write_text(page())
