@@ -3,7 +3,8 @@
 Public issues that have no test by their number, and why:
 
 - the same cancellation as those named here, held by tests/test_accuracy.py on a grid:
-  pytorch#51102, onnxruntime#28463, #21935, mlx#2238, tensorflow#118701; between eager and jit, jax#37281, too;
+  pytorch#51102, onnxruntime#28463, #21935, mlx#2238, tensorflow#118701; between eager and jit,
+  jax#37281, too;
 - statistics in half precision: tensorflow#24979, pytorch#62594, #147303, apex#411: held by the grid
   of tests/test_accuracy.py in float16 and bfloat16;
 - a batch of one value: torch/nn#1271: refused, tests/test_errors.py;
