@@ -122,6 +122,22 @@ MUTATIONS = [
     Mutation("feature: the condition number of the data", "features.py", "ratio * ratio", "ratio", FEATURES),
     Mutation("feature: absent entries are ranked", "order.py", "count = jnp.sum(valid, axes, dtype=jnp.int32)", "count = jnp.sum(valid | True, axes, dtype=jnp.int32)", FEATURES),
     Mutation("feature: extremes merged the wrong way", "order.py", "jnp.maximum(high_a, high_b)", "jnp.minimum(high_a, high_b)", FEATURES),
+    # The family.
+    Mutation("renorm: no limit on r", "renorm.py", "1 / jnp.asarray(r_max), r_max)", "0, jnp.inf)", "test_family.py -k renorm"),
+    Mutation("renorm: masked entries by d", "renorm.py", "y = jnp.where(mask, y, absent", "y = jnp.where(mask | True, y, absent", "test_conditions.py -k renorm"),
+    Mutation("kalman: no distance of means", "kalman.py", " + p * (1 - p) * square(m.mean - mean)", "", "test_family.py -k kalman"),
+    Mutation("kalman: absent channels drop the prior", "kalman.py", "seen = m.count > 0", "seen = m.count >= 0", "test_conditions.py -k channel"),
+    Mutation("response: not in a unit", "response.py", "scaled = units.divide(x, unit)", "scaled, unit = x, 1", "test_conditions.py -k every_size"),
+    Mutation("segment: ids wrap", "segment.py", "ids = ax.to_ids(name, label, ids).astype(jnp.int32)", "ids = ax.to_ids(name, label, ids)", "test_conditions.py -k narrow"),
+    Mutation("adaptive: masked entries in the sum", "adaptive.py", "there = present(x, ax.to_mask(name, mask, x))", "there = present(x, None)", "test_conditions.py -k adaptive_block"),
+    Mutation("recalibrate: frozen layers too", "recalibrate.py", "isinstance(module, LinenRunning) and not module.freeze_stats", "isinstance(module, LinenRunning)", "test_population.py -k frozen"),
+    # In and out.
+    Mutation("torch: a transposed kernel not turned", "interop/pytorch.py", "turned = tuple(range(rank - 2)) if transposed else ()", "turned = ()", "test_interop.py -k transposed or keras"),
+    Mutation("report: what is unused passes", "interop/pairing.py", "if strict and (report.missing or report.unused or report.mismatched)", "if strict and (report.missing or report.mismatched)", "test_interop.py -k reported"),
+    Mutation("fold: the mean forgotten", "interop/folding.py", " - factor * mean.astype(dtype)", "", "test_folding.py -k affine"),
+    Mutation("fold: groups in another order", "interop/folding.py", "jnp.repeat(row.reshape(groups, size), width, axis=0)", "jnp.tile(row.reshape(groups, size), (width, 1))", "test_folding.py -k kernels"),
+    Mutation("fold: through a padding of zeros", "interop/models.py", 'return padding in _OF_THE_INPUT and not dilated', 'return True', "test_folding.py -k a_model_of"),
+    Mutation("fold: what is used elsewhere too", "interop/models.py", "made.get(source) if used[source] == 1 else None", "made.get(source)", "test_folding.py -k a_model_of"),
     # Weights.
     Mutation("the length is a root mean square", "weight.py", "/ math.sqrt(size),", "/ 1.0,", "test_weights.py"),
     Mutation("no power iteration", "weight.py", "for _ in range(n_steps):", "for _ in range(1):", "test_weights.py"),
