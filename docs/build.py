@@ -116,6 +116,7 @@ def public() -> dict[str, types.FunctionType]:
         for room in ROOMS
         for name, function in vars(room).items()
         if inspect.isfunction(function) and not name.startswith("_")
+        if room is not normax.recalibrate or function.__module__ == room.__name__
     }
 
 

@@ -42,8 +42,10 @@ class BoundLinen:
         variables = {"params": cast(self.params, self.dtype), **self.model_state}
         if not self.train:
             return cast_back(self.binding.model.apply(variables, *args, **kwargs), self.dtype)
-        asked = kwargs.pop("mutable", [])
-        asked = [asked] if isinstance(asked, str) else list(asked or [])
+        told, asked = "mutable" in kwargs, kwargs.pop("mutable", [])
+        if isinstance(asked, bool):
+            raise TypeError(f"train_step: expected mutable to name collections, got {asked}")
+        asked = [asked] if isinstance(asked, str) else list(asked)
         # A number that counts the calls, unlike a key that is split, leaves every transformation.
         keys = jax.random.split(jax.random.fold_in(self.key, self.calls), len(self.binding.rngs))
         self.calls += 1
@@ -58,13 +60,13 @@ class BoundLinen:
             new = {}
         elif current_trace() != self.trace:
             raise ValueError(
-                "train_step: expected the model to be called outside jax.checkpoint, jax.vmap, "
-                "lax.scan and lax.cond, out of which its running statistics cannot come; use "
-                "Flax's own nn.remat, nn.vmap, nn.scan and nn.cond in the model"
+                "train_step: expected the model to be called outside jax.checkpoint, jax.jit, "
+                "jax.vmap, lax.scan and lax.cond, out of which its running statistics cannot come; "
+                "use Flax's own nn.remat, nn.jit, nn.vmap, nn.scan and nn.cond in the model"
             )
         self.model_state = {**self.model_state, **new}
         out = cast_back(out, self.dtype)
-        return (out, {name: updates[name] for name in asked if name in updates}) if asked else out
+        return (out, {name: updates[name] for name in asked if name in updates}) if told else out
 
     def _has_moved(self, new):
         old = {name: self.model_state[name] for name in new}

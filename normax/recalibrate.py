@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen, nnx
+from flax import nnx
 
 from normax import axes as ax
+from normax.intercept import intercepted
 from normax.linen.activations import Running as LinenRunning
 from normax.nnx.activations import Running as NNXRunning
 
@@ -41,7 +42,8 @@ def recalibrate(
       entry stay: of frozen layers, of layers that are not called, and of Flax's own.
 
     Raises:
-      ValueError: a stream without a batch; a model without running statistics.
+      ValueError: a stream without a batch; a model without running statistics, or one that `apply`
+        does not apply in training.
       TypeError: a `BatchRenorm` in the model.
 
     Where others differ: PyTorch's `update_bn` and fvcore average the variances of batches, without
@@ -67,7 +69,7 @@ def recalibrate(
 
     @jax.jit
     def measure(stats, batch):
-        with linen.intercept_methods(_merging):
+        with intercepted(_merging):
             updates = apply({**variables, "batch_stats": stats}, batch)
         return updates["batch_stats"]
 
@@ -76,6 +78,8 @@ def recalibrate(
         fresh = _restarted(stats, _moving(apply, variables, batch)) if fresh is None else fresh
         fresh = measure(fresh, batch)
     ax.check_found("recalibrate", "a batch", fresh is not None)
+    trained = any(count.any() for count in _counts(fresh))
+    ax.check_found("recalibrate", "an entry, by a model applied in training", trained)
     return {**variables, "batch_stats": _like(fresh, stats)}
 
 
@@ -173,7 +177,7 @@ def _moving(apply, variables, batch):
         return call(*args, **kwargs)
 
     def traced(variables, batch):
-        with linen.intercept_methods(note):
+        with intercepted(note):
             return apply(variables, batch)
 
     jax.eval_shape(traced, variables, batch)
@@ -204,6 +208,15 @@ def _like(new, old):
         }
         return {name: kept.get(name, part) for name, part in old.items()}
     return {name: _like(new[name], part) for name, part in old.items()}
+
+
+def _counts(stats):
+    """Yields the counts of the statistics."""
+    for name, part in stats.items():
+        if isinstance(part, Mapping):
+            yield from _counts(part)
+        elif name == "count":
+            yield part
 
 
 def _shown(batches, progress):

@@ -132,12 +132,14 @@ MUTATIONS = [
     Mutation("adaptive: masked entries in the sum", "adaptive.py", "there = present(x, ax.to_mask(name, mask, x))", "there = present(x, None)", "test_conditions.py -k adaptive_block"),
     Mutation("recalibrate: frozen layers too", "recalibrate.py", "isinstance(module, LinenRunning) and not module.freeze_stats", "isinstance(module, LinenRunning)", "test_population.py -k frozen"),
     # In and out.
+    Mutation("fold: nn.jit remembers the listener", "intercept.py", "with _listener(interceptor), linen", "with linen", "test_folding.py -k jit"),
+    Mutation("fold: a kernel read elsewhere", "interop/graph.py", "uses(jaxpr, jaxpr.invars[place]) <= 1", "uses(jaxpr, jaxpr.invars[place]) <= 9", "test_folding.py -k not_one_affine"),
     Mutation("torch: a transposed kernel not turned", "interop/pytorch.py", "turned = tuple(range(rank - 2)) if transposed else ()", "turned = ()", "test_interop.py -k transposed or keras"),
     Mutation("report: what is unused passes", "interop/pairing.py", "if strict and (report.missing or report.unused or report.mismatched)", "if strict and (report.missing or report.mismatched)", "test_interop.py -k reported"),
     Mutation("fold: the mean forgotten", "interop/folding.py", " - factor * mean.astype(dtype)", "", "test_folding.py -k affine"),
     Mutation("fold: groups in another order", "interop/folding.py", "jnp.repeat(row.reshape(groups, size), width, axis=0)", "jnp.tile(row.reshape(groups, size), (width, 1))", "test_folding.py -k kernels"),
-    Mutation("fold: through a padding of zeros", "interop/models.py", 'return padding in _OF_THE_INPUT and not dilated', 'return True', "test_folding.py -k a_model_of"),
-    Mutation("fold: what is used elsewhere too", "interop/models.py", "made.get(source) if used[source] == 1 else None", "made.get(source)", "test_folding.py -k a_model_of"),
+    Mutation("fold: through a padding of zeros", "interop/models.py", "return layer.padding in _OF_THE_INPUT", "return True", "test_folding.py -k a_model_of"),
+    Mutation("fold: what is used elsewhere too", "interop/graph.py", "made.get(source) if used[source] == 1 else None", "made.get(source)", "test_folding.py -k a_model_of"),
     # Weights.
     Mutation("the length is a root mean square", "weight.py", "/ math.sqrt(size),", "/ 1.0,", "test_weights.py"),
     Mutation("no power iteration", "weight.py", "for _ in range(n_steps):", "for _ in range(1):", "test_weights.py"),

@@ -29,11 +29,11 @@ ROOMS = [
     ["__init__"],
     ["options"],
     ["linen", "nnx"],
-    ["bind"],
+    ["bind", "intercept"],
     ["train", "recalibrate", "interop"],
     ["experiments"],
 ]
-FLAX = {"linen", "nnx", "bind", "train", "recalibrate", "interop", "experiments"}
+FLAX = {"linen", "nnx", "bind", "intercept", "train", "recalibrate", "interop", "experiments"}
 REFUSE_NOTHING = {"norm_labels", "norm_penalty", "from_nnx"}
 PAPERS = ["batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "weight_norm"]
 PAPERS += ["spectral_norm", "moments", "merge", "update"]

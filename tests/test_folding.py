@@ -1,6 +1,7 @@
 """Batch norms folded into the layers beside them: the same outputs, and nothing left of the norm."""
 
 import chex
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -229,6 +230,177 @@ def test_layers_under_weight_norm_of_nnx_are_left():
     assert not folded
     assert len(left) == 1
     np.testing.assert_allclose(new(x), model(x), rtol=1e-6)
+
+
+class OwnBatchNorm(normax.linen.BatchNorm):
+    @nn.compact
+    def __call__(self, x):
+        return nn.relu(super().__call__(x))
+
+
+class Tied(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        dense = nn.Dense(4, name="dense")
+        y = nn.relu(normax.linen.BatchNorm(True, name="norm")(dense(x)))
+        return y @ dense.variables["params"]["kernel"].T
+
+
+def small(layer, **options):
+    """Returns a model that calls a batch norm in a way of its own after, or before, a layer."""
+
+    class Small(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return layer(x, normax.linen.BatchNorm(name="norm", **options))
+
+    return Small()
+
+
+ODD = {
+    "mask": small(
+        lambda x, norm: norm(nn.Dense(5)(x), mask=x[:, :1] > 0), use_running_average=True
+    ),
+    "training": small(lambda x, norm: norm(nn.Dense(5)(x), False)),
+    "axis": small(lambda x, norm: norm(nn.Dense(5)(x)), use_running_average=True, axis=0),
+    "masked kernel": small(
+        lambda x, norm: nn.Conv(
+            5, (2,), padding="VALID", mask=jnp.eye(2)[:, :, None] * jnp.ones((2, 2, 5))
+        )(norm(x[:, :2])[None]),
+        use_running_average=True,
+    ),
+    "own class": nn.Sequential([nn.Dense(4), OwnBatchNorm(True)]),
+    "tied": Tied(),
+    "product": nn.Sequential(
+        [
+            nn.Dense(
+                4, dot_general=lambda *args, **kwargs: jnp.abs(jax.lax.dot_general(*args, **kwargs))
+            ),
+            normax.linen.BatchNorm(True),
+        ]
+    ),
+    "vmap": nn.Sequential(
+        [
+            nn.vmap(nn.Dense, {"params": 0}, {"params": True}, axis_size=2, in_axes=None)(4),
+            nn.vmap(
+                normax.linen.BatchNorm,
+                {"params": 0, "batch_stats": None},
+                {"params": True},
+                axis_size=2,
+            )(True),
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("model", ODD.values(), ids=ODD)
+def test_what_is_not_one_affine_map_of_one_layer_is_left(model):
+    x = jax.random.normal(KEY, (6, 3))
+    variables = randomized(model.init(KEY, x))
+    call = {"mutable": ["batch_stats"]} if model is ODD["training"] else {}
+    expected = model.apply(variables, x, **call)
+    apply, new, folded, left = interop.fold_linen(model, variables, x, **call)
+    assert folded == ()
+    assert len(left) == 1
+    chex.assert_trees_all_equal(apply(new, x, **call), expected)
+
+
+@pytest.mark.parametrize("first", ["model", "fold"])
+def test_what_nn_jit_has_traced_is_neither_used_nor_left_behind(first):
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return normax.linen.BatchNorm(True, name="norm")(nn.Dense(4, name="dense")(x))
+
+    model, x = nn.jit(Inner)(), jax.random.normal(KEY, (6, 3))
+    variables = randomized(Inner().init(KEY, x))
+    expected = Inner().apply(variables, x)
+    if first == "model":
+        model.apply(variables, x)
+    for _ in range(2):
+        apply, new, folded, _ = interop.fold_linen(model, variables, x)
+        assert len(folded) == 1
+        np.testing.assert_allclose(apply(new, x), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(jax.jit(apply)(new, x), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(model.apply(variables, x), expected, rtol=1e-6)
+
+
+def test_options_by_position_frozen_variables_and_the_dtype_of_the_output():
+    model = Net()
+    variables = flax.core.freeze(randomized(model.init(KEY, IMAGE)))
+    apply, new, folded, _ = interop.fold_linen(model, variables, IMAGE, False)
+    assert dict(folded) == FOLDS
+    np.testing.assert_allclose(apply(new, IMAGE, False), model.apply(variables, IMAGE), atol=1e-4)
+
+    halves = nn.Dense(4, dtype=jnp.bfloat16)
+    model = nn.Sequential([halves, normax.linen.BatchNorm(True, dtype=jnp.float32)])
+    x = jax.random.normal(KEY, (6, 3))
+    variables = model.init(KEY, x)
+    apply, new, *_ = interop.fold_linen(model, variables, x)
+    assert apply(new, x).dtype == model.apply(variables, x).dtype == jnp.float32
+
+
+def test_partitioned_variables_are_unboxed():
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    model = nn.Sequential([nn.Dense(4, kernel_init=init), normax.linen.BatchNorm(True)])
+    x = jax.random.normal(KEY, (6, 3))
+    variables = model.init(KEY, x)
+    apply, new, folded, _ = interop.fold_linen(model, variables, x)
+    assert len(folded) == 1
+    np.testing.assert_allclose(apply(new, x), model.apply(variables, x), atol=1e-5)
+
+
+class Odd(nnx.Module):
+    def __init__(self, way, rngs):
+        self.way = way
+        self.first = nnx.Linear(4, 4, rngs=rngs)
+        self.norm = normax.nnx.BatchNorm(4, rngs=rngs)
+        self.second = nnx.Linear(4, 4, rngs=rngs)
+        if way == "shared":
+            self.second.kernel = self.first.kernel
+
+    def __call__(self, x):
+        options = {
+            "mask": {"mask": x[:, :1] > 0},
+            "training": {"use_running_average": False},
+        }.get(self.way, {})
+        y = self.norm(self.first(x), **options)
+        y = y + self.first(x) if self.way == "twice" else y
+        if self.way == "tied":
+            y = jnp.tanh(y) @ self.first.kernel[...].T
+        return y + self.second(x) if self.way == "shared" else y
+
+
+@pytest.mark.parametrize("way", ["mask", "training", "twice", "tied", "shared"])
+def test_what_is_not_one_affine_map_of_one_layer_of_nnx_is_left(way):
+    model, x = Odd(way, nnx.Rngs(0)), jax.random.normal(KEY, (6, 4))
+    model.norm.mean[...] += 2
+    new, _, folded, left = interop.fold_nnx(model, x)
+    model.eval()
+    assert folded == ()
+    assert [path for path, _ in left] == ["norm"]
+    np.testing.assert_allclose(new(x), model(x), rtol=1e-6)
+
+
+def test_a_model_of_nnx_with_a_transformation_inside():
+    class Inside(Odd):
+        @nnx.remat
+        def __call__(self, x):
+            return self.norm(self.first(x))
+
+    model, x = Inside("plain", nnx.Rngs(0)), jax.random.normal(KEY, (6, 4))
+    new, _, folded, left = interop.fold_nnx(model, x)
+    model.eval()
+    np.testing.assert_allclose(new(x), model(x), rtol=1e-5, atol=1e-5)
+    assert len(folded) + len(left) == 1
+
+
+def test_folding_twice_finds_nothing():
+    model, x = Odd("plain", nnx.Rngs(0)), jax.random.normal(KEY, (6, 4))
+    once, _, folded, _ = interop.fold_nnx(model, x)
+    twice, _, again, left = interop.fold_nnx(once, x)
+    assert (len(folded), again, left) == (1, (), ())
+    np.testing.assert_array_equal(twice(x), once(x))
 
 
 def test_the_gain_of_a_layer_norm_goes_into_the_next_layer():

@@ -496,3 +496,68 @@ def test_layers_that_have_no_options_are_refused(torch):
         interop.options_of(torch.nn.BatchNorm1d(1, track_running_stats=False))
     with pytest.raises(ValueError, match="InstanceNorm without track_running_stats"):
         interop.options_of(torch.nn.InstanceNorm1d(1, track_running_stats=True))
+
+
+def test_what_is_no_state_dict_or_variables_says_so(torch):
+    layer = torch.nn.Linear(3, 2)
+    with pytest.raises(
+        TypeError, match=r"from_torch: expected a state dict .* got Linear; a module"
+    ):
+        interop.from_torch(layer, LIKE)
+    with pytest.raises(
+        TypeError, match=r"the variables of a model, got the Linear itself; they are"
+    ):
+        interop.from_torch(layer.state_dict(), nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    with pytest.raises(
+        TypeError, match=r"the variables of a model, got the Dense itself; they are"
+    ):
+        interop.from_torch(layer.state_dict(), nn.Dense(2))
+
+
+def test_paths_that_are_none_are_refused():
+    entries = {"fc.weight": np.ones((2, 3)), "fc.bias": np.ones(2)}
+    for options in ({"transposed": "fc"}, {"transposed": ["up"]}, {"flattened": {"f": (1, 1, 3)}}):
+        with pytest.raises(ValueError, match=r"from_torch: expected .* paths of modules, .*'fc'"):
+            interop.from_torch(entries, LIKE, **options)
+
+
+def test_two_variables_of_one_entry_must_be_one():
+    same = {"params": {"a": {"bias": jnp.ones(2)}, "b": {"bias": jnp.ones(2)}}}
+    other = {"params": {"a": {"bias": jnp.ones(2)}, "b": {"bias": jnp.zeros(2)}}}
+    names, like = {"a": "fc", "b": "fc"}, {"fc.bias": np.zeros(2)}
+    back, _ = interop.to_torch(same, like, names=names)
+    np.testing.assert_array_equal(back["fc.bias"], 1)
+    with pytest.raises(ValueError, match=r"mismatched: fc.bias of \(2,\), b/bias of \(2,\)"):
+        interop.to_torch(other, like, names=names)
+
+
+def test_complex_entries_are_not_made_real():
+    entries = {"fc.weight": np.ones((2, 3), complex), "fc.bias": np.ones(2)}
+    with pytest.raises(ValueError, match="mismatched: fc/kernel"):
+        interop.from_torch(entries, LIKE)
+
+
+def test_axes_of_keras_are_those_of_the_module(keras):
+    theirs = keras.layers.GroupNormalization(2, axis=1)
+    x = jax.random.normal(KEY, (2, 4, 5))
+    expected = np.asarray(theirs(x))
+    model = normax.linen.GroupNorm(**interop.options_of(theirs))
+    variables, _ = interop.from_keras(
+        {w.path.split("/")[-1]: w for w in theirs.weights}, model.init(KEY, x)
+    )
+    np.testing.assert_allclose(model.apply(variables, x), expected, atol=1e-5)
+
+
+def test_dtypes_of_a_file(torch, tmp_path):
+    from safetensors.torch import save_file
+
+    tensors = {"fc.weight": torch.ones(2, 3, dtype=torch.float64)}
+    save_file(
+        {**tensors, "fc.bias": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "a.safetensors"
+    )
+    back, _ = interop.to_torch(LIKE, tmp_path / "a.safetensors")
+    assert {key: value.dtype for key, value in back.items()} == {
+        "fc.weight": np.float64,
+        "fc.bias": np.float32,
+    }
+    assert torch.tensor(back["fc.bias"]).tolist() == [7, 7]

@@ -211,6 +211,9 @@ def test_recalibration_refuses_what_it_cannot_do():
     model = Model()
     variables = model.init(KEY, X, train=False)
     apply = lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])[1]
+    inference = lambda v, x: model.apply(v, x, train=False, mutable=["batch_stats"])[1]
+    with pytest.raises(ValueError, match="an entry, by a model applied in training, got none"):
+        recalibrate(inference, variables, [X])
     with pytest.raises(ValueError, match="recalibrate: expected a batch, got none"):
         recalibrate(apply, variables, [])
     with pytest.raises(ValueError, match="expected variables with running statistics, got none"):

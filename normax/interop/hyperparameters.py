@@ -88,7 +88,8 @@ def _keras_batch(layer):
 def _keras_group(layer):
     # Keras writes -1 for a group of each feature.
     grouped = {"group_size": 1, "num_groups": None} if layer.groups == -1 else {}
-    return {**(grouped or {"num_groups": layer.groups}), **_keras(layer)}
+    groups = grouped or {"num_groups": layer.groups}
+    return {**groups, **_keras(layer), "feature_axes": layer.axis}
 
 
 def _keras_layer(layer):

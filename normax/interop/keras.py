@@ -10,6 +10,7 @@ from normax.interop.pairing import (
     Pair,
     Renaming,
     Report,
+    check_paths,
     fill_entries,
     fill_flax,
     join,
@@ -60,6 +61,7 @@ def from_keras(
       2 matched [2. 2. 2.]
     """
     source = _read("from_keras", weights)
+    check_paths("from_keras", like, transposed=transposed)
     pairing = _pairing(source, names, transposed)
     return fill_flax("from_keras", source, like, pairing, strict)
 
@@ -99,6 +101,7 @@ def to_keras(
       [2. 2. 2.]
     """
     entries = _read("to_keras", like)
+    check_paths("to_keras", variables, transposed=transposed)
     pairing = _pairing(entries, names, transposed)
     return fill_entries("to_keras", variables, entries, pairing, strict)
 

@@ -1,35 +1,39 @@
 """Whole models without their batch norms: found in the graph of the model, folded, left out."""
 
 import functools
-from collections import Counter
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen, nnx
-from jax.ad_checkpoint import checkpoint_name
-from jax.extend import core
 
 import normax.linen
 import normax.nnx
 from normax import axes as ax
+from normax.intercept import intercepted
 from normax.interop.folding import affine_of, fold_into_next, fold_into_previous
+from normax.interop.graph import Seen, marked, plan
 from normax.moments import RunningStats
+from normax.regularize import names_of
 
+# A class that extends one of these may compute something else.
 LINEN_NORMS = (linen.BatchNorm, normax.linen.BatchNorm)
 LINEN_LAYERS = (linen.Dense, linen.Conv, linen.ConvTranspose)
 NNX_NORMS = (nnx.BatchNorm, normax.nnx.BatchNorm)
 NNX_LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
 # Around a layer whose parameters are not what it computes with.
-LINEN_WEIGHTS = (linen.WeightNorm, linen.SpectralNorm, normax.linen.WeightNorm)
-LINEN_WEIGHTS += (normax.linen.SpectralNorm, normax.linen.CenteredWeightNorm)
-LINEN_WEIGHTS += (normax.linen.WeightStandardization, normax.linen.ScaledWeightStandardization)
-NNX_WEIGHTS = (nnx.WeightNorm, nnx.SpectralNorm, normax.nnx.WeightNorm, normax.nnx.SpectralNorm)
-NNX_WEIGHTS += (normax.nnx.CenteredWeightNorm, normax.nnx.WeightStandardization)
-NNX_WEIGHTS += (normax.nnx.ScaledWeightStandardization,)
+_WEIGHTS = ("WeightNorm", "SpectralNorm", "CenteredWeightNorm")
+_WEIGHTS += ("WeightStandardization", "ScaledWeightStandardization")
+LINEN_WEIGHTS = (linen.WeightNorm, linen.SpectralNorm)
+LINEN_WEIGHTS += tuple(getattr(normax.linen, name) for name in _WEIGHTS)
+NNX_WEIGHTS = (nnx.WeightNorm, nnx.SpectralNorm)
+NNX_WEIGHTS += tuple(getattr(normax.nnx, name) for name in _WEIGHTS)
+# What a layer multiplies by unless it is told otherwise, which need not be linear.
+_PRODUCTS = (None, jax.lax.dot_general, jax.lax.conv_general_dilated)
+_PRODUCT_OPTIONS = ("dot_general", "conv_general_dilated")
+_PRODUCT_OPTIONS += tuple(f"{name}_cls" for name in _PRODUCT_OPTIONS)
 # Paddings that bring in no zeros.
 _OF_THE_INPUT = ("VALID", "CIRCULAR", "REFLECT")
-_MARKS = ("enter", "leave", "norm")
 
 
 class Folded(NamedTuple):
@@ -49,27 +53,20 @@ class Folded(NamedTuple):
     left: tuple[tuple[str, str], ...]
 
 
-class _Site(NamedTuple):
-    """A batch norm beside the layer that is to take it."""
-
-    norm: str
-    layer: str
-    before: bool
-
-
 def fold_linen(model: linen.Module, variables: Any, *args: Any, **kwargs: Any) -> Folded:
     """Folds the batch norms of a linen model into the Dense and Conv layers before or behind them.
 
     A batch norm is folded into the layer whose output it alone normalizes, or else into the one
-    layer that alone takes its output and pads it with no zeros. The computation is what is looked
-    at, not the names. Flax's batch norms are folded like those of `normax`.
+    layer that alone takes its output and pads it with no zeros. What counts is the computation, not
+    the names: a norm with a mask, in training, or called twice stays, and so does one beside a
+    layer whose kernel is read elsewhere too. Flax's batch norms are folded like those of `normax`.
 
     Args:
       model: the model.
       variables: its variables; they stay as they are.
-      *args: what the model is called with at inference, such as `x, train=False`: arrays or
-        `jax.ShapeDtypeStruct`.
-      **kwargs: likewise; options that are no arrays are taken as they are.
+      *args: what the model is called with at inference, such as `x, False`: arrays, and what is no
+        array as it is.
+      **kwargs: likewise.
 
     Returns:
       `Folded`: a function to apply, its variables, without those of the norms, and what was folded
@@ -90,66 +87,57 @@ def fold_linen(model: linen.Module, variables: Any, *args: Any, **kwargs: Any) -
       >>> bool(jnp.allclose(apply(new, x), model.apply(variables, x), atol=1e-5))
       True
     """
+    variables = linen.meta.unbox(variables)
+    params, batch_stats = variables.get("params", {}), variables.get("batch_stats", {})
     modules: dict[str, linen.Module] = {}
-    shapes: dict[str, tuple] = {}
-    around: list[str] = []
+    seen: dict[str, Seen] = {}
+    around: list[linen.Module] = []
 
     def mark(call, args, kwargs, context):
         module, path = context.module, "/".join(context.module.path)
         if isinstance(module, LINEN_WEIGHTS):
-            around.append(path)
+            around.append(module)
             out = call(*args, **kwargs)
             around.pop()
             return out
-        known = isinstance(module, LINEN_NORMS + LINEN_LAYERS) and not around
-        if context.method_name != "__call__" or not known:
+        if context.method_name != "__call__" or around or not _is_known(module):
             return call(*args, **kwargs)
         modules[path] = module.clone(parent=None)
-        shapes[path] = _inputs(args, kwargs).shape
-        if isinstance(module, LINEN_NORMS):
-            stacked = jax.tree.map(jax.numpy.shape, module.variables.get("batch_stats", {}))
-            shapes[f"{path}/mean"] = stacked.get("mean")
-            return _marked("norm", path, _inputs(args, kwargs))
-        args, kwargs = _with_inputs(args, kwargs, _marked("enter", path, _inputs(args, kwargs)))
-        return _marked("leave", path, call(*args, **kwargs))
+        inside = jax.tree.map(jnp.shape, dict(module.variables))
+        outside = {"params": _at(params, path), "batch_stats": _at(batch_stats, path)}
+        outside = {name: part for name, part in outside.items() if part}
+        stacked = inside != jax.tree.map(jnp.shape, outside)
+        if isinstance(module, LINEN_NORMS) and not outside.get("batch_stats"):
+            return call(*args, **kwargs)  # which says what is missing
+        return _marked_call(call, module, type(module), path, seen, stacked, args, kwargs)
 
-    def traced(variables, arrays):
-        with linen.intercept_methods(mark):
-            return model.apply(variables, *arrays[0], **{**kwargs, **arrays[1]})
+    def apply_marked(variables, *args, **kwargs):
+        with intercepted(mark):
+            return model.apply(variables, *args, **kwargs)
 
-    dynamic = {key: value for key, value in kwargs.items() if hasattr(value, "shape")}
-    jaxpr = jax.make_jaxpr(traced)(variables, (args, dynamic))
-    stats = {
-        path: _at(variables.get("batch_stats", {}), path) for path in _norms(modules, LINEN_NORMS)
-    }
-    stacked = {path for path in stats if shapes[f"{path}/mean"] != stats[path]["mean"].shape}
-    sites, left = _plan(jaxpr.jaxpr, modules, shapes, LINEN_NORMS, stacked)
-
-    params, batch_stats = variables.get("params", {}), variables.get("batch_stats", {})
+    jaxpr, places = _graph(apply_marked, variables, args, kwargs)
+    own = {path: _places(places, path) for path in seen}
+    sites, left = plan(jaxpr, seen, own)
     for site in sites:
-        norm, own = modules[site.norm], _at(params, site.norm) or {}
-        kernel, bias = _fold(
-            norm,
-            (stats[site.norm]["mean"], stats[site.norm]["var"]),
-            own.get("scale"),
-            own.get("bias"),
-            modules[site.layer],
-            _at(params, site.layer)["kernel"],
-            _at(params, site.layer).get("bias"),
-            site.before,
+        norm, layer = _at(params, site.norm) or {}, _at(params, site.layer)
+        stats = _at(batch_stats, site.norm)
+        new = _fold(
+            (modules[site.norm], stats["mean"], stats["var"], norm.get("scale"), norm.get("bias")),
+            (modules[site.layer], layer["kernel"], layer.get("bias")),
+            site.is_behind,
         )
-        params = _replaced(params, site.layer.split("/"), {"kernel": kernel, "bias": bias})
+        params = _replaced(params, site.layer.split("/"), new)
         params = _replaced(params, site.norm.split("/"), None)
         batch_stats = _replaced(batch_stats, site.norm.split("/"), None)
     new = {**variables, "params": params, "batch_stats": batch_stats}
-    new = {name: part for name, part in new.items() if part or not variables.get(name)}
+    new = {name: part for name, part in new.items() if part or variables.get(name) == {}}
     gone = {site.norm for site in sites}
     without_bias = {site.layer for site in sites if not modules[site.layer].use_bias}
 
     def skip(call, args, kwargs, context):
         module, path = context.module, "/".join(context.module.path)
         if context.method_name == "__call__" and path in gone:
-            return _inputs(args, kwargs)
+            return _inputs(args, kwargs).astype(seen[path].dtype)
         out = call(*args, **kwargs)
         if context.method_name == "__call__" and path in without_bias:
             bias = module.get_variable("params", "bias").astype(out.dtype)
@@ -158,10 +146,10 @@ def fold_linen(model: linen.Module, variables: Any, *args: Any, **kwargs: Any) -
 
     def apply(variables, *args, **kwargs):
         """Applies the model without the norms that are folded."""
-        with linen.intercept_methods(skip):
+        with intercepted(skip):
             return model.apply(variables, *args, **kwargs)
 
-    return Folded(apply, new, tuple((s.norm, s.layer) for s in sites), left)
+    return Folded(apply, new, tuple((site.norm, site.layer) for site in sites), left)
 
 
 def fold_nnx(model: nnx.Module, *args: Any, **kwargs: Any) -> Folded:
@@ -171,7 +159,7 @@ def fold_nnx(model: nnx.Module, *args: Any, **kwargs: Any) -> Folded:
 
     Args:
       model: the model; it stays as it is.
-      *args: what the model is called with at inference.
+      *args: what the model is called with at inference: arrays, and what is no array as it is.
       **kwargs: likewise.
 
     Returns:
@@ -191,33 +179,37 @@ def fold_nnx(model: nnx.Module, *args: Any, **kwargs: Any) -> Folded:
       >>> folded, left, type(new.layers[1]).__name__
       ((('layers/1', 'layers/0'),), (), 'Identity')
     """
-    marked, new = nnx.clone(model), nnx.clone(model)
-    marked.eval()
+    copy, new = nnx.clone(model), nnx.clone(model)
+    copy.eval()
     new.eval()
-    modules, shapes = _foldable(new), {}
-    for path, module in _foldable(marked).items():
-        module.__class__ = _marking(type(module), path, shapes)
-    jaxpr = jax.make_jaxpr(lambda *args: marked(*args, **kwargs))(*args)
-    sites, left = _plan(jaxpr.jaxpr, modules, shapes, NNX_NORMS, set())
+    modules, seen = _foldable(new), {}
+    for path, module in _foldable(copy).items():
+        module.__class__ = _marking(type(module), path, seen)
+    graph, state = nnx.split(copy)
+
+    def apply_marked(state, *args, **kwargs):
+        return nnx.merge(graph, state)(*args, **kwargs)
+
+    jaxpr, places = _graph(apply_marked, state, args, kwargs)
+    own = {path: _places(places, path) for path in seen}
+    for path, each in seen.items():
+        # What several modules share is in the state once.
+        if len(own[path]) < len(jax.tree.leaves(nnx.state(modules[path]))):
+            each.why_not = each.why_not or "its variables are shared"
+    sites, left = plan(jaxpr, seen, own)
     for site in sites:
         norm, layer = modules[site.norm], modules[site.layer]
-        kernel, bias = _fold(
-            norm,
-            (norm.mean[...], norm.var[...]),
-            None if norm.scale is None else norm.scale[...],
-            None if norm.bias is None else norm.bias[...],
-            layer,
-            layer.kernel[...],
-            None if layer.bias is None else layer.bias[...],
-            site.before,
-        )
-        layer.kernel[...] = kernel
-        layer.bias, layer.use_bias = nnx.Param(bias), True
+        stats = norm.mean[...], norm.var[...]
+        affine = (None if v is None else v[...] for v in (norm.scale, norm.bias))
+        bias = None if layer.bias is None else layer.bias[...]
+        folded = _fold((norm, *stats, *affine), (layer, layer.kernel[...], bias), site.is_behind)
+        layer.kernel[...] = folded["kernel"]
+        layer.bias, layer.use_bias = nnx.Param(folded["bias"]), True
         for name in list(vars(norm)):
             if not name.startswith("_"):
                 delattr(norm, name)
-        norm.__class__ = _identity(type(norm))
-    return Folded(new, None, tuple((s.norm, s.layer) for s in sites), left)
+        norm.__class__ = _identity(type(norm), seen[site.norm].dtype)
+    return Folded(new, None, tuple((site.norm, site.layer) for site in sites), left)
 
 
 def _foldable(model: nnx.Module) -> dict[str, Any]:
@@ -227,31 +219,73 @@ def _foldable(model: nnx.Module) -> dict[str, Any]:
     return {
         path: module
         for path, module in found.items()
-        if isinstance(module, NNX_NORMS + NNX_LAYERS) and not path.startswith(around)
+        if _is_known(module) and not path.startswith(around)
     }
 
 
 @functools.cache
-def _identity(kind):
-    """Returns what is left of a folded norm, of a class laid out in memory like its own."""
-    return type("Identity", (kind,), {"__call__": lambda self, x, *args, **kwargs: x})
+def _identity(kind, dtype):
+    """Returns what is left of a folded norm, of a class laid out in memory like the norm's own."""
+
+    def call(self, x, *args, **kwargs):
+        return x.astype(dtype)
+
+    return type("Identity", (kind,), {"__call__": call, "is_folded": True, "__module__": __name__})
 
 
-def _marking(kind, path, shapes):
+def _marking(kind, path, seen):
     """Returns a class of nnx that marks in a graph what enters and leaves its only instance."""
 
     def call(self, *args, **kwargs):
-        shapes[path] = _inputs(args, kwargs).shape
-        if issubclass(kind, NNX_NORMS):
-            return _marked("norm", path, _inputs(args, kwargs))
-        args, kwargs = _with_inputs(args, kwargs, _marked("enter", path, _inputs(args, kwargs)))
-        return _marked("leave", path, kind.__call__(self, *args, **kwargs))
+        def itself(*args, **kwargs):
+            return kind.__call__(self, *args, **kwargs)
+
+        return _marked_call(itself, self, kind, path, seen, False, args, kwargs)
 
     return type(kind.__name__, (kind,), {"__call__": call})
 
 
-def _marked(word, path, x):
-    return checkpoint_name(x, f"{word} {path}")
+def _is_known(module) -> bool:
+    """Returns whether a module is a norm or layer, or extends one."""
+    kinds = LINEN_NORMS + LINEN_LAYERS + NNX_NORMS + NNX_LAYERS
+    return isinstance(module, kinds) and not hasattr(module, "is_folded")
+
+
+def _marked_call(call, module, kind, path, seen, stacked, args, kwargs):
+    """Calls a norm or layer of a class with marks around it, and notes what it is."""
+    is_norm = isinstance(module, LINEN_NORMS + NNX_NORMS)
+    each = seen.setdefault(path, Seen(is_norm))
+    x = _inputs(args, kwargs)
+    if kind not in LINEN_NORMS + LINEN_LAYERS + NNX_NORMS + NNX_LAYERS:
+        each.why_not = "it is of a class of its own"
+    if any(getattr(module, name, None) not in _PRODUCTS for name in _PRODUCT_OPTIONS):
+        each.why_not = "it multiplies in a way of its own"
+    if stacked:
+        each.why_not = "its variables are stacked"
+    if is_norm:
+        each.why_not = each.why_not or _why_not(module, x, args, kwargs)
+        if each.why_not:
+            return call(*args, **kwargs)
+        each.dtype = jax.eval_shape(lambda: call(*args, **kwargs)).dtype
+        return marked("norm", path, x).astype(each.dtype)
+    each.pads_nothing = _pads_nothing(module)
+    x = marked("enter", path, x)
+    args, kwargs = ((x, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): x})
+    return marked("leave", path, call(*args, **kwargs))
+
+
+def _why_not(norm, x, args, kwargs) -> str:
+    """Returns what keeps a norm, called so, from being one factor and offset for each feature."""
+    mode = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
+    mode = norm.use_running_average if mode is None else mode
+    axes = (norm.axis,) if isinstance(norm.axis, int) else tuple(norm.axis)
+    if not isinstance(mode, bool) or not mode:
+        return "it normalizes by the batch"
+    if kwargs.get("mask") is not None:
+        return "it is given a mask"
+    if [axis % x.ndim for axis in axes] != [x.ndim - 1]:
+        return "its features are not last"
+    return ""
 
 
 def _inputs(args, kwargs):
@@ -259,124 +293,64 @@ def _inputs(args, kwargs):
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _with_inputs(args, kwargs, x):
-    """Returns the arguments with another first one."""
-    if args:
-        return (x, *args[1:]), kwargs
-    first = next(iter(kwargs))
-    return args, {**kwargs, first: x}
-
-
-def _norms(modules, kinds) -> list[str]:
-    return [path for path, module in modules.items() if isinstance(module, kinds)]
-
-
-def _plan(jaxpr, modules, shapes, norms, stacked) -> tuple[list[_Site], tuple]:
-    """Returns which batch norm goes into which layer, and why others stay."""
-    marks = list(_marks(jaxpr))
-    times = Counter(mark for mark, *_ in marks)
-    # Of each norm: the one mark before it, and the one behind, if nothing else is there.
-    previous = {path: mark for (word, path), mark, _ in marks if word == "norm"}
-    behind = {path: mark for (word, path), _, mark in marks if word == "norm"}
-    sites, left, taken = [], [], set()
-    for path in _norms(modules, norms):
-        norm, shape = modules[path], shapes[path]
-        word, layer = previous.get(path) or ("", "")
-        next_word, follower = behind.get(path) or ("", "")
-        if times["norm", path] != 1 or path in stacked:
-            left.append((path, "it is called more than once, or its variables are stacked"))
-        elif not _features_are_last(norm.axis, len(shape)):
-            left.append((path, "its features are not last"))
-        elif word == "leave" and times["leave", layer] == 1:
-            sites.append(_Site(path, layer, before=False))
-        elif (
-            next_word == "enter"
-            and times["enter", follower] == 1
-            and follower not in taken
-            and _pads_nothing(modules[follower])
-        ):
-            sites.append(_Site(path, follower, before=True))
-            taken.add(follower)
-        else:
-            left.append(
-                (path, "no layer is alone with it, or only one behind that pads with zeros")
-            )
-    # A layer that takes one norm on either side: first what it is given, then what it gives.
-    return sorted(sites, key=lambda site: not site.before), tuple(left)
-
-
-def _marks(jaxpr: core.Jaxpr) -> Iterator[tuple]:
-    """Yields each mark of a graph, the mark its input comes from, and the one its output goes to.
-
-    None stands for another operation, and for an output that goes to more than one place.
-    """
-    made: dict[Any, tuple] = {}
-    taken: dict[Any, tuple] = {}
-    used: Counter[Any] = Counter(
-        v for eqn in jaxpr.eqns for v in eqn.invars if isinstance(v, core.Var)
-    )
-    used.update(v for v in jaxpr.outvars if isinstance(v, core.Var))
-    found = [(mark, eqn) for eqn in jaxpr.eqns if (mark := _mark(eqn))]
-    for mark, eqn in found:
-        made[eqn.outvars[0]] = mark
-        (source,) = eqn.invars
-        taken[source] = mark
-    for mark, eqn in found:
-        (source,), (out,) = eqn.invars, eqn.outvars
-        yield (
-            mark,
-            made.get(source) if used[source] == 1 else None,
-            taken.get(out) if used[out] == 1 else None,
-        )
-    for eqn in jaxpr.eqns:
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(inner):
-                yield from _marks(getattr(inner, "jaxpr", inner))
-
-
-def _is_jaxpr(value):
-    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
-
-
-def _mark(eqn) -> tuple[str, str] | None:
-    """Returns the word and path of an operation that is a mark."""
-    word, _, path = str(eqn.params.get("name", "")).partition(" ")
-    return (word, path) if eqn.primitive.name == "name" and word in _MARKS else None
-
-
 def _pads_nothing(layer) -> bool:
     """Returns whether all that a layer sums up is of its input."""
-    if isinstance(layer, linen.ConvTranspose | nnx.ConvTranspose):
-        return False
     if isinstance(layer, linen.Dense | nnx.Linear):
         return True
-    dilated = layer.input_dilation not in (None, 1) and set(layer.input_dilation) != {1}
+    if isinstance(layer, linen.ConvTranspose | nnx.ConvTranspose) or layer.mask is not None:
+        return False
+    if layer.input_dilation not in (None, 1) and set(layer.input_dilation) != {1}:
+        return False
     padding = layer.padding
-    if isinstance(padding, str):
-        return padding in _OF_THE_INPUT and not dilated
-    return not any(jax.tree.leaves(padding)) and not dilated
+    return (
+        padding in _OF_THE_INPUT if isinstance(padding, str) else not any(jax.tree.leaves(padding))
+    )
 
 
-def _features_are_last(axis, rank) -> bool:
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    return [a % rank for a in axes] == [rank - 1]
+def _graph(apply, variables, args, kwargs):
+    """Returns the graph of a model, and the paths of its variables in the order of the inputs."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    arrays = [leaf for leaf in leaves if hasattr(leaf, "dtype")]
+
+    def traced(variables, arrays):
+        queue = iter(arrays)
+        filled = [next(queue) if hasattr(leaf, "dtype") else leaf for leaf in leaves]
+        args, kwargs = jax.tree.unflatten(structure, filled)
+        return apply(variables, *args, **kwargs)
+
+    jaxpr = jax.make_jaxpr(traced)(variables, arrays)
+    return jaxpr.jaxpr, [names_of(path) for path, _ in jax.tree.leaves_with_path(variables)]
 
 
-def _fold(norm, stats, scale, bias, layer, kernel, layer_bias, before):
+def _places(places, path):
+    """Returns which of the inputs are the variables of a module."""
+    parts = path.split("/") if path else []
+    found = []
+    for place, names in enumerate(places):
+        names = names[1:] if names[:1] in (["params"], ["batch_stats"]) else names
+        if names[:-1] == parts:
+            found.append(place)
+    return found
+
+
+def _fold(norm, layer, is_behind) -> dict[str, jax.Array]:
     """Returns the layer's new kernel and bias."""
-    mean, var = stats
+    module, mean, var, scale, norm_bias = norm
+    kind, kernel, bias = layer
     affine = affine_of(
         RunningStats.create(mean.shape)._replace(mean=mean, var=var),
         scale,
-        bias,
-        epsilon=norm.epsilon,
-        epsilon_on=getattr(norm, "epsilon_on", "variance"),
+        norm_bias,
+        epsilon=module.epsilon,
+        epsilon_on=getattr(module, "epsilon_on", "variance"),
     )
-    if before:
-        groups = getattr(layer, "feature_group_count", 1)
-        return fold_into_next(kernel, layer_bias, *affine, feature_group_count=groups)
-    axis = -2 if getattr(layer, "transpose_kernel", False) else -1
-    return fold_into_previous(kernel, layer_bias, *affine, feature_axis=axis)
+    if is_behind:
+        groups = getattr(kind, "feature_group_count", 1)
+        kernel, bias = fold_into_next(kernel, bias, *affine, feature_group_count=groups)
+    else:
+        axis = -2 if getattr(kind, "transpose_kernel", False) else -1
+        kernel, bias = fold_into_previous(kernel, bias, *affine, feature_axis=axis)
+    return {"kernel": kernel, "bias": bias}
 
 
 def _at(tree: Any, path: str) -> Any:

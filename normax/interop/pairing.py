@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 
 from normax.regularize import names_of
 
@@ -86,6 +86,11 @@ def renamed(module: str, names: Renaming, separator: str) -> str:
 
 def leaves_of(variables: Any) -> list[tuple[Leaf, Any]]:
     """Returns the variables of a linen or nnx model; random keys of nnx are none."""
+    if isinstance(variables, nnx.Module | linen.Module):
+        raise TypeError(
+            f"expected the variables of a model, got the {type(variables).__name__} itself; they "
+            "are nnx.state(model), or what model.init(...) of linen gave"
+        )
     found = []
     is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
     for path, value in jax.tree.leaves_with_path(variables, is_leaf=is_variable):
@@ -109,11 +114,12 @@ def fill_flax(
             continue
         used.add(pair.key)
         entry = to_numpy(source[pair.key])
-        new = _converted(pair.inward, _part(entry, pair.part))
-        if new is None or new.shape != leaf.shape:
+        dtype = jnp.result_type(old)
+        new = _converted(pair.inward, _part(entry, pair.part), leaf.shape, dtype)
+        if new is None:
             mismatched.append(f"{leaf.name} of {leaf.shape}, {pair.key} of {entry.shape}")
             continue
-        values[leaf.name] = jnp.asarray(new).astype(jnp.result_type(old))
+        values[leaf.name] = jnp.asarray(new).astype(dtype)
         matched.append((leaf.name, pair.key))
     unused = tuple(key for key in source if key not in used)
     report = Report(tuple(matched), tuple(missing), unused, tuple(mismatched))
@@ -138,10 +144,12 @@ def fill_entries(
         if pair is None or pair.key not in new:
             unused.append(leaf.name)
             continue
-        filled.setdefault(pair.key, set()).add(pair.part)
         place = _part(new[pair.key], pair.part)
-        part = _converted(pair.outward, to_numpy(value))
-        if part is None or part.shape != place.shape:
+        part = _converted(pair.outward, to_numpy(value), place.shape, place.dtype)
+        # Two variables of one entry, as tied weights are, must be one.
+        again = pair.part in filled.setdefault(pair.key, set())
+        filled[pair.key].add(pair.part)
+        if part is None or (again and not np.array_equal(place, part.astype(place.dtype))):
             mismatched.append(f"{pair.key} of {new[pair.key].shape}, {leaf.name} of {leaf.shape}")
             continue
         place[...] = part
@@ -158,12 +166,25 @@ def fill_entries(
     return new, report
 
 
+def check_paths(name: str, variables: Any, **options: Iterable[str]) -> None:
+    """Refuses paths of modules that the model has not."""
+    modules = {leaf.module for leaf, _ in leaves_of(variables)}
+    for label, paths in options.items():
+        unknown = [paths] if isinstance(paths, str) else [p for p in paths if p not in modules]
+        if unknown:
+            raise ValueError(
+                f"{name}: expected {label} to be paths of modules, such as {sorted(modules)[:3]}, "
+                f"got {unknown}"
+            )
+
+
 def to_numpy(value: Any) -> Array:
     """Returns an array or tensor as a NumPy array; bfloat16 tensors as float32."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         value = value.float() if "bfloat16" in str(value.dtype) else value
-    return np.asarray(value)
+    value = np.asarray(value)
+    return value.astype(np.float32) if value.dtype == jnp.bfloat16 else value
 
 
 def _part(entry, part):
@@ -175,12 +196,14 @@ def _part(entry, part):
     return entry[index * size : (index + 1) * size]
 
 
-def _converted(way, array):
-    """Returns what a conversion gives, or None where the shape does not allow it."""
+def _converted(way, array, shape, dtype):
+    """Returns what a conversion gives; None of another shape, or complex where dtype is real."""
     try:
-        return way(array)
+        new = way(array)
     except ValueError:  # NumPy's, of a reshape or transpose
         return None
+    fits = not np.iscomplexobj(new) or jnp.issubdtype(dtype, jnp.complexfloating)
+    return new if fits and new.shape == shape else None
 
 
 def _check(name, report, strict):

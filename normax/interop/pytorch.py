@@ -11,6 +11,7 @@ from normax.interop.pairing import (
     Pair,
     Renaming,
     Report,
+    check_paths,
     fill_entries,
     fill_flax,
     join,
@@ -33,9 +34,10 @@ def from_torch(
 ) -> tuple[Any, Report]:
     """Returns the variables of a Flax model, taken from a PyTorch state dict.
 
-    Weights of Linear, Conv, ConvTranspose and Embedding, grouped or not, change their layout; those
-    of MultiheadAttention are split into heads; normalizers keep theirs. A momentum or an epsilon is
-    no variable: `options_of` translates those. Values take the dtype of the variables.
+    Weights of Linear, Conv (grouped or not), ConvTranspose (not grouped: Flax has none) and
+    Embedding change their layout; those of MultiheadAttention are split into heads; normalizers
+    keep theirs. A momentum or an epsilon is no variable: `options_of` translates those. Values take
+    the dtype of the variables.
 
     Args:
       state_dict: of arrays or tensors by name, or the path of a safetensors file.
@@ -53,7 +55,8 @@ def from_torch(
       Variables like those given, and a `Report`.
 
     Raises:
-      ValueError: an entry is left over, or has another shape, and `strict`.
+      ValueError: an entry is left over, or has another shape, and `strict`; a path that is none.
+      TypeError: a state dict that is none, or variables that are a module.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, normax.interop
@@ -66,7 +69,8 @@ def from_torch(
       >>> print(model.apply(new, jnp.ones((1, 3))))
       [[3. 3.]]
     """
-    source = {k: v for k, v in _read(state_dict).items() if not _is_step_counter(k)}
+    source = {k: v for k, v in _read("from_torch", state_dict).items() if not _is_step_counter(k)}
+    check_paths("from_torch", like, transposed=transposed, flattened=flattened or ())
     pairing = _pairing(source, names, transposed, flattened)
     return fill_flax("from_torch", source, like, pairing, strict)
 
@@ -88,7 +92,7 @@ def to_torch(
     Args:
       variables: of the model: a dict of linen, `nnx.state(model)` of nnx.
       like: a state dict of the PyTorch model, `model.state_dict()`, or a path of a safetensors
-        file; it says names, shapes and dtypes.
+        file; it says names, shapes and dtypes, but bfloat16, which NumPy has not, is float32.
       names: as in `from_torch`: of paths in Flax to those in PyTorch.
       transposed: as in `from_torch`.
       flattened: as in `from_torch`.
@@ -98,7 +102,8 @@ def to_torch(
       NumPy arrays by name, and a `Report`.
 
     Raises:
-      ValueError: an entry is left over, or has another shape, and `strict`.
+      ValueError: an entry is left over, or has another shape, and `strict`; a path that is none.
+      TypeError: a state dict that is none, or variables that are a module.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, normax.interop
@@ -108,17 +113,23 @@ def to_torch(
       >>> new["fc.weight"].shape
       (2, 3)
     """
-    entries = _read(like)
+    entries = _read("to_torch", like)
+    check_paths("to_torch", variables, transposed=transposed, flattened=flattened or ())
     pairing = _pairing(entries, names, transposed, flattened)
     kept = filter(_is_step_counter, entries)
     return fill_entries("to_torch", variables, entries, pairing, strict, kept)
 
 
-def _read(state_dict):
+def _read(name, state_dict):
     """Returns a state dict, from a file where it is a path."""
-    if not isinstance(state_dict, str | os.PathLike):
+    if isinstance(state_dict, Mapping):
         return state_dict
-    from safetensors.flax import load_file  # an optional dependency
+    if not isinstance(state_dict, str | os.PathLike):
+        raise TypeError(
+            f"{name}: expected a state dict or the path of a safetensors file, got "
+            f"{type(state_dict).__name__}; a module's is module.state_dict()"
+        )
+    from safetensors.numpy import load_file  # an optional dependency
 
     return load_file(state_dict)
 
