@@ -66,7 +66,7 @@ def adaptive_instance_norm(
     spatial = ax.spatial_axes(name, features, x.ndim)
     ax.check_shape(name, "style", _outer(style, spatial), _outer(x, spatial))
     epsilon = ax.to_epsilon(name, epsilon)
-    m = moments_over(name, style, spatial, mask=ax.to_mask(name, style_mask, style))
+    m = moments_over(name, style, spatial, mask=ax.to_weights(name, style_mask, style))
     y, _ = standardize(
         x,
         root(m.var + epsilon),
@@ -208,5 +208,5 @@ def adaln_zero(
     out = jnp.asarray(block(modulated))
     ax.check_shape(name, "block(x)", out.shape, x.shape)
     gated = film(out, gate, dtype=ax.promote(jnp.float32, x.dtype, out.dtype))
-    there = present(x, ax.to_mask(name, mask, x)).astype(gated.dtype)
+    there = present(x, ax.to_weights(name, mask, x)).astype(gated.dtype)
     return (there + gated).astype(ax.to_dtype(name, dtype, x, x=x))

@@ -29,6 +29,7 @@ from normax.checks import check_limit as check_limit
 from normax.checks import check_loss_scale as check_loss_scale
 from normax.checks import check_momentum as check_momentum
 from normax.checks import check_names as check_names
+from normax.checks import check_not_both as check_not_both
 from normax.checks import check_real as check_real
 from normax.checks import check_statistics as check_statistics
 from normax.checks import check_structure as check_structure
@@ -206,12 +207,24 @@ def along(value: jax.Array, ndim: int, axes: tuple[int, ...]) -> jax.Array:
 
 def to_mask(name: str, mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
     """Returns a mask as booleans of the rank of x, each axis as long as in x or 1."""
+    mask = to_weights(name, mask, x)
+    if mask is not None and mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"{name}: expected a boolean mask (True: the entry counts), got {mask.dtype}; "
+            "there is no such thing as weights here"
+        )
+    return mask
+
+
+def to_weights(name: str, mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
+    """Returns a mask, or weights in the real dtype to compute in, of the rank of x."""
     if mask is None:
         return None
     mask = jnp.asarray(mask)
-    if not (mask.dtype == jnp.bool_ or jnp.issubdtype(mask.dtype, jnp.integer)):
+    if jnp.issubdtype(mask.dtype, jnp.complexfloating):
         raise TypeError(
-            f"{name}: expected a boolean mask (True: the entry counts), got {mask.dtype}"
+            f"{name}: expected a mask of booleans (True: the entry counts) or of real weights, "
+            f"got {mask.dtype}"
         )
     fits = mask.ndim <= x.ndim and all(
         m in (1, n) for m, n in zip(mask.shape[::-1], x.shape[::-1], strict=False)
@@ -220,7 +233,9 @@ def to_mask(name: str, mask: ArrayLike | None, x: jax.Array) -> jax.Array | None
         raise ValueError(
             f"{name}: expected a mask that broadcasts to x.shape={x.shape}, got shape {mask.shape}"
         )
-    return jnp.expand_dims(mask.astype(bool), tuple(range(x.ndim - mask.ndim)))
+    weights = jnp.issubdtype(mask.dtype, jnp.floating)
+    mask = mask.astype(real_dtype(compute_dtype(x.dtype)) if weights else bool)
+    return jnp.expand_dims(mask, tuple(range(x.ndim - mask.ndim)))
 
 
 def group_count(name: str, features: int, num_groups: int | None, group_size: int | None) -> int:

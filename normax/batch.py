@@ -139,7 +139,7 @@ def infer(name, x, stats, scale, bias, features, epsilon, mask, dtype, epsilon_o
         ax.to_parameter(name, "scale", scale, x, features),
         ax.to_parameter(name, "bias", bias, x, features),
         epsilon=ax.to_epsilon(name, epsilon),
-        mask=ax.to_mask(name, mask, x),
+        mask=ax.to_weights(name, mask, x),
         dtype=ax.to_dtype(name, dtype, x, x=x, scale=scale, bias=bias, stats=stats.mean),
         epsilon_on=epsilon_on,
     )

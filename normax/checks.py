@@ -90,6 +90,12 @@ def check_given(name: str, label: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a {label}, got None")
 
 
+def check_not_both(name: str, label: str, other: str, given: bool) -> None:
+    """Refuses one argument beside another, with which it has no meaning."""
+    if given:
+        raise ValueError(f"{name}: expected either {label} or {other}, got both")
+
+
 def check_names(name: str, label: str, names: Any) -> tuple[str, ...]:
     """Returns several names; refuses a lone string, which would be taken letter by letter."""
     if isinstance(names, str) or not all(isinstance(each, str) for each in names):

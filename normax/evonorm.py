@@ -75,7 +75,7 @@ def evonorm_s0(
     parameters = _parameters(name, x, (feature,), slope, scale, bias)
     dtype = ax.to_dtype(name, dtype, x, x=x, slope=slope, scale=scale, bias=bias)
     plan = feature, spatial, groups, ax.to_epsilon(name, epsilon), dtype
-    return _gated(*plan, x, *parameters, ax.to_mask(name, mask, x))
+    return _gated(*plan, x, *parameters, ax.to_weights(name, mask, x))
 
 
 @functools.partial(jax.checkpoint, static_argnums=(0, 1, 2, 3, 4))
@@ -156,7 +156,7 @@ def evonorm_b0(
     spatial = ax.reduced_axes(
         name, "the axes between batch and features", ax.spatial_axes(name, features, x.ndim), x.ndim
     )
-    mask = ax.to_mask(name, mask, x)
+    mask = ax.to_weights(name, mask, x)
     var = stats.var
     if not use_running_average:
         check_trainable(name, x, features, axis_name, axis_index_groups)

@@ -93,7 +93,7 @@ def standardize_features(
     x = ax.to_float_array(name, x_or_moments, "x_or_moments")
     features = ax.sorted_axes(name, "feature_axes", feature_axes, x.ndim)
     reduction = me.Reduction.over(name, ax.other_axes(features, x.ndim))
-    measured = me.measure(reduction, x, ax.to_mask(name, mask, x))
+    measured = me.measure(reduction, x, ax.to_weights(name, mask, x))
     # The variance stays in its unit: entries of 1e25 have a deviation, but no variance.
     m, per_unit = (to_moments(reduction, x, v) for v in (measured, measured._replace(unit=None)))
     unit = jnp.ones_like(measured.var) if measured.unit is None else measured.unit
@@ -383,6 +383,6 @@ def _alike(name, label, x, scaling, feature_axes, mask):
         ax.check_feature_shape(name, f"scaling.{field}", jnp.shape(leaf), x, features)
     offset, factor = (ax.along(jnp.asarray(leaf), x.ndim, features) for leaf in scaling)
     ax.to_dtype(name, None, x, scaling=offset)
-    mask = ax.to_mask(name, mask, x)
+    mask = ax.to_weights(name, mask, x)
     dtype = ax.promote(jnp.float32, x, offset, factor)
     return x, mask, [v.astype(dtype) for v in (me.present(x, mask), offset, factor)]

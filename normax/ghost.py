@@ -89,7 +89,7 @@ def ghost_batch_norm(
     if use_running_average:
         return infer(name, x, stats, scale, bias, features, epsilon, mask, dtype), stats
     check_trainable(name, x, features, axis_name)
-    mask = ax.to_mask(name, mask, x)
+    mask = ax.to_weights(name, mask, x)
     batch, groups = x.shape[0], None
     if axis_name is not None:
         size, groups = _devices_of_a_ghost(name, size, batch, ax.axis_size(name, axis_name))
@@ -157,7 +157,8 @@ def _split_mask(mask, batch, number, ndim):
     there = jnp.asarray(there).reshape(*there.shape, *[1] * (ndim - 2))
     if mask is None:
         return there
-    return there & (mask[None] if mask.shape[0] == 1 else mask[jnp.asarray(rows)])
+    mask = mask[None] if mask.shape[0] == 1 else mask[jnp.asarray(rows)]
+    return jnp.where(there, mask, jnp.zeros((), mask.dtype))
 
 
 def _join(y, x, number):

@@ -81,7 +81,7 @@ def group_norm(
     for label, value in (("scale", scale), ("bias", bias)):
         if value is not None:
             ax.check_feature_shape(name, label, jnp.shape(value), x, (feature,))
-    mask = ax.to_mask(name, mask, x)
+    mask = ax.to_weights(name, mask, x)
     split = (groups, x.shape[feature] // groups)
     y, _ = standardize(
         split_features(x, feature, split),

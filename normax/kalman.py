@@ -97,7 +97,7 @@ def kalman_batch_norm(
         y = infer(name, x, stats, scale, bias, features, epsilon, mask, dtype)
         return y, stats, Moments(stats.count, stats.mean, stats.var)
     check_trainable(name, x, features, axis_name, axis_index_groups)
-    mask = ax.to_mask(name, mask, x)
+    mask = ax.to_weights(name, mask, x)
     m = moments_over(
         name,
         x,

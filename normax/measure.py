@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from normax import axes as ax
 from normax import pool, units
@@ -48,7 +49,8 @@ class Measured(NamedTuple):
     """What was measured, with the reduced axes kept.
 
     `count` is None where there is no mask: then it is static, and nothing to keep. Otherwise it
-    is two floats, the count over and modulo `DIGIT`: exact in float32, and with a tangent.
+    is two floats, the count over and modulo `DIGIT`: exact in float32, and with a tangent. With
+    weights it is one, their sum.
     The others are in multiples of `unit`, a power of two; None is one. `mean + rest` is the mean
     to twice the precision, both None where it was not to be subtracted; of a bfloat16 input,
     whose entries have few digits, there is no rest.
@@ -64,7 +66,7 @@ class Measured(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def measure(reduction: Reduction, x: jax.Array, mask: jax.Array | None) -> Measured:
     """Measures `x` over a reduction; the arguments have been through `axes.py`."""
-    count = None if mask is None else _count_valid(reduction, x, mask)
+    count = None if mask is None else _count(reduction, x, mask)
     n = _at_least_one(_size(reduction, x) if count is None else _number(count), x)
     here = Measured(
         count, *_measure_here(reduction._replace(axis_name=None, groups=None), x, mask, n)
@@ -75,17 +77,20 @@ def measure(reduction: Reduction, x: jax.Array, mask: jax.Array | None) -> Measu
     return measured
 
 
-@measure.defjvp
+@functools.partial(measure.defjvp, symbolic_zeros=True)
 def _measure_jvp(reduction, primals, tangents):
     x, mask = primals
     measured = measure(reduction, x, mask)
-    return measured, _measure_tangents(reduction, x, mask, measured, tangents[0])
+    moves = [None if isinstance(t, SymbolicZero) else t for t in tangents]
+    return measured, _measure_tangents(reduction, x, mask, measured, *moves)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(0,))
-def _measure_tangents(reduction, x, mask, measured, t):
+def _measure_tangents(reduction, x, mask, measured, t, dmask):
     d = deviation(x, mask, measured)
-    return measured_tangents(measured, *moment_tangents(reduction, d, present(t, mask), measured))
+    t = jnp.zeros_like(d) if t is None else present(t, mask)
+    moves = moment_tangents(reduction, d, t, measured, mask, dmask)
+    return measured_tangents(measured, *moves)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -113,7 +118,7 @@ def _measure_here(reduction, x, mask, n):
 def _measure_in(unit, reduction, x, mask, n):
     """Returns unit, mean, rest and var in multiples of the unit."""
     entries = units.divide_exactly(present(x, mask), unit)
-    total = functools.partial(_total, axes=reduction.axes)
+    total = lambda v: _total(weigh(v, mask), reduction.axes)
     mean = rest = None
     if reduction.centered:
         mean = _settled(_over(total(entries), n))
@@ -158,24 +163,44 @@ def _at_most_once(needed, compute, x, otherwise):
     return lax.while_loop(lambda loop: loop[0], body, (needed, otherwise))[1]
 
 
-def moment_tangents(reduction, direction, t, measured):
-    """Returns the mean of `t`, None if it is not needed, and of its inner product with another."""
+def moment_tangents(reduction, direction, t, measured, mask, dmask=None, length=1):
+    """Returns how the mean moves, None if there is none; half the variance; and the count.
+
+    `direction` holds the deviations times `length`, by which half the variance comes out
+    multiplied too; `t` is how the entries move, `dmask` how their weights do.
+    """
     n = _at_least_one(count_entries(reduction, t, measured), t)
-    sums = [_total(v, reduction.axes) for v in (t, inner(direction, t))]
-    together = jnp.stack([v.astype(t.dtype) for v in sums])
-    mean, along = pool.sum_over_devices(reduction.axis_name, reduction.groups, together)
-    return _over(mean, n) if reduction.centered else None, jnp.real(along) / n
+    moves = [weigh(t, mask), weigh(inner(direction, t), mask)]
+    if dmask is not None:
+        unit = 1 if measured.unit is None else measured.unit
+        d = _over(direction, jnp.where(jnp.asarray(length) > 0, length, 1))
+        dmask = jnp.where(there(mask), jnp.broadcast_to(dmask, t.shape), 0)
+        further = square(d) - measured.var
+        moves = [
+            moves[0] + times(d, dmask) * unit,
+            moves[1] + further * dmask * (unit * length / 2),
+            dmask,
+        ]
+    sums = [_total(v, reduction.axes).astype(t.dtype) for v in moves]
+    together = pool.sum_over_devices(reduction.axis_name, reduction.groups, jnp.stack(sums))
+    mean, along, *count = together
+    return (
+        _over(mean, n) if reduction.centered else None,
+        jnp.real(along) / n,
+        *map(jnp.real, count),
+    )
 
 
-def measured_tangents(measured, dmean, along):
-    """Returns the tangent of a `Measured`: a count does not move, nor does a rounding error."""
+def measured_tangents(measured, dmean, along, dcount=None):
+    """Returns the tangent of a `Measured`: a mask's count does not move, nor a rounding error."""
     zeros = jax.tree.map(jnp.zeros_like, measured)
     mean = None if dmean is None else units.divide(dmean, measured.unit)
-    return zeros._replace(mean=mean, var=units.divide(2 * along, measured.unit))
+    count = zeros.count if dcount is None else (dcount,)
+    return zeros._replace(count=count, mean=mean, var=units.divide(2 * along, measured.unit))
 
 
 def count_entries(reduction, x, measured=None):
-    """Returns how many entries were measured, over all devices: an int where that is static."""
+    """Returns how many entries were measured on all devices: an int if static, real if weighed."""
     if measured is not None and measured.count is not None:
         return _number(measured.count)
     return _size(reduction, x) * pool.devices(reduction.axis_name, reduction.groups)
@@ -184,7 +209,19 @@ def count_entries(reduction, x, measured=None):
 def present(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Returns `x` in the dtype to compute in, with zeros where an entry is absent."""
     x = x.astype(ax.compute_dtype(x.dtype))
-    return x if mask is None else jnp.where(mask, x, 0)
+    return x if mask is None else jnp.where(there(mask), x, 0)
+
+
+def there(mask: jax.Array) -> jax.Array:
+    """Returns which entries are present, by a mask or by weights."""
+    return mask if mask.dtype == jnp.bool_ else mask > 0
+
+
+def weigh(x, mask):
+    """Returns what is to be summed: `x`, zero where an entry is absent, times weights if any."""
+    if mask is None or mask.dtype == jnp.bool_:
+        return x
+    return times(x, jnp.where(there(mask), mask, 0))
 
 
 def deviation(x, mask, measured, divide=units.divide):
@@ -198,7 +235,7 @@ def subtract(x, mean, rest, mask):
     if mean is None:
         return x
     d = x - mean if rest is None else (x - mean) - rest
-    return d if mask is None else jnp.where(mask, d, 0)
+    return d if mask is None else jnp.where(there(mask), d, 0)
 
 
 def times(x, real):
@@ -263,16 +300,20 @@ def _size(reduction, x):
     return math.prod(x.shape[axis] for axis in reduction.axes)
 
 
-def _count_valid(reduction, x, mask):
-    """Returns how many entries of this device the mask lets count, as two digits."""
+def _count(reduction, x, mask):
+    """Returns how many entries of this device the mask lets count, as two digits, or its sum."""
     repeats = math.prod(x.shape[axis] for axis in reduction.axes if mask.shape[axis] == 1)
+    if mask.dtype != jnp.bool_:
+        return (_total(weigh(jnp.ones_like(mask), mask), reduction.axes) * repeats,)
     number = jnp.sum(mask, reduction.axes, dtype=jnp.int32, keepdims=True) * repeats
     dtype = ax.real_dtype(ax.compute_dtype(x.dtype))
     return tuple(digit.astype(dtype) for digit in jnp.divmod(number, jnp.int32(DIGIT)))
 
 
 def _number(count):
-    """Returns a count of two digits as int32, held at its largest."""
+    """Returns a count of two digits as int32, held at its largest; a sum of weights as it is."""
+    if len(count) == 1:
+        return count[0]
     high, low = count
     full = high * DIGIT >= 2.0**31
     number = high.astype(jnp.int32) * jnp.int32(DIGIT) + low.astype(jnp.int32)
@@ -280,11 +321,12 @@ def _number(count):
 
 
 def _at_least_one(count, like):
-    """Returns a count to divide by, real, of the precision of `like`."""
+    """Returns a count to divide by, real, of the precision of `like`; one for nothing."""
     dtype = ax.real_dtype(ax.compute_dtype(like.dtype))
     if isinstance(count, int):
         return jnp.asarray(max(count, 1), dtype)
-    return jnp.maximum(jnp.asarray(count, dtype), 1)
+    count = jnp.asarray(count, dtype)
+    return jnp.where(count > 0, count, 1)
 
 
 def _pool(reduction, here):
@@ -304,11 +346,13 @@ def _pool(reduction, here):
         number = jnp.asarray(pool.devices(axis_name, groups), real)
         count, weights = None, members.astype(real) / number
     else:
-        high, low = each.count
-        counts = high * DIGIT + low
-        weights = counts / jnp.maximum(jnp.sum(counts, 0, keepdims=True), 1)
-        carry = jnp.floor(jnp.sum(low, 0) / DIGIT)
-        count = jnp.sum(high, 0) + carry, jnp.sum(low, 0) - carry * DIGIT
+        *high, low = each.count
+        counts = sum((digit * DIGIT for digit in high), low)
+        count = tuple(jnp.sum(digit, 0) for digit in each.count)
+        if high:
+            carry = jnp.floor(count[1] / DIGIT)
+            count = count[0] + carry, count[1] - carry * DIGIT
+        weights = counts / _at_least_one(jnp.sum(counts, 0, keepdims=True), counts)
     each, unit = _in_one_unit(reduction, each)
     if not reduction.centered:
         return Measured(count, unit, None, None, jnp.sum(weights * each.var, 0))

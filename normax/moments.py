@@ -19,7 +19,8 @@ class Moments(NamedTuple):
     Zeros of that shape are the identity of `merge`.
 
     Attributes:
-      count: number of entries, int32. It stops at 2**31 - 1 rather than wrapping around.
+      count: number of entries, int32. It stops at 2**31 - 1 rather than wrapping around. The sum
+        of their weights, floating-point, where they have any.
       mean: their mean, float32 at least; complex for complex entries; 0 if measured uncentred.
       var: their biased variance E|x - mean|^2, real; E|x|^2 if measured uncentred.
     """
@@ -75,15 +76,18 @@ def moments(
 ) -> Moments:
     r"""Measures the count, mean and biased variance of `x` over `axes`.
 
-    .. math:: n = \sum 1,\quad \mu = \frac1n \sum x,\quad \sigma^2 = \frac1n \sum |x - \mu|^2
+    .. math:: n = \sum w,\quad \mu = \frac1n \sum w x,\quad
+              \sigma^2 = \frac1n \sum w |x - \mu|^2
 
-    over the valid entries. The deviations are centred a second time before they are squared, so
+    over the valid entries, w being 1 unless weights are given. The deviations are centred a second time before they are squared, so
     the variance is right where the mean is a million times the deviation.
 
     Args:
       x: array of any rank and floating-point or complex dtype.
       axes: axis or axes to reduce; negative counts from the end.
-      mask: booleans that broadcast to `x.shape`; False entries read as absent and may hold NaN.
+      mask: booleans that broadcast to `x.shape`; False entries read as absent and may hold NaN. Or
+        weights, real numbers: how often an entry counts, 2 being as good as two entries, and 0, or
+        less, as none. A derivative with respect to them is as any other.
       axis_name: name, or names, of a mapped axis to pool over. Counts are pooled too, so unequal
         masks on devices give the statistics of the whole batch. One collective.
       axis_index_groups: groups of device indices along `axis_name` that pool among themselves.
@@ -95,7 +99,7 @@ def moments(
     Raises:
       ValueError: axes out of range, repeated or none; a mask that does not broadcast; an
         `axis_name` that is not bound.
-      TypeError: integer `x`, or a mask that is neither boolean nor integer.
+      TypeError: integer `x`, or a complex mask.
 
     Where others differ: flax averages the means of devices, whatever each of them counted;
     `use_fast_variance=True`, its default, subtracts squares and returns noise at a large mean.
@@ -106,13 +110,16 @@ def moments(
       >>> count, mean, var = normax.moments(x, 0, mask=jnp.array([True, True, False]))
       >>> print(count, mean, var)
       2 2.0 1.0
+      >>> count, mean, var = normax.moments(x, 0, mask=jnp.array([3.0, 1.0, 0.0]))
+      >>> print(count, mean, var)
+      4.0 1.5 0.75
 
     The corrected two-pass form: Chan, Golub, LeVeque, "Algorithms for computing the sample
     variance", 1983, https://doi.org/10.1080/00031305.1983.10483115.
     """
     x = ax.to_float_array("moments", x)
     axes = ax.reduced_axes("moments", "axes", axes, x.ndim)
-    mask = ax.to_mask("moments", mask, x)
+    mask = ax.to_weights("moments", mask, x)
     return moments_over(
         "moments", x, axes, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups
     )
@@ -131,7 +138,9 @@ def to_moments(reduction: me.Reduction, x: jax.Array, measured: me.Measured) -> 
     count = me.count_entries(reduction, x, measured)
     if isinstance(count, int):
         count = min(count, me.MAX_COUNT)
-    count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), measured.var.shape)
+    weighed = measured.count is not None and len(measured.count) == 1
+    count = count if weighed else jnp.asarray(count, jnp.int32)
+    count = jnp.broadcast_to(count, measured.var.shape)
     mean = jnp.zeros_like(measured.var)
     if measured.mean is not None:
         mean = measured.mean if measured.rest is None else measured.mean + measured.rest
@@ -224,7 +233,7 @@ def update(
         the same on every device, and so is what is done with them.
 
     Returns:
-      `RunningStats` of the dtypes of `stats`.
+      `RunningStats` of the dtypes of `stats`: a count of ints takes a sum of weights rounded.
 
     Raises:
       ValueError: shapes differ, a Python `momentum` is outside [0, 1], or `nonfinite` is another
@@ -267,7 +276,7 @@ def update(
     new = RunningStats(
         mean.astype(stats.mean.dtype),
         var.astype(stats.var.dtype),
-        _add_counts(stats.count, m.count),
+        _whole(_add_counts(stats.count, m.count), jnp.result_type(stats.count)),
     )
     moves = jnp.asarray(m.count) > (0 if momentum is None else 1)
     if nonfinite == "skip":
@@ -303,6 +312,16 @@ def bessel(count, dtype):
 
 
 def _add_counts(a, b):
-    """Returns a + b, held at the largest int32 instead of wrapping around."""
-    a, b = jnp.asarray(a, jnp.int32), jnp.asarray(b, jnp.int32)
+    """Returns a + b, held at the largest int32 instead of wrapping around; real if one is."""
+    dtype = ax.promote(a, b, jnp.int32)
+    a, b = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return a + b
     return jnp.where(a > me.MAX_COUNT - b, me.MAX_COUNT, a + b)
+
+
+def _whole(count, dtype):
+    """Returns a count in the dtype of the state."""
+    if jnp.issubdtype(count.dtype, jnp.floating) and jnp.issubdtype(dtype, jnp.integer):
+        count = jnp.minimum(jnp.round(count), float(2**31 - 128))  # the largest float32 that fits
+    return count.astype(dtype)

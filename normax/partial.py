@@ -65,7 +65,7 @@ def mean_only_batch_norm(
     name = "mean_only_batch_norm"
     x, features = prepare(name, x, stats, use_running_average, momentum, feature_axes)
     reduced = ax.other_axes(features, x.ndim)
-    mask = ax.to_mask(name, mask, x)
+    mask = ax.to_weights(name, mask, x)
     if use_running_average:
         mean = ax.along(jnp.asarray(stats.mean), x.ndim, features)
     else:
@@ -152,7 +152,7 @@ def variance_only_batch_norm(
     """
     name = "variance_only_batch_norm"
     x, features = prepare(name, x, stats, use_running_average, momentum, feature_axes)
-    mask = ax.to_mask(name, mask, x)
+    mask = ax.to_weights(name, mask, x)
     var = stats.var
     if not use_running_average:
         check_trainable(name, x, features, axis_name, axis_index_groups)

@@ -121,7 +121,7 @@ def mixed_batch_norm(
     name = "mixed_batch_norm"
     x, features = prepare(name, x, stats, False, None, feature_axes)
     ax.check_fraction(name, "running_weight", running_weight)
-    mask = ax.to_mask(name, mask, x)
+    mask = ax.to_weights(name, mask, x)
     m = moments_over(
         name,
         x,

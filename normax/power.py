@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
-from normax.measure import present
+from normax import measure as me
 from normax.moments import moments_over
 from normax.standardize import normalize, reciprocal_deviation
 
@@ -123,7 +123,7 @@ def power_norm(
     features = ax.sorted_axes(name, "feature_axes", feature_axes, x.ndim)
     ax.check_feature_shape(name, "state.square", jnp.shape(state.square), x, features)
     reduced = ax.other_axes(features, x.ndim)
-    mask, epsilon = ax.to_mask(name, mask, x), ax.to_epsilon(name, epsilon)
+    mask, epsilon = ax.to_weights(name, mask, x), ax.to_epsilon(name, epsilon)
     dtype = ax.to_dtype(name, dtype, x, x=x, scale=scale, bias=bias)
     scale, bias = (
         ax.to_parameter(name, label, value, x, features)
@@ -150,36 +150,39 @@ def power_norm(
 @functools.partial(jax.checkpoint, static_argnums=(0,))
 def _forward(plan, x, rstd, drift, scale, bias, mask):
     reduced, momentum, dtype = plan
-    there = jnp.ones((1,) * x.ndim, bool) if mask is None else mask
-    y: Any = _divide(reduced, momentum, present(x, mask), rstd, drift, there)
+    weights = jnp.ones((1,) * x.ndim, bool) if mask is None else mask
+    y: Any = _divide(reduced, momentum, me.present(x, mask), rstd, drift, weights)
     y = y if scale is None else y * scale.astype(y.dtype)
     return (y if bias is None else y + bias.astype(y.dtype)).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _divide(reduced, momentum, x, rstd, drift, there) -> jax.Array:
-    del reduced, momentum, drift, there
+def _divide(reduced, momentum, x, rstd, drift, weights) -> jax.Array:
+    del reduced, momentum, drift, weights
     return x * rstd
 
 
-def _divide_forward(reduced, momentum, x, rstd, drift, there):
+def _divide_forward(reduced, momentum, x, rstd, drift, weights):
     del reduced, momentum
-    return x * rstd, (x, rstd, drift, there)
+    return x * rstd, (x, rstd, drift, weights)
 
 
 def _divide_backward(reduced, momentum, kept, g):
-    x, rstd, drift, there = kept
+    x, rstd, drift, weights = kept
     xhat = x * rstd
-    count = jnp.sum(jnp.broadcast_to(there, x.shape), reduced, keepdims=True)
-    n = jnp.maximum(count, 1).astype(x.dtype)
+    there = me.there(weights)
+    each = jnp.broadcast_to(jnp.where(there, weights, 0).astype(x.dtype), x.shape)
+    count = jnp.sum(each, reduced, keepdims=True)
+    n = jnp.where(count > 0, count, 1)
 
     def mean(values):
         return jnp.sum(values, reduced, keepdims=True) / n
 
     old = drift.astype(x.dtype)
-    dx = jnp.where(there, (g - old * xhat) * rstd, 0)
+    # The weight of an entry is in how it moves the mean square, not in how that moves the loss.
+    dx = jnp.where(there, (g - each * old * xhat) * rstd, 0)
     rest = 1 - momentum
-    new = old * (1 - rest * mean(xhat * xhat)) + rest * mean(g * xhat)
+    new = old * (1 - rest * mean(each * xhat * xhat)) + rest * mean(jnp.where(there, g * xhat, 0))
     new = jnp.where((count > 0) & jnp.isfinite(new), new, old)
     return dx, jnp.zeros_like(rstd), new.astype(drift.dtype), None
 

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
 from normax.batch import check_trainable, infer, prepare
-from normax.measure import times
+from normax.measure import there, times
 from normax.moments import RunningStats, moments_over, update
 from normax.standardize import standardize
 
@@ -92,7 +92,7 @@ def batch_renorm(
     check_trainable(name, x, features, axis_name, axis_index_groups)
     reduced = ax.other_axes(features, x.ndim)
     epsilon = ax.to_epsilon(name, epsilon)
-    mask = ax.to_mask(name, mask, x)
+    mask = ax.to_weights(name, mask, x)
     options = {"mask": mask, "axis_name": axis_name, "axis_index_groups": axis_index_groups}
     m = moments_over(name, x, reduced, **options)
     m = lax.stop_gradient(m)
@@ -118,7 +118,7 @@ def batch_renorm(
     )
     if mask is not None:
         absent = ax.along(jnp.zeros_like(d) if bias is None else _like(bias, d), x.ndim, features)
-        y = jnp.where(mask, y, absent.astype(y.dtype))
+        y = jnp.where(there(mask), y, absent.astype(y.dtype))
     new = update(past, batch, momentum, nonfinite=nonfinite)
     moved = (new.count != past.count) | (new.var != past.var) | (new.mean != past.mean)
     # Where nothing moved not even the root and the square may leave their rounding.

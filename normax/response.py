@@ -95,7 +95,7 @@ def filter_response_norm(
             **devices,
         )
     else:
-        mask = ax.to_mask(name, mask, x)
+        mask = ax.to_weights(name, mask, x)
         learned = ax.to_parameter(name, "learned_epsilon", learned_epsilon, x, features)
         m = moments_over(name, x, spatial, centered=False, mask=mask, **devices)
         squared = jnp.expand_dims(m.var, spatial)
@@ -172,7 +172,7 @@ def global_response_norm(
     ]
     dtype = ax.to_dtype(name, dtype, x, x=x, scale=scale, bias=bias)
     options = spatial, features, ax.to_epsilon(name, epsilon), dtype
-    return _global_response(*options, x, *parameters, ax.to_mask(name, mask, x))
+    return _global_response(*options, x, *parameters, ax.to_weights(name, mask, x))
 
 
 @functools.partial(jax.checkpoint, static_argnums=(0, 1, 2, 3))
@@ -182,9 +182,8 @@ def _global_response(spatial, features, epsilon, dtype, x, scale, bias, mask):
     unit = lax.stop_gradient(units.choose(x, tuple(range(1, x.ndim)), units.least(epsilon)))
     scaled = units.divide(x, unit)
     # The root of the mean square: of the length it is a fixed part, but for epsilon.
-    squared = jnp.expand_dims(moments_over("", scaled, spatial, centered=False).var, spatial)
-    size = jnp.asarray(math.prod(x.shape[axis] for axis in spatial), squared.dtype)
-    length = root(squared * size)
+    m = moments_over("", scaled, spatial, centered=False, mask=mask)
+    length = root(jnp.expand_dims(m.var * m.count.astype(m.var.dtype), spatial))
     response = length / (jnp.mean(length, features, keepdims=True) + epsilon / unit)
     y = x * response
     y = y if scale is None else y * scale.astype(y.dtype)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
-from normax.measure import inner, present
+from normax.group import split_features
+from normax.measure import inner, present, square
 from normax.moments import Moments, RunningStats, update
 from normax.standardize import normalize
 
@@ -21,7 +22,7 @@ def segment_moments(
 ) -> Moments:
     r"""Measures the rows of `x` by segment.
 
-    .. math:: n_s = \sum_{i \in s} 1,\quad \mu_s = \frac{\sum_{i \in s} w_i x_i}{\sum w_i},\quad
+    .. math:: n_s = \sum_{i \in s} w_i,\quad \mu_s = \frac{\sum_{i \in s} w_i x_i}{\sum w_i},\quad
               \sigma_s^2 = \frac{\sum_{i \in s} w_i |x_i - \mu_s|^2}{\sum w_i}
 
     Args:
@@ -29,11 +30,11 @@ def segment_moments(
       segment_ids: int for each row, of shape `x.shape[:1]`; rows with an id outside
         `[0, num_segments)`, such as padding of -1, read as absent and may hold NaN.
       num_segments: number of segments, static.
-      weights: real weight of each row, of shape `x.shape[:1]`, not negative; None is one. Rows of
-        weight 0 read as absent.
+      weights: real number for each row, of shape `x.shape[:1]`: how often it counts; None is once.
+        Rows of weight 0, or less, read as absent.
 
     Returns:
-      `Moments` of shape `(num_segments, *x.shape[1:])`; the count is that of the rows.
+      `Moments` of shape `(num_segments, *x.shape[1:])`; with weights the count is their sum.
 
     Raises:
       ValueError: ids or weights of another shape; `num_segments` below 1.
@@ -62,6 +63,8 @@ def segment_norm(
     *,
     mean_scale: ArrayLike | None = None,
     weights: ArrayLike | None = None,
+    num_groups: int | None = None,
+    centered: bool = True,
     feature_axes: ax.Axes = -1,
     epsilon: float = 1e-5,
     dtype: DTypeLike | None = None,
@@ -70,8 +73,9 @@ def segment_norm(
 
     .. math:: y_i = \frac{x_i - \alpha \mu_{s(i)}}{\sqrt{\sigma_{s(i)}^2 + \epsilon}} \gamma + \beta
 
-    `instance_norm` for graphs, or packed sequences, of any number of nodes. With alpha the variance
-    is that about :math:`\alpha \mu`.
+    `instance_norm` for graphs, or packed sequences, of any number of nodes; with `num_groups` it is
+    `group_norm`, with one group and `centered=False` an RMS norm of the whole segment. With alpha
+    the variance is that about :math:`\alpha \mu`.
 
     Args:
       x: array of rank 2 or more, floating-point; its leading axis is that of the rows.
@@ -81,6 +85,8 @@ def segment_norm(
       bias: beta, of the same shape; None is zero.
       mean_scale: alpha, of the same shape; None is one.
       weights: as in `segment_moments`.
+      num_groups: groups of neighbouring features that share statistics; None: each has its own.
+      centered: subtract the mean; False divides by the root mean square.
       feature_axes: axes that have parameters of their own, the leading one not among them.
       epsilon: added to the variance, inside the root.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
@@ -90,7 +96,8 @@ def segment_norm(
 
     Raises:
       ValueError: as `segment_moments`; parameters that are not of the feature shape; feature axes
-        that include axis 0; epsilon below 0.
+        that include axis 0; epsilon below 0; groups that do not divide the features, or with
+        several feature axes; a `mean_scale` with groups or uncentred.
       TypeError: as `segment_moments`; complex `x`.
 
     Example:
@@ -107,13 +114,16 @@ def segment_norm(
     ax.check_real(name, "x", x)
     features = ax.sorted_axes(name, "feature_axes", feature_axes, x.ndim)
     ax.spatial_axes(name, features, x.ndim)
-    m, mean = _measure(x, ids, num_segments, weights)
-    mean, var = mean[ids], m.var[ids]
+    mean, var = _by_row(name, x, ids, num_segments, weights, num_groups, feature_axes)
+    if not centered:
+        mean, var = jnp.zeros_like(mean), var + square(mean)
     if mean_scale is not None:
+        ax.check_not_both(name, "mean_scale", "num_groups", num_groups is not None)
+        ax.check_not_both(name, "mean_scale", "centered=False", not centered)
         alpha = ax.to_parameter(name, "mean_scale", mean_scale, x, features).astype(mean.dtype)
         var = var + jnp.square((1 - alpha) * mean)
         mean = alpha * mean
-    there = jnp.expand_dims((ids < num_segments) & (weights > 0), tuple(range(1, x.ndim)))
+    there = jnp.expand_dims(ids < num_segments, tuple(range(1, x.ndim)))
     return normalize(
         x,
         mean,
@@ -196,7 +206,7 @@ def domain_batch_norm(
     if use_running_average:
         mean, var = stats.mean, stats.var
     else:
-        m, mean = _measure(x, ids, number, jnp.ones(ids.shape), spatial=True)
+        m, mean = _measure(x, ids, number, None, tuple(range(1, x.ndim - 1)))
         var = m.var
         stats = update(
             stats, jax.lax.stop_gradient(m), momentum, unbiased=unbiased, nonfinite=nonfinite
@@ -222,15 +232,31 @@ def _prepare(name, x, ids, number, weights, label="segment_ids"):
     number = ax.to_positive_int(name, "num_segments", number)
     ids = ax.to_ids(name, label, ids).astype(jnp.int32)
     ax.check_shape(name, label, ids.shape, x.shape[:1])
-    dtype = ax.real_dtype(ax.compute_dtype(x.dtype))
-    weights = jnp.ones(ids.shape, dtype) if weights is None else weights
-    weights = ax.to_float_array(name, weights, "weights")
-    ax.check_shape(name, "weights", weights.shape, x.shape[:1])
-    absent = (ids < 0) | (ids >= number) | (weights <= 0)
-    return x, jnp.where(absent, number, ids), weights.astype(dtype)
+    there = (ids >= 0) & (ids < number)
+    if weights is not None:
+        weights = ax.to_float_array(name, weights, "weights")
+        ax.check_shape(name, "weights", weights.shape, x.shape[:1])
+        there &= weights > 0
+        weights = weights.astype(ax.real_dtype(ax.compute_dtype(x.dtype)))
+    return x, jnp.where(there, ids, number), weights
 
 
-def _measure(x, ids, number, weights, spatial=False):
+def _by_row(name, x, ids, number, weights, num_groups, feature_axes):
+    """Returns the mean and variance that each row is to be standardized by."""
+    if num_groups is None:
+        m, mean = _measure(x, ids, number, weights)
+        return mean[ids], m.var[ids]
+    feature = ax.only_axis(name, "feature_axes", feature_axes, x.ndim)
+    groups = ax.group_count(name, x.shape[feature], num_groups, None)
+    grouped = split_features(x, feature, (groups, x.shape[feature] // groups))
+    m, mean = _measure(grouped, ids, number, weights, (feature + 1,))
+    return [
+        jnp.broadcast_to(jnp.expand_dims(v[ids], feature + 1), grouped.shape).reshape(x.shape)
+        for v in (mean, m.var)
+    ]
+
+
+def _measure(x, ids, number, weights, axes=()):
     """Returns the moments of each segment, and the means with one more row for the absent."""
     there = ids < number
 
@@ -238,8 +264,8 @@ def _measure(x, ids, number, weights, spatial=False):
         return jnp.expand_dims(values, tuple(range(1, x.ndim)))
 
     rows = present(x, column(there))
-    weights = jnp.where(there, weights.astype(ax.real_dtype(rows.dtype)), 0)
-    axes = tuple(range(1, x.ndim - 1)) if spatial else ()
+    one = jnp.ones((), ax.real_dtype(rows.dtype))
+    rows_weigh = jnp.where(there, one if weights is None else weights.astype(one.dtype), 0)
     pixels = math.prod(x.shape[axis] for axis in axes)
 
     def total(values):
@@ -248,17 +274,18 @@ def _measure(x, ids, number, weights, spatial=False):
     def of_each(values):
         return jnp.expand_dims(values[ids], axes)
 
-    weight = total(jnp.broadcast_to(column(weights), rows.shape))
+    weight = total(jnp.broadcast_to(column(rows_weigh), rows.shape))
     weight = jnp.where(weight > 0, weight, 1)
-    weighed = column(weights).astype(rows.dtype)
+    weighed = column(rows_weigh).astype(rows.dtype)
     mean = total(rows * weighed) / weight.astype(rows.dtype)
     d = rows - of_each(mean)
     # The mean is rounded; the mean of what it leaves over carries the digits it lost.
     rest = total(d * weighed) / weight.astype(rows.dtype)
     d = d - of_each(rest)
-    var = total(inner(d, d) * column(weights)) / weight
+    var = total(inner(d, d) * column(rows_weigh)) / weight
     mean = mean + rest
-    number_of_rows = jax.ops.segment_sum(there.astype(jnp.int32), ids, number + 1) * pixels
+    counted = there.astype(jnp.int32) if weights is None else rows_weigh
+    number_of_rows = jax.ops.segment_sum(counted, ids, number + 1) * pixels
     count = jnp.broadcast_to(
         jnp.expand_dims(number_of_rows, tuple(range(1, mean.ndim))), mean.shape
     )

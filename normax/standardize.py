@@ -103,7 +103,7 @@ def standardize(
         x,
         ax.to_parameter(caller, "scale", scale, x, features),
         ax.to_parameter(caller, "bias", bias, x, features),
-        ax.to_mask(caller, mask, x),
+        ax.to_weights(caller, mask, x),
     )
     return y, to_moments(reduction, x, measured)
 
@@ -123,7 +123,7 @@ def _normalize(how, dtype, x, mean, var, scale, bias, mask):
     """Kept for the backward pass: the arguments, nothing of x's size in float32."""
     epsilon, on_deviation = how
     x, mean = _alike(me.present(x, mask), mean)
-    d = x - mean if mask is None else jnp.where(mask, x - mean, 0)
+    d = me.subtract(x, mean, None, mask)
     rstd = reciprocal_deviation(var, epsilon, 0.0, on_deviation)
     return _rescale(jnp.multiply(*_alike(d, rstd)), scale, bias, dtype)
 
@@ -139,25 +139,28 @@ def _standardize(plan, x, scale, bias, mask):
 def _standardize_jvp(plan, primals, tangents):
     x, scale, bias, mask = primals
     y, measured = _standardize(plan, x, scale, bias, mask)
-    moves = [None if isinstance(t, SymbolicZero) else t for t in tangents[:3]]
+    moves = [None if isinstance(t, SymbolicZero) else t for t in tangents]
     return (y, measured), _tangents(plan, x, scale, mask, measured, *moves)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(0,))
-def _tangents(plan, x, scale, mask, measured, dx, dscale, dbias):
+def _tangents(plan, x, scale, mask, measured, dx, dscale, dbias, dmask):
     """Returns the tangents of y and of what was measured. Kept for it: the arguments."""
     rstd, xhat = _xhat(plan, x, measured, mask)
     move = jax.tree.map(jnp.zeros_like, measured)
     terms = []
-    if dx is not None:
-        t = me.present(dx, mask)
+    if dx is not None or dmask is not None:
+        t = jnp.zeros_like(xhat) if dx is None else me.present(dx, mask)
         direction, length = xhat, rstd
         if plan.on_deviation:
             length = reciprocal_deviation(measured.var, 0.0)
             direction = me.times(me.deviation(x, mask, measured), length)
-        dmean, along = me.moment_tangents(plan.reduction, direction, t, measured)
         # Where the length is zero the deviations are too, or the group is below the floor.
-        move = me.measured_tangents(measured, dmean, along / jnp.where(length > 0, length, 1))
+        safe = jnp.where(length > 0, length, 1)
+        dmean, along, *dcount = me.moment_tangents(
+            plan.reduction, direction, t, measured, mask, dmask, length
+        )
+        move = me.measured_tangents(measured, dmean, along / safe, *dcount)
         pt = me.subtract(t, dmean, None, mask)
         dxhat = me.times(pt - me.times(xhat, along), units.divide(rstd, measured.unit))
         terms.append(dxhat if scale is None else jnp.multiply(*_alike(dxhat, scale)))

@@ -87,7 +87,7 @@ def switchable_norm(
     x, features = prepare(name, x, stats, use_running_average, momentum, feature_axes)
     spatial = ax.spatial_axes(name, features, x.ndim)
     number = 3 if spatial else 2
-    mask = ax.to_mask(name, mask, x)
+    mask = ax.to_weights(name, mask, x)
 
     def measured(axes, **devices):
         m = moments_over(name, x, axes, mask=mask, **devices)
