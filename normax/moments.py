@@ -130,6 +130,11 @@ def moments_over(
 ):
     """Measures what has been through `axes.py`; an axis may be none, or uncentred the result."""
     reduction = me.Reduction.over(name, axes, centered, axis_name, axis_index_groups)
+    return _measure(reduction, x, mask)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _measure(reduction, x, mask):
     return to_moments(reduction, x, me.measure(reduction, x, mask))
 
 
@@ -188,6 +193,11 @@ def merge(a: Moments, b: Moments) -> Moments:
             "merge: expected moments of one shape, got means of shapes "
             f"{jnp.shape(a.mean)} and {jnp.shape(b.mean)}"
         )
+    return _merge(a, b)
+
+
+@jax.jit
+def _merge(a, b):
     dtype, mean_dtype = ax.promote(a.var, b.var), ax.promote(a.mean, b.mean)
     (n_a, n_b), (var_a, var_b) = (
         [jnp.asarray(leaf, dtype) for leaf in leaves]
@@ -271,6 +281,11 @@ def update(
         )
     # The state stays where it is, too: with explicit sharding, moments are sharded as x was.
     m = jax.tree.map(pool.placed_like, m, Moments(stats.count, stats.mean, stats.var))
+    return _update(unbiased, nonfinite, stats, m, momentum)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _update(unbiased, nonfinite, stats, m, momentum):
     average = _cumulative if momentum is None else functools.partial(_exponential, momentum)
     mean, var = average(stats, m, unbiased)
     new = RunningStats(
@@ -298,10 +313,10 @@ def _cumulative(stats, m, unbiased):
     """Returns mean and variance of all entries seen."""
     past = Moments(stats.count, stats.mean, stats.var)
     if not unbiased:
-        _, mean, var = merge(past, m)
+        _, mean, var = _merge(past, m)
         return mean, var
     dtype = jnp.result_type(stats.var)
-    count, mean, var = merge(past._replace(var=past.var / bessel(past.count, dtype)), m)
+    count, mean, var = _merge(past._replace(var=past.var / bessel(past.count, dtype)), m)
     return mean, var * bessel(count, var.dtype)
 
 

@@ -98,14 +98,20 @@ def standardize(
     reduction = reduction._replace(least=units.least(max(epsilon, floor)))
     dtype = ax.to_dtype(caller, dtype, x, x=x, scale=scale, bias=bias)
     ax.check_choice(caller, "epsilon_on", epsilon_on, EPSILON_ON)
-    y, measured = _standardize(
+    return _standardize_and_report(
         Plan(reduction, epsilon, floor, dtype, epsilon_on == "deviation"),
         x,
         ax.to_parameter(caller, "scale", scale, x, features),
         ax.to_parameter(caller, "bias", bias, x, features),
         ax.to_weights(caller, mask, x),
     )
-    return y, to_moments(reduction, x, measured)
+
+
+# So that outside jit this is one program, not forty.
+@functools.partial(jax.jit, static_argnums=0)
+def _standardize_and_report(plan, x, scale, bias, mask):
+    y, measured = _standardize(plan, x, scale, bias, mask)
+    return y, to_moments(plan.reduction, x, measured)
 
 
 def normalize(
@@ -118,6 +124,7 @@ def normalize(
     return _normalize(how, dtype, x, mean, var, scale, bias, mask)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 @functools.partial(jax.checkpoint, static_argnums=(0, 1))
 def _normalize(how, dtype, x, mean, var, scale, bias, mask):
     """Kept for the backward pass: the arguments, nothing of x's size in float32."""
