@@ -34,8 +34,9 @@ def adaptive_instance_norm(
       style: array of the rank of `x`, and of its batch and features; otherwise of any shape.
       feature_axes: axes of the features, the leading one not among them.
       epsilon: added to both variances, inside the root.
-      mask: booleans that broadcast to `x.shape`. False entries read as absent: they may hold NaN,
-        move no statistic and no gradient, and come out as the style's mean.
+      mask: booleans, or weights as in `moments`, that broadcast to `x.shape`. False entries read as
+        absent: they may hold NaN, move no statistic and no gradient, and come out as the style's
+        mean.
       style_mask: the same for `style`.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
 

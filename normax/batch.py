@@ -48,8 +48,8 @@ def batch_norm(
       momentum: weight of the past in the running statistics; None makes them the statistics of
         all data seen. See `update`.
       epsilon: added to the variance, inside the root.
-      mask: booleans that broadcast to `x.shape`. False entries read as absent: they may hold NaN,
-        move no statistic and no gradient, and come out as `bias`.
+      mask: booleans, or weights as in `moments`, that broadcast to `x.shape`. False entries read as
+        absent: they may hold NaN, move no statistic and no gradient, and come out as `bias`.
       axis_name: name, or names, of a mapped axis whose devices pool their statistics, by count.
       axis_index_groups: groups of device indices that pool among themselves.
       unbiased: remember the variance times n / (n - 1), as PyTorch does.

@@ -44,8 +44,8 @@ def evonorm_s0(
       group_size: features in a group, in place of `num_groups`.
       feature_axes: the one axis of features, not the leading one.
       epsilon: added to the variance, inside the root.
-      mask: booleans that broadcast to `x.shape`. False entries read as absent: they may hold NaN,
-        move no statistic and no gradient, and come out as `bias`.
+      mask: booleans, or weights as in `moments`, that broadcast to `x.shape`. False entries read as
+        absent: they may hold NaN, move no statistic and no gradient, and come out as `bias`.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
 
     Returns:

@@ -53,8 +53,8 @@ def standardize_features(
         of which `moments` measured each chunk and `merge` joined them.
       feature_axes: axes of the array that have a scaling of their own; every other is reduced.
       unbiased: divide by the root of the sample variance, :math:`\sigma^2 n / (n - 1)`.
-      mask: booleans that broadcast to the array's shape; False entries read as absent and may
-        hold NaN. Of a stream, give it to `moments`.
+      mask: booleans, or weights as in `moments`, that broadcast to the array's shape; False entries
+        read as absent and may hold NaN. Of a stream, give it to `moments`.
 
     Returns:
       `FeatureScaling` of the array's feature shape, the axes ascending, or of the moments' shape.
@@ -119,8 +119,8 @@ def min_max_features(
         of which `extremes` measured each chunk and `merge_extremes` joined them.
       feature_axes: axes of the array that have a scaling of their own; every other is reduced.
       feature_range: a and b, Python numbers.
-      mask: booleans that broadcast to the array's shape; False entries read as absent and may
-        hold NaN. Of a stream, give it to `extremes`.
+      mask: booleans that broadcast to the array's shape; False entries read as absent and may hold
+        NaN. Of a stream, give it to `extremes`.
 
     Returns:
       `FeatureScaling` of the array's feature shape, the axes ascending, or of the extremes' shape.
@@ -232,8 +232,8 @@ def transform_features(
       x: array of any rank, floating-point or complex.
       scaling: `FeatureScaling` of shape `x.shape[feature_axes]`, the axes ascending.
       feature_axes: axes that have a scaling of their own.
-      mask: booleans that broadcast to `x.shape`; False entries read as absent: they may hold NaN,
-        move no gradient, and come out as zero.
+      mask: booleans, or weights as in `moments`, that broadcast to `x.shape`; False entries read as
+        absent: they may hold NaN, move no gradient, and come out as zero.
 
     Returns:
       An array of the shape and dtype of `x`, computed in float32 at least and rounded once.
@@ -269,8 +269,8 @@ def inverse_features(
       y: array of any rank, floating-point or complex.
       scaling: `FeatureScaling` of shape `y.shape[feature_axes]`, the axes ascending.
       feature_axes: axes that have a scaling of their own.
-      mask: booleans that broadcast to `y.shape`; False entries read as absent: they may hold NaN,
-        move no gradient, and come out as `offset`.
+      mask: booleans, or weights as in `moments`, that broadcast to `y.shape`; False entries read as
+        absent: they may hold NaN, move no gradient, and come out as `offset`.
 
     Returns:
       An array of the shape and dtype of `y`, computed in float32 at least and rounded once. What a

@@ -44,8 +44,8 @@ def group_norm(
       reduction_axes: axes that are summarised together, the feature axis among them; every axis
         but the leading one by default.
       epsilon: added to the variance, inside the root.
-      mask: booleans that broadcast to `x.shape`. False entries read as absent: they may hold NaN,
-        move no statistic and no gradient, and come out as `bias`.
+      mask: booleans, or weights as in `moments`, that broadcast to `x.shape`. False entries read as
+        absent: they may hold NaN, move no statistic and no gradient, and come out as `bias`.
       axis_name: name, or names, of a mapped axis over which the reduced axes are sharded.
       axis_index_groups: groups of device indices that pool among themselves.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.

@@ -35,8 +35,8 @@ def layer_norm(
       reduction_axes: axes that are summarised together.
       feature_axes: axes that have a scale and bias of their own.
       epsilon: added to the variance, inside the root.
-      mask: booleans that broadcast to `x.shape`. False entries read as absent: they may hold NaN,
-        move no statistic and no gradient, and come out as `bias`.
+      mask: booleans, or weights as in `moments`, that broadcast to `x.shape`. False entries read as
+        absent: they may hold NaN, move no statistic and no gradient, and come out as `bias`.
       axis_name: name, or names, of a mapped axis over which the reduced axes are sharded.
       axis_index_groups: groups of device indices that pool among themselves.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
@@ -104,8 +104,8 @@ def rms_norm(
       reduction_axes: axes that are summarised together.
       feature_axes: axes that have a scale of their own.
       epsilon: added to the mean square, inside the root.
-      mask: booleans that broadcast to `x.shape`. False entries read as absent: they may hold NaN,
-        move no statistic and no gradient, and come out as zero.
+      mask: booleans, or weights as in `moments`, that broadcast to `x.shape`. False entries read as
+        absent: they may hold NaN, move no statistic and no gradient, and come out as zero.
       axis_name: name, or names, of a mapped axis over which the reduced axes are sharded.
       axis_index_groups: groups of device indices that pool among themselves.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
@@ -174,8 +174,8 @@ def instance_norm(
       bias: beta, of the same shape; None is zero.
       feature_axes: axes that keep statistics, a scale and a bias of their own.
       epsilon: added to the variance, inside the root.
-      mask: booleans that broadcast to `x.shape`. False entries read as absent: they may hold NaN,
-        move no statistic and no gradient, and come out as `bias`.
+      mask: booleans, or weights as in `moments`, that broadcast to `x.shape`. False entries read as
+        absent: they may hold NaN, move no statistic and no gradient, and come out as `bias`.
       axis_name: name, or names, of a mapped axis over which the reduced axes are sharded.
       axis_index_groups: groups of device indices that pool among themselves.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.

@@ -177,7 +177,7 @@ def moment_tangents(reduction, direction, t, measured, mask, dmask=None, length=
         dmask = jnp.where(there(mask), jnp.broadcast_to(dmask, t.shape), 0)
         further = square(d) - measured.var
         moves = [
-            moves[0] + times(d, dmask) * unit,
+            moves[0] + times(d, dmask * unit),
             moves[1] + further * dmask * (unit * length / 2),
             dmask,
         ]
@@ -195,7 +195,9 @@ def measured_tangents(measured, dmean, along, dcount=None):
     """Returns the tangent of a `Measured`: a mask's count does not move, nor a rounding error."""
     zeros = jax.tree.map(jnp.zeros_like, measured)
     mean = None if dmean is None else units.divide(dmean, measured.unit)
-    count = zeros.count if dcount is None else (dcount,)
+    count = zeros.count
+    if dcount is not None:  # alike along the axes that the weights are broadcast over
+        count = (lax.slice(dcount, [0] * dcount.ndim, count[0].shape),)
     return zeros._replace(count=count, mean=mean, var=units.divide(2 * along, measured.unit))
 
 

@@ -38,8 +38,8 @@ def population_norm(
       bias: beta, of the same shape; None is zero.
       feature_axes: axes that have statistics of their own.
       epsilon: added to the variance, inside the root.
-      mask: booleans that broadcast to `x.shape`. False entries may hold NaN, get no gradient, and
-        come out as `bias`.
+      mask: booleans, or weights as in `moments`, that broadcast to `x.shape`. False entries may
+        hold NaN, get no gradient, and come out as `bias`.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
 
     Returns:

@@ -81,8 +81,8 @@ def power_norm(
       epsilon: added to the mean square, inside the root.
       warming_up: divide by this batch's root mean square instead, as the paper does in the first
         steps; a bool or a traced one.
-      mask: booleans that broadcast to `x.shape`. False entries read as absent: they may hold NaN,
-        move no statistic and no gradient, and come out as `bias`.
+      mask: booleans, or weights as in `moments`, that broadcast to `x.shape`. False entries read as
+        absent: they may hold NaN, move no statistic and no gradient, and come out as `bias`.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
 
     Returns:
@@ -171,7 +171,7 @@ def _divide_backward(reduced, momentum, kept, g):
     x, rstd, drift, weights = kept
     xhat = x * rstd
     there = me.there(weights)
-    each = jnp.broadcast_to(jnp.where(there, weights, 0).astype(x.dtype), x.shape)
+    each = jnp.broadcast_to(jnp.where(there, weights.astype(x.dtype), 0), x.shape)
     count = jnp.sum(each, reduced, keepdims=True)
     n = jnp.where(count > 0, count, 1)
 

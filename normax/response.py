@@ -47,8 +47,9 @@ def filter_response_norm(
         there are no axes to average over, starting at 1e-4. None is zero.
       feature_axes: axes that have parameters of their own, the leading one not among them.
       epsilon: added to the mean square, inside the root.
-      mask: booleans that broadcast to `x.shape`. False entries read as absent: they may hold NaN,
-        move no statistic and no gradient, and come out as `bias`, or the threshold.
+      mask: booleans, or weights as in `moments`, that broadcast to `x.shape`. False entries read as
+        absent: they may hold NaN, move no statistic and no gradient, and come out as `bias`, or the
+        threshold.
       axis_name: name, or names, of a mapped axis over which the reduced axes are sharded.
       axis_index_groups: groups of device indices that pool among themselves.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
@@ -137,8 +138,8 @@ def global_response_norm(
       bias: beta, of the same shape; None is zero.
       feature_axes: axes of the features, the leading one not among them.
       epsilon: added to the mean of the lengths.
-      mask: booleans that broadcast to `x.shape`. False entries read as absent: they may hold NaN,
-        add to no length, get no gradient, and come out as `bias`.
+      mask: booleans, or weights as in `moments`, that broadcast to `x.shape`. False entries read as
+        absent: they may hold NaN, add to no length, get no gradient, and come out as `bias`.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
 
     Returns:

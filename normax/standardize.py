@@ -65,8 +65,8 @@ def standardize(
       epsilon: added to the variance, inside the root.
       floor: a group whose variance plus epsilon is not above it comes out as `bias`, and neither
         it nor its moments have a derivative.
-      mask: booleans that broadcast to `x.shape`. False entries read as absent: they may hold NaN,
-        move no statistic and no gradient, and come out as `bias`.
+      mask: booleans, or weights as in `moments`, that broadcast to `x.shape`. False entries read as
+        absent: they may hold NaN, move no statistic and no gradient, and come out as `bias`.
       axis_name: name, or names, of a mapped axis whose devices pool their statistics, by count.
       axis_index_groups: groups of device indices that pool among themselves.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.

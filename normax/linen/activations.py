@@ -23,7 +23,8 @@ class Stateless(nn.Module):
         Args:
           x: the input.
           *args: what else the function takes by position, such as the ids of segments.
-          mask: booleans that broadcast to `x.shape`; False entries read as absent.
+          mask: booleans, or weights as in `moments`, that broadcast to `x.shape`; False entries
+            read as absent.
         """
         return self._normalize(x, parameters_of(self, x), *args, mask=mask)
 
@@ -38,7 +39,8 @@ class Running(nn.Module):
         Args:
           x: array of any rank, floating-point or complex.
           use_running_average: here or in the constructor.
-          mask: booleans that broadcast to `x.shape`; False entries read as absent.
+          mask: booleans, or weights as in `moments`, that broadcast to `x.shape`; False entries
+            read as absent.
         """
         return self._run(x, use_running_average, mask)
 
@@ -84,7 +86,8 @@ class RunningWith(Running):
           x: array, floating-point.
           told: what the function takes after the statistics: ids of domains, or a prior.
           use_running_average: here or in the constructor.
-          mask: booleans that broadcast to `x.shape`; False entries read as absent.
+          mask: booleans, or weights as in `moments`, that broadcast to `x.shape`; False entries
+            read as absent.
         """
         return self._run(x, use_running_average, mask, told)
 

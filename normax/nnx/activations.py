@@ -49,7 +49,8 @@ class Stateless(Promoting):
         Args:
           x: the input.
           *args: what else the function takes by position, such as the ids of segments.
-          mask: booleans that broadcast to `x.shape`; False entries read as absent.
+          mask: booleans, or weights as in `moments`, that broadcast to `x.shape`; False entries
+            read as absent.
         """
         return self._normalize(x, parameters_of(self, x), *args, mask=mask)
 
@@ -84,7 +85,8 @@ class Running(Stateless):
         Args:
           x: array of any rank, floating-point or complex.
           use_running_average: here, or as the module was told before.
-          mask: booleans that broadcast to `x.shape`; False entries read as absent.
+          mask: booleans, or weights as in `moments`, that broadcast to `x.shape`; False entries
+            read as absent.
         """
         return self._run(x, use_running_average, mask)
 
@@ -129,7 +131,8 @@ class RunningWith(Running):
           x: array, floating-point.
           told: what the function takes after the statistics: ids of domains, or a prior.
           use_running_average: here, or as the module was told before.
-          mask: booleans that broadcast to `x.shape`; False entries read as absent.
+          mask: booleans, or weights as in `moments`, that broadcast to `x.shape`; False entries
+            read as absent.
         """
         return self._run(x, use_running_average, mask, told)
 
