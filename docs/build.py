@@ -27,6 +27,7 @@ GROUPS = {
         "kalman_prior": ("", ""),
         "mean_only_batch_norm": ("MeanOnlyBatchNorm", RUNNING),
         "variance_only_batch_norm": ("VarianceOnlyBatchNorm", RUNNING),
+        "running_instance_norm": ("RunningInstanceNorm", RUNNING),
         "switchable_norm": ("SwitchableNorm", RUNNING),
         "domain_batch_norm": ("DomainBatchNorm", f"{RUNNING}, a row for each domain"),
         "evonorm_b0": ("EvoNormB0", RUNNING),

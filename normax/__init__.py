@@ -17,6 +17,7 @@ from normax.features import standardize_features as standardize_features
 from normax.features import transform_features as transform_features
 from normax.ghost import ghost_batch_norm as ghost_batch_norm
 from normax.group import group_norm as group_norm
+from normax.instance import running_instance_norm as running_instance_norm
 from normax.kalman import kalman_batch_norm as kalman_batch_norm
 from normax.kalman import kalman_prior as kalman_prior
 from normax.kernel import centered_weight_norm as centered_weight_norm

@@ -173,6 +173,13 @@ def s0(x, slope, scale, bias, num_groups):
     return affine(x / (1 + np.exp(-slope * x)) / np.sqrt(var + 1e-5), scale, bias)
 
 
+def instance(x, scale, bias, epsilon):
+    """Ulyanov 2016: each feature of each example."""
+    axes = tuple(range(1, x.ndim - 1))
+    d = x - x.mean(axes, keepdims=True)
+    return affine(d / np.sqrt(x.var(axes, keepdims=True) + epsilon), scale, bias)
+
+
 def segments(x, ids, number, scale, bias, mean_scale):
     """Cai 2020, equation 4, segment by segment."""
     y = np.zeros_like(x)
@@ -260,6 +267,18 @@ FAMILY = [
         {},
         (4,),
         module="SwitchableNorm",
+        removable=1,
+    ),
+    Member(
+        "running_instance",
+        normax.running_instance_norm,
+        instance,
+        IMAGES,
+        AFFINE,
+        {"epsilon": 1e-3},
+        (4,),
+        module="RunningInstanceNorm",
+        module_options={"epsilon": 1e-3},
         removable=1,
     ),
     Member(

@@ -349,3 +349,46 @@ def test_the_norm_of_an_operator_that_began_at_zero():
     _, state = normax.operator_norm(linear, jnp.zeros((2, 2)), state)
     sigma, _ = normax.operator_norm(linear, w, state, n_steps=30)
     np.testing.assert_allclose(sigma, 3, rtol=1e-4)
+
+
+def inputs_of_instances():
+    x = 3 + 2 * jax.random.normal(jax.random.key(0), (4, 5, 6, 3))
+    return x, normax.RunningStats.create(3)
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_running_instance_norm_is_torch_s(momentum):
+    torch = pytest.importorskip("torch")
+    theirs = torch.nn.InstanceNorm2d(
+        3, momentum=None if momentum is None else 1 - momentum, track_running_stats=True
+    )
+    x, stats = inputs_of_instances()
+    for batch in (x, x[::-1] * 2 + 1):
+        y, stats = normax.running_instance_norm(
+            batch, stats, use_running_average=False, momentum=momentum, unbiased=True
+        )
+        out = theirs(torch.from_numpy(np.array(batch.transpose(0, 3, 1, 2))))
+        np.testing.assert_allclose(y.transpose(0, 3, 1, 2), out.numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(stats.mean, theirs.running_mean.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(stats.var, theirs.running_var.numpy(), rtol=1e-5)
+    y, same = normax.running_instance_norm(x, stats, use_running_average=True)
+    out = theirs.eval()(torch.from_numpy(np.array(x.transpose(0, 3, 1, 2))))
+    np.testing.assert_allclose(y.transpose(0, 3, 1, 2), out.numpy(), rtol=1e-4, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, same, stats)
+
+
+def test_running_instance_norm_leaves_out_examples_with_nothing_valid():
+    x, stats = inputs_of_instances()
+    mask = jnp.ones((4, 5, 6, 1), bool).at[1].set(False)
+    run = lambda x, mask, name=None: normax.running_instance_norm(
+        x, stats, use_running_average=False, mask=mask, axis_name=name
+    )[1]
+    expected = run(x[jnp.asarray([0, 2, 3])], None)
+    several = jax.vmap(lambda x, mask: run(x, mask, "i"), axis_name="i")(
+        x.reshape(2, 2, 5, 6, 3), mask.reshape(2, 2, 5, 6, 1)
+    )
+    for new in (run(x, mask), jax.tree.map(lambda leaf: leaf[0], several)):
+        for leaf, other in zip(new, expected, strict=True):
+            np.testing.assert_allclose(leaf, other, rtol=1e-6)
+    nothing = run(x, jnp.zeros((1, 1, 1, 1), bool))
+    jax.tree.map(np.testing.assert_array_equal, nothing, stats)

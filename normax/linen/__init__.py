@@ -18,6 +18,7 @@ from normax.linen.family import KalmanBatchNorm as KalmanBatchNorm
 from normax.linen.family import L2Norm as L2Norm
 from normax.linen.family import LocalResponseNorm as LocalResponseNorm
 from normax.linen.family import MeanOnlyBatchNorm as MeanOnlyBatchNorm
+from normax.linen.family import RunningInstanceNorm as RunningInstanceNorm
 from normax.linen.family import SegmentNorm as SegmentNorm
 from normax.linen.family import SwitchableNorm as SwitchableNorm
 from normax.linen.family import VarianceOnlyBatchNorm as VarianceOnlyBatchNorm

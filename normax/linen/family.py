@@ -41,6 +41,23 @@ class GhostBatchNorm(options.GhostBatchNormOptions, Running):
 
 
 @options.documented
+class RunningInstanceNorm(options.RunningInstanceNormOptions, Running):
+    """Instance normalization with running statistics; over `normax.running_instance_norm`.
+
+    Variables: those of `BatchNorm`.
+
+    Example:
+      >>> import jax, normax.linen as nn
+      >>> x = jax.random.normal(jax.random.key(0), (2, 8, 3))
+      >>> norm = nn.RunningInstanceNorm(use_running_average=False)
+      >>> variables = norm.init(jax.random.key(1), x)
+      >>> y, updates = norm.apply(variables, x, mutable=["batch_stats"])
+      >>> y.shape
+      (2, 8, 3)
+    """
+
+
+@options.documented
 class MeanOnlyBatchNorm(options.MeanOnlyBatchNormOptions, Running):
     """Batch normalization without the deviation; over `normax.mean_only_batch_norm`.
 

@@ -18,6 +18,7 @@ from normax.nnx.family import KalmanBatchNorm as KalmanBatchNorm
 from normax.nnx.family import L2Norm as L2Norm
 from normax.nnx.family import LocalResponseNorm as LocalResponseNorm
 from normax.nnx.family import MeanOnlyBatchNorm as MeanOnlyBatchNorm
+from normax.nnx.family import RunningInstanceNorm as RunningInstanceNorm
 from normax.nnx.family import SegmentNorm as SegmentNorm
 from normax.nnx.family import SwitchableNorm as SwitchableNorm
 from normax.nnx.family import VarianceOnlyBatchNorm as VarianceOnlyBatchNorm

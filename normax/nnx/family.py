@@ -46,6 +46,24 @@ class GhostBatchNorm(Running, options.GhostBatchNormOptions, nnx.Module):
 
 @signed
 @options.documented
+class RunningInstanceNorm(Running, options.RunningInstanceNormOptions, nnx.Module):
+    """Instance normalization with running statistics; over `normax.running_instance_norm`.
+
+    Variables: those of `BatchNorm`.
+
+    Example:
+      >>> import jax, normax.nnx as nn
+      >>> from flax import nnx
+      >>> x = jax.random.normal(jax.random.key(0), (2, 8, 3))
+      >>> norm = nn.RunningInstanceNorm(3, rngs=nnx.Rngs(0))
+      >>> y = norm(x)
+      >>> y.shape
+      (2, 8, 3)
+    """
+
+
+@signed
+@options.documented
 class MeanOnlyBatchNorm(Running, options.MeanOnlyBatchNormOptions, nnx.Module):
     """Batch normalization without the deviation; over `normax.mean_only_batch_norm`.
 

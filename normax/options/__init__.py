@@ -23,6 +23,7 @@ from normax.options.family import KalmanBatchNormOptions as KalmanBatchNormOptio
 from normax.options.family import L2NormOptions as L2NormOptions
 from normax.options.family import LocalResponseNormOptions as LocalResponseNormOptions
 from normax.options.family import MeanOnlyBatchNormOptions as MeanOnlyBatchNormOptions
+from normax.options.family import RunningInstanceNormOptions as RunningInstanceNormOptions
 from normax.options.family import SegmentNormOptions as SegmentNormOptions
 from normax.options.family import SwitchableNormOptions as SwitchableNormOptions
 from normax.options.family import VarianceOnlyBatchNormOptions as VarianceOnlyBatchNormOptions

@@ -7,6 +7,7 @@ from jax.nn import initializers
 from normax import axes as ax
 from normax.evonorm import evonorm_b0, evonorm_s0
 from normax.ghost import ghost_batch_norm
+from normax.instance import running_instance_norm
 from normax.kalman import kalman_batch_norm
 from normax.length import dynamic_tanh, l2_norm
 from normax.options.fields import (
@@ -63,6 +64,20 @@ class GhostBatchNormOptions(RunningNormalizer, Affine):
     epsilon: float = 1e-5
     ghost_size: int = 128
     axis_name: Any = None
+    unbiased: bool = False
+
+
+@options
+class RunningInstanceNormOptions(RunningNormalizer, Devices, Affine):
+    """What a `RunningInstanceNorm` is.
+
+    Args:
+      unbiased: remember the variance times n / (n - 1), as PyTorch does.
+    """
+
+    _function = staticmethod(running_instance_norm)
+    epsilon: float = 1e-5
+    momentum: Any = 0.9
     unbiased: bool = False
 
 
@@ -292,6 +307,9 @@ class SegmentNormOptions(Normalizer, FeatureAxes, Affine):
 
     Args:
       num_segments: number of segments, static.
+      num_groups: groups of neighbouring features that share statistics, without a mean scale;
+        None: each feature has its own.
+      centered: subtract the mean; False, without a mean scale, divides by the root mean square.
       use_mean_scale: whether the mean is scaled before it is subtracted.
       mean_scale_init: initializer of that scale.
     """
@@ -300,5 +318,7 @@ class SegmentNormOptions(Normalizer, FeatureAxes, Affine):
     learned: ClassVar[tuple[str, ...]] = ("scale", "bias", "mean_scale")
     epsilon: float = 1e-5
     num_segments: int = 1
+    num_groups: int | None = None
+    centered: bool = True
     use_mean_scale: bool = True
     mean_scale_init: Initializer = initializers.ones
