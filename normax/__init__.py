@@ -63,6 +63,7 @@ from normax.switchable import switchable_norm as switchable_norm
 from normax.trees import transform_weights as transform_weights
 from normax.trees import weight_constraint as weight_constraint
 from normax.weight import SpectralState as SpectralState
+from normax.weight import exact_spectral_norm as exact_spectral_norm
 from normax.weight import spectral_norm as spectral_norm
 from normax.weight import weight_norm as weight_norm
 

@@ -64,7 +64,9 @@ def adaptive_instance_norm(
     ax.check_real(name, "x", x)
     ax.check_real(name, "style", style)
     features = ax.sorted_axes(name, "feature_axes", feature_axes, x.ndim)
-    spatial = ax.spatial_axes(name, features, x.ndim)
+    spatial = ax.reduced_axes(
+        name, "the axes between batch and features", ax.spatial_axes(name, features, x.ndim), x.ndim
+    )
     ax.check_shape(name, "style", _outer(style, spatial), _outer(x, spatial))
     epsilon = ax.to_epsilon(name, epsilon)
     m = moments_over(name, style, spatial, mask=ax.to_weights(name, style_mask, style))

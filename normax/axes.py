@@ -17,6 +17,7 @@ from normax.checks import axis_size as axis_size
 from normax.checks import check_all_or_none as check_all_or_none
 from normax.checks import check_axis_index_groups as check_axis_index_groups
 from normax.checks import check_axis_name_with_groups as check_axis_name_with_groups
+from normax.checks import check_bound as check_bound
 from normax.checks import check_choice as check_choice
 from normax.checks import check_computing_dtype as check_computing_dtype
 from normax.checks import check_found as check_found
@@ -37,7 +38,9 @@ from normax.checks import check_switch as check_switch
 from normax.checks import check_takes_mask as check_takes_mask
 from normax.checks import check_values as check_values
 from normax.checks import to_epsilon as to_epsilon
+from normax.checks import to_fraction as to_fraction
 from normax.checks import to_positive_int as to_positive_int
+from normax.checks import to_positive_ints as to_positive_ints
 
 Axes = int | Iterable[int]
 

@@ -27,6 +27,11 @@ def check_fraction(name: str, label: str, value: Any) -> None:
         _number_within(name, label, value, 0.0, 1.0)
 
 
+def to_fraction(name: str, label: str, value: Any) -> float:
+    """Returns a Python float in [0, 1]; it is part of the compiled program."""
+    return _number_within(name, label, value, 0.0, 1.0)
+
+
 def check_momentum(name: str, momentum: Any) -> None:
     """Refuses a Python number outside [0, 1]; a traced momentum is taken as it is."""
     if momentum is not None:
@@ -37,6 +42,12 @@ def check_limit(name: str, label: str, value: Any, low: float) -> None:
     """Refuses a Python number below a limit, which may be inf; a traced one is taken as it is."""
     if not isinstance(value, jax.Array) and value != math.inf:
         _number_within(name, label, value, low, math.inf)
+
+
+def check_bound(name: str, bound: Any) -> None:
+    """Refuses a Python number that is not above zero; None is none, a traced one stays."""
+    if bound is not None and not isinstance(bound, jax.Array):
+        _number_within(name, "bound", bound, float(np.finfo(np.float32).tiny), math.inf)
 
 
 def check_loss_scale(name: str, loss_scale: Any) -> None:
@@ -52,6 +63,13 @@ def to_positive_int(name: str, label: str, value: Any) -> int:
     if value < 1:
         raise ValueError(f"{name}: expected {label} to be at least 1, got {value}")
     return int(value)
+
+
+def to_positive_ints(name: str, label: str, values: Any) -> tuple[int, ...]:
+    """Returns several ints of at least 1."""
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected {label} to be several ints, got {values!r}")
+    return tuple(to_positive_int(name, label, value) for value in values)
 
 
 def _number_within(name: str, label: str, value: Any, low: float, high: float) -> float:

@@ -314,7 +314,7 @@ def condition_number(
       features are linearly dependent to the dtype's precision: :math:`\kappa` of 1 / eps**2.
 
     Raises:
-      ValueError: axes out of range or repeated; a mask that does not broadcast.
+      ValueError: axes out of range or repeated; a mask that does not broadcast; no features.
       TypeError: integer `x`.
 
     Example:
@@ -342,6 +342,7 @@ def condition_number(
     everything = tuple(range(x.ndim))
     entries = units.divide(entries, lax.stop_gradient(units.choose(entries, everything, 0.0)))
     matrix = order.in_a_row(entries, features)
+    ax.check_found(name, "a feature in x", matrix.shape[-1] > 0)
     matrix = matrix.reshape(-1, matrix.shape[-1])
     missing = max(matrix.shape[1] - matrix.shape[0], 0)
     matrix = jnp.pad(matrix, ((0, missing), (0, 0)))

@@ -49,9 +49,9 @@ def ghost_batch_norm(
       bias: beta, of the same shape; None is zero.
       use_running_average: True at inference, where there are no ghosts; False in training.
       ghost_size: examples in a ghost batch, at most. A batch that it does not divide is split as
-        evenly as can be, so that no ghost is left with one. It means the same on any number of
-        devices: with `axis_name` it either divides the examples of a device, or is a multiple of
-        them, and then so many neighbouring devices pool.
+        evenly as can be, into larger ghosts if one would be left with a single value. It means the
+        same on any number of devices: with `axis_name` it either divides the examples of a device,
+        or is a multiple of them, and then so many neighbouring devices pool.
       feature_axes: axes that keep statistics of their own, the leading one not among them.
       momentum: as in `batch_norm`.
       epsilon: as in `batch_norm`.
@@ -95,6 +95,8 @@ def ghost_batch_norm(
         size, groups = _devices_of_a_ghost(name, size, batch, ax.axis_size(name, axis_name))
     number = max(math.ceil(batch / size), 1)
     each = me.Reduction(tuple(axis + 1 for axis in inner))
+    if axis_name is None and size > 1 and math.prod(x.shape[axis] for axis in inner[1:]) == 1:
+        number = max(min(number, batch // 2), 1)
     shared = 1 if groups is None else len(groups[0])
     smallest = x[: max(batch // number, 1)][None]
     ax.check_more_than_one_value(name, shared * me.count_entries(each, smallest), x)

@@ -110,9 +110,11 @@ def _average(reduction, m, unbiased):
     var = m.var * bessel(m.count, real) if unbiased else m.var
     valid = m.count > 0
     parts = [valid.astype(real), jnp.where(valid, m.mean, 0), jnp.where(valid, var, 0)]
-    total = lambda v: pool.sum_over_devices(
-        reduction.axis_name, reduction.groups, jnp.sum(v, reduction.axes)
-    )
+
+    def total(v):
+        here = jnp.sum(v, reduction.axes)
+        return pool.sum_over_devices(reduction.axis_name, reduction.groups, here)
+
     number, mean, var = map(total, parts)
     weight = 1 / jnp.maximum(number, 1)
     return Moments(total(m.count), me.times(mean, weight), var * weight)

@@ -93,6 +93,7 @@ def kalman_batch_norm(
     ax.check_statistics(name, "prior", prior, Moments)
     ax.check_feature_shape(name, "prior.mean", jnp.shape(prior.mean), x, features)
     ax.check_fraction(name, "prior_weight", prior_weight)
+    ax.check_limit(name, "largest_ratio", largest_ratio, 0.0)
     if use_running_average:
         y = infer(name, x, stats, scale, bias, features, epsilon, mask, dtype)
         return y, stats, Moments(stats.count, stats.mean, stats.var)

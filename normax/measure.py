@@ -99,15 +99,25 @@ def _measure_here(reduction, x, mask, n):
     if not units.needed(x.dtype):
         return _measure_in(None, reduction, x, mask, n)
 
+    def choose(x, mask):
+        return units.choose(present(x, mask), reduction.axes, reduction.least)
+
     def in_a_unit(x, mask, n):
-        unit = units.choose(present(x, mask), reduction.axes, reduction.least)
-        return _measure_in(unit, reduction, x, mask, n)
+        return _measure_in(choose(x, mask), reduction, x, mask, n)
 
     def in_a_unit_where_needed(x, mask, n):
         common = _measure_in(None, reduction, x, mask, n)
         common = (jnp.ones_like(common[-1]), *common[1:])
-        needed = _is_out_of_range(present(x, mask), mask, *common[1:])
-        return _at_most_once(needed, lambda x: in_a_unit(x, mask, n), x, common)
+        var = common[-1]
+        tiny, wild = var < _smallest_square(var.dtype), ~jnp.isfinite(var)
+        doubtful = jnp.any(tiny | wild)
+        unit = _at_most_once(doubtful, lambda x: choose(x, mask), x, common[0])
+        # Entries near one, or larger, have so small a variance only where they are equal.
+        needed = (tiny & (unit < 2.0**-10)) | wild
+        unit = jnp.where(needed, unit, 1)
+        return _at_most_once(
+            jnp.any(needed), lambda x: _measure_in(unit, reduction, x, mask, n), x, common
+        )
 
     # A GPU would have to ask the host whether to go on; reading x once more is cheaper there.
     return lax.platform_dependent(
@@ -118,7 +128,10 @@ def _measure_here(reduction, x, mask, n):
 def _measure_in(unit, reduction, x, mask, n):
     """Returns unit, mean, rest and var in multiples of the unit."""
     entries = units.divide_exactly(present(x, mask), unit)
-    total = lambda v: _total(weigh(v, mask), reduction.axes)
+
+    def total(v):
+        return _total(weigh(v, mask), reduction.axes)
+
     mean = rest = None
     if reduction.centered:
         mean = _settled(_over(total(entries), n))
@@ -139,17 +152,10 @@ def _two_parts(mean, rest):
     return total, jnp.where(jnp.abs(lacking) <= size, 0, lacking)
 
 
-def _is_out_of_range(entries, mask, mean, rest, var):
-    """Returns whether a group has entries whose squares are too large, or too small."""
-    info = jnp.finfo(var.dtype)
-    tiny = var < 2.0 ** (info.minexp + info.nmant + 2)
-
-    def not_just_constant(entries):
-        d = subtract(entries, mean, rest, mask)
-        return jnp.any(tiny & ((d != 0) | units.is_subnormal(entries)))
-
-    tiny_and_not_constant = _at_most_once(jnp.any(tiny), not_just_constant, entries, jnp.any(tiny))
-    return tiny_and_not_constant | ~jnp.all(jnp.isfinite(var))
+def _smallest_square(dtype):
+    """Returns the size below which a mean of squares may lack some that were too small."""
+    info = jnp.finfo(dtype)
+    return 2.0 ** (info.minexp + info.nmant + 2)
 
 
 def _at_most_once(needed, compute, x, otherwise):

@@ -79,8 +79,9 @@ def moments(
     .. math:: n = \sum w,\quad \mu = \frac1n \sum w x,\quad
               \sigma^2 = \frac1n \sum w |x - \mu|^2
 
-    over the valid entries, w being 1 unless weights are given. The deviations are centred a second time before they are squared, so
-    the variance is right where the mean is a million times the deviation.
+    over the valid entries, w being 1 unless weights are given. The deviations are centred a second
+    time before they are squared, so the variance is right where the mean is a million times the
+    deviation.
 
     Args:
       x: array of any rank and floating-point or complex dtype.

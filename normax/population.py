@@ -230,6 +230,7 @@ def momentum_per_entry(momentum: float, m: Moments, *, reference: int) -> jax.Ar
       0.5
     """
     name = "momentum_per_entry"
+    ax.check_given(name, "momentum", momentum)
     ax.check_momentum(name, momentum)
     ax.check_statistics(name, "m", m, Moments)
     reference = ax.to_positive_int(name, "reference", reference)

@@ -115,8 +115,9 @@ def power_norm(
     """
     name = "power_norm"
     ax.check_switch(name, "use_running_average", use_running_average)
+    ax.check_given(name, "momentum", momentum)
     ax.check_momentum(name, momentum)
-    ax.check_fraction(name, "drift_momentum", drift_momentum)
+    drift_momentum = ax.to_fraction(name, "drift_momentum", drift_momentum)
     ax.check_statistics(name, "state", state, PowerState)
     x = ax.to_float_array(name, x)
     ax.check_real(name, "x", x)
@@ -139,7 +140,7 @@ def power_norm(
     here = ax.along(m.var, x.ndim, features)
     divided_by = jnp.where(jnp.asarray(warming_up), here, square.astype(here.dtype))
     drift = ax.along(jnp.asarray(state.drift), x.ndim, features)
-    plan = reduced, float(drift_momentum), dtype
+    plan = reduced, drift_momentum, dtype
     y = _forward(plan, x, reciprocal_deviation(divided_by, epsilon), drift, scale, bias, mask)
     past = jnp.asarray(momentum, m.var.dtype)
     new = past * jnp.asarray(state.square, m.var.dtype) + (1 - past) * m.var

@@ -1,11 +1,11 @@
 """Response normalization: by the square of the response, filter by filter or among neighbours."""
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -298,11 +298,9 @@ def divisive_norm(
     x = ax.to_float_array(name, x)
     ax.check_real(name, "x", x)
     features = ax.sorted_axes(name, "feature_axes", feature_axes, x.ndim)
+    window = ax.to_positive_ints(name, "window", window)
     ax.check_shape(name, "window", (len(window),), (x.ndim - 1,))
-    lengths = {
-        axis: ax.to_positive_int(name, "window", length)
-        for axis, length in enumerate(window, start=1)
-    }
+    lengths = dict(enumerate(window, start=1))
     epsilon = ax.to_epsilon(name, epsilon)
     wide = x.astype(ax.compute_dtype(x.dtype))
     number = _window_sum(jnp.ones((1, *x.shape[1:]), wide.dtype), lengths)
@@ -322,5 +320,5 @@ def _window_sum(x, lengths):
     """Returns the sum of the entries around each, along some axes; zeros beyond the borders."""
     dimensions = [lengths.get(axis, 1) for axis in range(x.ndim)]
     padding = [(length // 2, (length - 1) // 2) for length in dimensions]
-    zero = jnp.zeros((), x.dtype)
+    zero = np.zeros((), x.dtype)  # a traced zero would hide that this is a sum, with a transpose
     return lax.reduce_window(x, zero, lax.add, dimensions, [1] * x.ndim, padding)

@@ -56,13 +56,6 @@ def divide_exactly(x, unit):
     return jnp.where(small, signed * (info.smallest_normal / unit), divide(x, unit))
 
 
-def is_subnormal(x):
-    """Returns where an entry is subnormal, told by its bits."""
-    limit = _bits(jnp.asarray(jnp.finfo(x.dtype).smallest_normal))
-    small = [(_magnitude(part) > 0) & (_magnitude(part) < limit) for part in parts(x)]
-    return functools.reduce(jnp.logical_or, small)
-
-
 def parts(x):
     """Returns the real numbers that `x` is made of."""
     return [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]

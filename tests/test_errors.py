@@ -27,6 +27,7 @@ LOSS = lambda model, batch, train: model(batch).sum()
 ROOM = (normax.axes.__file__, normax.checks.__file__)
 IDS = jnp.arange(4) % 2
 SCALING = normax.standardize_features(X)
+POWER = normax.PowerState.create(8)
 BAD_STATS = STATS._replace(mean=jnp.full(8, jnp.nan))
 BAD_VAR = STATS._replace(var=jnp.full(8, -1.0))
 
@@ -71,6 +72,15 @@ BAD = [
     (lambda: normax.layer_norm(X, mask=X.astype(complex)), TypeError, r"layer_norm: expected a mask of booleans .* real weights, got complex64"),
     (lambda: normax.segment_norm(X, IDS, 2, mean_scale=jnp.ones(8), num_groups=2), ValueError, r"expected either mean_scale or num_groups, got both"),
     (lambda: normax.segment_norm(X, IDS, 2, mean_scale=jnp.ones(8), centered=False), ValueError, r"either mean_scale or centered=False, got both"),
+    (lambda: normax.spectral_norm(X, U, bound=0), ValueError, r"spectral_norm: expected bound in .* got 0"),
+    (lambda: normax.exact_spectral_norm(jnp.ones(3)), ValueError, r"exact_spectral_norm: expected w of rank 2 or more, got shape \(3,\)"),
+    (lambda: normax.condition_number(jnp.ones((4, 0))), ValueError, r"condition_number: expected a feature in x, got none"),
+    (lambda: normax.adaptive_instance_norm(X, X), ValueError, r"at least one axis in the axes between batch and features"),
+    (lambda: normax.power_norm(X, POWER, use_running_average=False, momentum=None), TypeError, r"power_norm: expected a momentum, got None"),
+    (lambda: jax.jit(lambda a: normax.power_norm(X, POWER, use_running_average=False, drift_momentum=a))(0.9), TypeError, r"power_norm: expected drift_momentum to be a Python number, got .*Tracer"),
+    (lambda: normax.momentum_per_entry(None, M, reference=4), TypeError, r"momentum_per_entry: expected a momentum, got None"),
+    (lambda: normax.divisive_norm(X, window=3), TypeError, r"divisive_norm: expected window to be several ints, got 3"),
+    (lambda: normax.kalman_batch_norm(X, STATS, M, use_running_average=False, largest_ratio=None), TypeError, r"expected largest_ratio to be a Python number, got None"),
     (lambda: normax.segment_norm(X, IDS, 2, num_groups=3), ValueError, r"segment_norm: expected num_groups to divide 8 features, got 3"),
     (lambda: normax.layer_norm(X, mask=jnp.ones((3, 8), bool)), ValueError, r"mask that broadcasts to x.shape=\(4, 8\), got shape \(3, 8\)"),
     (lambda: normax.layer_norm(X, mask=jnp.ones((1, 4, 8), bool)), ValueError, r"got shape \(1, 4, 8\)"),

@@ -13,11 +13,13 @@ from normax.length import dynamic_tanh, l2_norm
 from normax.options.fields import (
     Affine,
     Devices,
+    Divided,
     FeatureAxes,
     Groups,
     Initializer,
     Normalizer,
     Output,
+    Rescaled,
     options,
 )
 from normax.options.running import RunningNormalizer
@@ -269,7 +271,7 @@ class DivisiveNormOptions(Normalizer, FeatureAxes, Affine):
 
 
 @options
-class L2NormOptions(Normalizer, Output):
+class L2NormOptions(Normalizer, Divided):
     """What an `L2Norm` is.
 
     Args:
@@ -288,7 +290,7 @@ class L2NormOptions(Normalizer, Output):
 
 
 @options
-class DynamicTanhOptions(Normalizer, FeatureAxes, Affine):
+class DynamicTanhOptions(Normalizer, FeatureAxes, Rescaled):
     """What a `DynamicTanh` is.
 
     Args:

@@ -37,18 +37,27 @@ class Output:
     """Options of the output.
 
     Args:
-      epsilon: added to the variance, inside the root.
       dtype: dtype of the output; None is what the input and the parameters promote to.
       param_dtype: dtype that the parameters are created with.
     """
 
-    epsilon: float = 1e-6
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
     def _output_dtype(self, x, *params):
         """Returns the dtype of the output, by Flax's rule."""
         return ax.result_dtype(self.dtype, x, *params)
+
+
+@options
+class Divided(Output):
+    """Options of what is divided by a deviation.
+
+    Args:
+      epsilon: added to the variance, inside the root.
+    """
+
+    epsilon: float = 1e-6
 
 
 @options
@@ -124,7 +133,7 @@ def shifted(init, offset):
 
 
 @options
-class Affine(Output):
+class Rescaled(Output):
     """Options of scale and bias.
 
     Args:
@@ -141,7 +150,12 @@ class Affine(Output):
 
 
 @options
-class Scaled(Output):
+class Affine(Rescaled, Divided):
+    """Options of what is divided by a deviation, and then has a scale and bias."""
+
+
+@options
+class Scaled(Divided):
     """Options of a scale.
 
     Args:
