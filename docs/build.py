@@ -62,6 +62,7 @@ GROUPS = {
         "weight_standardization": ("WeightStandardization", ""),
         "scaled_weight_standardization": ("ScaledWeightStandardization", ""),
         "spectral_norm": ("SpectralNorm", "`SpectralState`"),
+        "exact_spectral_norm": ("", ""),
         "operator_norm": ("", "`SpectralState`"),
         "transform_weights": ("", ""),
         "weight_constraint": ("", "an optax transformation"),

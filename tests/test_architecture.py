@@ -24,7 +24,7 @@ ROOMS = [
     ["moments", "order"],
     ["standardize"],
     ["batch", "layer", "group", "weight", "regularize", "state", "length", "features"],
-    ["partial", "renorm", "ghost", "kalman", "switchable", "response", "evonorm", "adaptive"],
+    ["partial", "renorm", "ghost", "kalman", "switchable", "response", "evonorm", "adaptive", "instance"],
     ["kernel", "operator", "segment", "trees", "population", "conventions", "power"],
     ["__init__"],
     ["options"],
