@@ -98,10 +98,11 @@ def running_instance_norm(
         caller=name,
     )
     average = _average(reduction, lax.stop_gradient(m), unbiased)
+    past: Any = momentum
     if momentum is None:
         seen = stats.count + average.count
-        momentum = jnp.where(seen > 0, stats.count, 0) / jnp.maximum(seen, 1)
-    return y, update(stats, average, momentum, nonfinite=nonfinite)
+        past = stats.count / jnp.maximum(seen, 1)
+    return y, update(stats, average, past, nonfinite=nonfinite)
 
 
 def _average(reduction, m, unbiased):

@@ -169,7 +169,7 @@ def _at_most_once(needed, compute, x, otherwise):
     return lax.while_loop(lambda loop: loop[0], body, (needed, otherwise))[1]
 
 
-def moment_tangents(reduction, direction, t, measured, mask, dmask=None, length=1):
+def moment_tangents(reduction, direction, t, measured, mask, dmask=None, length: Any = 1):
     """Returns how the mean moves, None if there is none; half the variance; and the count.
 
     `direction` holds the deviations times `length`, by which half the variance comes out

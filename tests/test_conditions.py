@@ -116,6 +116,12 @@ def test_local_ghosts_need_no_word_between_devices_under_plain_jit():
     assert compiled(16) > {"pred[]"}
 
 
+def test_no_ghost_is_left_with_one_example():
+    x, stats = jax.random.normal(KEY, (3, 4)), normax.RunningStats.create(4)
+    y, _ = normax.ghost_batch_norm(x, stats, use_running_average=False, ghost_size=2)
+    np.testing.assert_allclose(y, normax.normalize_batch(x)[0], rtol=1e-5, atol=1e-6)
+
+
 def test_a_masked_ragged_ghost():
     x = jax.random.normal(KEY, (7, 4))
     there = jnp.arange(7) != 5
@@ -356,16 +362,13 @@ def inputs_of_instances():
     return x, normax.RunningStats.create(3)
 
 
-@pytest.mark.parametrize("momentum", [0.9, None])
-def test_running_instance_norm_is_torch_s(momentum):
+def test_running_instance_norm_is_torch_s():
     torch = pytest.importorskip("torch")
-    theirs = torch.nn.InstanceNorm2d(
-        3, momentum=None if momentum is None else 1 - momentum, track_running_stats=True
-    )
+    theirs = torch.nn.InstanceNorm2d(3, momentum=0.1, track_running_stats=True)
     x, stats = inputs_of_instances()
     for batch in (x, x[::-1] * 2 + 1):
         y, stats = normax.running_instance_norm(
-            batch, stats, use_running_average=False, momentum=momentum, unbiased=True
+            batch, stats, use_running_average=False, momentum=0.9, unbiased=True
         )
         out = theirs(torch.from_numpy(np.array(batch.transpose(0, 3, 1, 2))))
         np.testing.assert_allclose(y.transpose(0, 3, 1, 2), out.numpy(), rtol=1e-4, atol=1e-5)
@@ -375,6 +378,19 @@ def test_running_instance_norm_is_torch_s(momentum):
     out = theirs.eval()(torch.from_numpy(np.array(x.transpose(0, 3, 1, 2))))
     np.testing.assert_allclose(y.transpose(0, 3, 1, 2), out.numpy(), rtol=1e-4, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, same, stats)
+
+
+def test_running_instance_norm_of_all_examples_seen():
+    # PyTorch takes momentum=None here, and then never moves.
+    x, stats = inputs_of_instances()
+    for batch in (x, x[:2] * 2 + 1):
+        _, stats = normax.running_instance_norm(
+            batch, stats, use_running_average=False, momentum=None
+        )
+    seen = np.concatenate([x, x[:2] * 2 + 1]).astype(float)
+    np.testing.assert_allclose(stats.mean, seen.mean((1, 2)).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(stats.var, seen.var((1, 2)).mean(0), rtol=1e-5)
+    np.testing.assert_array_equal(stats.count, np.full(3, 6 * 30))
 
 
 def test_running_instance_norm_leaves_out_examples_with_nothing_valid():

@@ -1,10 +1,14 @@
 """Normalizers of weights against their formulas: lengths, singular values, gradients."""
 
+import functools
+
 import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from differences import check_derivatives
 
 import normax
 
@@ -129,3 +133,41 @@ def test_a_weight_that_is_no_number_shows_in_its_row():
     w = np.asarray(normax.weight_norm(jnp.array([[jnp.nan, 1.0], [1.0, 1.0]])))
     assert np.isnan(w[:, 0]).all()
     assert np.isfinite(w[:, 1]).all()
+
+
+def test_a_bound_leaves_what_is_below_it():
+    w = jnp.asarray(np.diag([3.0, 1.0]).astype("f4"))
+    state = normax.SpectralState.create(jax.random.key(0), 2)
+    run = lambda bound: normax.spectral_norm(w, state, n_steps=30, bound=bound)[0]
+    np.testing.assert_allclose(run(2.0), w * (2 / 3), rtol=1e-5)
+    np.testing.assert_array_equal(run(4.0), w)
+    # Below the bound the gradient is that of the kernel itself.
+    ones = jnp.ones_like(w)
+    f = lambda w: normax.spectral_norm(w, state, n_steps=30, bound=4.0)[0]
+    np.testing.assert_array_equal(jax.vjp(f, w)[1](ones)[0], ones)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("bound", [None, 0.5, 100.0])
+def test_exact_spectral_norm_is_numpy_s(bound):
+    w = jax.random.normal(jax.random.key(2), (3, 2, 5), jnp.float64)
+    sigma = np.linalg.norm(np.asarray(w).reshape(-1, 5), 2)
+    expected = w / sigma if bound is None else w / max(sigma / bound, 1)
+    f = lambda w: normax.exact_spectral_norm(w, bound=bound)
+    np.testing.assert_allclose(f(w), expected, rtol=1e-12)
+    check_derivatives(f, (w,))
+    zero = jnp.zeros((2, 3))
+    np.testing.assert_array_equal(f(zero), zero)
+
+
+def test_a_kernel_is_kept_within_a_bound():
+    tx = optax.chain(
+        optax.sgd(1.0),
+        normax.weight_constraint(functools.partial(normax.exact_spectral_norm, bound=1.0)),
+    )
+    params = {"kernel": jnp.diag(jnp.asarray([3.0, 0.5])), "bias": jnp.full(2, 9.0)}
+    still = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(still, tx.init(params), params)
+    new = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(new["kernel"], np.diag([1.0, 0.5 / 3]), atol=1e-6)
+    np.testing.assert_array_equal(new["bias"], params["bias"])
