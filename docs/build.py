@@ -31,7 +31,7 @@ GROUPS = {
         "switchable_norm": ("SwitchableNorm", RUNNING),
         "domain_batch_norm": ("DomainBatchNorm", f"{RUNNING}, a row for each domain"),
         "evonorm_b0": ("EvoNormB0", RUNNING),
-        "power_norm": ("", "`PowerState`"),
+        "power_norm": ("PowerNorm", "`PowerState`"),
         "population_norm": ("", "given `Moments` or " + RUNNING),
         "mixed_batch_norm": ("", f"{RUNNING}, which stay"),
     },
@@ -51,9 +51,9 @@ GROUPS = {
         "standardize": ("", "returns `Moments`"),
     },
     "By a condition": {
-        "adaptive_instance_norm": ("", ""),
-        "film": ("", ""),
-        "adaln_zero": ("", ""),
+        "adaptive_instance_norm": ("AdaptiveInstanceNorm", ""),
+        "film": ("FiLM", ""),
+        "adaln_zero": ("AdaLNZero", ""),
     },
     "Of weights": {
         "weight_norm": ("WeightNorm", ""),
@@ -91,6 +91,7 @@ GROUPS = {
         "norm_labels": ("", ""),
         "norm_penalty": ("", ""),
         "norm_constraint": ("", "an optax transformation"),
+        "overwrite_drift": ("", "an optax transformation"),
     },
     "In and out (`normax.interop`), and population statistics (`normax.recalibrate`)": {
         "from_torch": ("", ""),

@@ -49,6 +49,7 @@ from normax.power import power_norm as power_norm
 from normax.regularize import norm_constraint as norm_constraint
 from normax.regularize import norm_labels as norm_labels
 from normax.regularize import norm_penalty as norm_penalty
+from normax.regularize import overwrite_drift as overwrite_drift
 from normax.renorm import batch_renorm as batch_renorm
 from normax.response import divisive_norm as divisive_norm
 from normax.response import filter_response_norm as filter_response_norm

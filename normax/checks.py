@@ -108,6 +108,12 @@ def check_given(name: str, label: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a {label}, got None")
 
 
+def check_params(name: str, params: Any) -> None:
+    """Refuses the update of an optax transformation without the parameters."""
+    if params is None:
+        raise ValueError(f"{name}: expected params in update(updates, state, params), got None")
+
+
 def check_not_both(name: str, label: str, other: str, given: bool) -> None:
     """Refuses one argument beside another, with which it has no meaning."""
     if given:

@@ -185,7 +185,9 @@ def _larger(spatial, epsilon, dtype, x, var, slope, scale, bias, mask):
     divisor = jnp.maximum(
         jnp.broadcast_to(root(var + epsilon), x.shape), sloped + root(instance + epsilon)
     )
-    return _rescale(x / divisor, scale, bias, dtype)
+    # Only without an epsilon is it zero, of equal entries.
+    ratio = jnp.where(divisor == 0, 0, x / jnp.where(divisor == 0, 1, divisor))
+    return _rescale(ratio, scale, bias, dtype)
 
 
 def _parameters(name, x, features, slope, scale, bias):

@@ -9,8 +9,8 @@ from flax import nnx
 
 from normax import axes as ax
 from normax.intercept import intercepted
-from normax.linen.activations import Running as LinenRunning
-from normax.nnx.activations import Running as NNXRunning
+from normax.nnx.activations import Running
+from normax.options.running import RunningNormalizer
 
 
 def recalibrate(
@@ -120,8 +120,9 @@ def recalibrate_nnx(
     Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, https://arxiv.org/abs/2105.07576.
     """
     copy = nnx.clone(model)
-    layers = [layer for _, layer in nnx.iter_modules(copy) if isinstance(layer, NNXRunning)]
-    layers = [layer for layer in layers if not layer.freeze_stats]
+    moving = [layer for _, layer in nnx.iter_modules(copy) if isinstance(layer, Running)]
+    moving = [layer for layer in moving if not layer.freeze_stats]
+    layers = [layer for layer in moving if isinstance(layer, RunningNormalizer)]
     ax.check_found("recalibrate_nnx", "a model with running statistics that move", bool(layers))
     kept = [(layer.momentum, layer.count, layer.use_running_average) for layer in layers]
     before = [(layer.mean[...], layer.var[...]) for layer in layers]
@@ -130,6 +131,8 @@ def recalibrate_nnx(
         layer.mean[...] = jnp.zeros_like(layer.mean[...])
         layer.var[...] = jnp.ones_like(layer.var[...])
         layer.count = nnx.BatchStat(jnp.zeros(layer.mean[...].shape, jnp.int32))
+    for layer in moving:  # a power norm remembers no moments of its input
+        layer.freeze_stats = layer not in layers
 
     @nnx.jit
     def measure(model, batch):
@@ -143,6 +146,8 @@ def recalibrate_nnx(
     for layer, (mean, var) in zip(layers, before, strict=True):
         layer.mean[...] = jnp.where(layer.count[...] > 0, layer.mean[...], mean)
         layer.var[...] = jnp.where(layer.count[...] > 0, layer.var[...], var)
+    for layer in moving:
+        layer.freeze_stats = False
     for layer, (momentum, count, mode) in zip(layers, kept, strict=True):
         layer.momentum, layer.use_running_average = momentum, mode
         if count is None:
@@ -156,7 +161,7 @@ def recalibrate_nnx(
 def _merging(call, args, kwargs, context):
     """Calls a module that keeps running statistics as if its momentum were None."""
     module = context.module
-    if not isinstance(module, LinenRunning) or module.freeze_stats:
+    if not isinstance(module, RunningNormalizer) or module.freeze_stats:
         return call(*args, **kwargs)
     momentum = module.momentum
     object.__setattr__(module, "momentum", None)
@@ -171,8 +176,8 @@ def _moving(apply, variables, batch):
     paths = set()
 
     def note(call, args, kwargs, context):
-        module = context.module
-        if isinstance(module, LinenRunning) and not module.freeze_stats:
+        module: Any = context.module
+        if isinstance(module, RunningNormalizer) and not module.freeze_stats:
             paths.add(module.path)
         return call(*args, **kwargs)
 
@@ -198,7 +203,7 @@ def _restarted(stats, paths, path=()):
 def _like(new, old):
     """Returns the new statistics where there are any, without what the old ones have not."""
     if not isinstance(old, Mapping):
-        return new
+        return old
     if {"mean", "var"} <= set(old):
         seen = new["count"] > 0 if "count" in new else False
         kept = {

@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import optax
 
+from normax import axes as ax
+
 # What some normalizers learn beside a scale and a bias.
 FURTHER = (
     *("slope", "threshold", "learned_epsilon", "alpha"),
-    *("mean_scale", "mean_weights", "var_weights"),
+    *("mean_scale", "mean_weights", "var_weights", "drift"),
 )
 
 Function = Callable[[jax.Array], jax.Array]
@@ -123,9 +125,8 @@ def norm_constraint(
     """
     functions = {"scale": scale, "bias": bias}
 
-    def update(updates, state, params=None):
-        if params is None:
-            raise ValueError("norm_constraint: expected params in update(updates, state, params)")
+    def update(updates, state, params: Any = None):
+        ax.check_params("norm_constraint", params)
         moved = optax.apply_updates(params, updates)
 
         def project(label, step, old, new):
@@ -142,3 +143,50 @@ def names_of(path) -> list[str]:
     """Returns the keys of a path as strings, without the attribute nnx keeps a value under."""
     keys = [key for key in path if not isinstance(key, jax.tree_util.GetAttrKey)]
     return [str(getattr(key, "key", getattr(key, "idx", key))) for key in keys]
+
+
+def overwrite_drift(
+    tx: optax.GradientTransformation, *, name: str = "drift"
+) -> optax.GradientTransformationExtraArgs:
+    r"""Puts the new drift of each power normalization in place of the old one; the rest is `tx`'s.
+
+    .. math:: \nu \leftarrow \mathrm{"gradient"\ of}\ \nu
+
+    What a backward pass remembers comes out of it as a gradient (`power_norm`). A `PowerNorm` keeps
+    it among the parameters; this is how it stays there. It is not for gradients that were clipped,
+    accumulated or multiplied by a loss scale before.
+
+    Args:
+      tx: any optax optimizer, which sees every other parameter.
+      name: the last name of the paths of what is to be overwritten.
+
+    Returns:
+      An optax transformation.
+
+    Raises:
+      ValueError: by its update, without `params`.
+
+    Example:
+      >>> import jax.numpy as jnp, normax, optax
+      >>> tx = normax.overwrite_drift(optax.sgd(1.0))
+      >>> params = {"norm": {"drift": jnp.array(3.0), "scale": jnp.array(1.0)}}
+      >>> gradients = {"norm": {"drift": jnp.array(5.0), "scale": jnp.array(0.25)}}
+      >>> updates, _ = tx.update(gradients, tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates)["norm"])
+      {'drift': Array(5., dtype=float32), 'scale': Array(0.75, dtype=float32)}
+
+    Shen, Yao, Gholami, Mahoney and Keutzer, "PowerNorm: Rethinking Batch Normalization in
+    Transformers", 2020, https://arxiv.org/abs/2003.07845.
+    """
+
+    def update(updates, state, params: Any = None):
+        ax.check_params("overwrite_drift", params)
+        return jax.tree.map(lambda new, old: new - old, updates, params), state
+
+    def label(params):
+        return jax.tree.map_with_path(
+            lambda path, _: "drift" if names_of(path)[-1] == name else "other", params
+        )
+
+    overwrite = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.multi_transform({"drift": overwrite, "other": tx}, label)

@@ -98,8 +98,10 @@ def batch_renorm(
     m = lax.stop_gradient(m)
     batch = m._replace(var=jnp.sqrt(m.var + epsilon))
     past = stats._replace(var=jnp.sqrt(stats.var + jnp.asarray(epsilon, stats.var.dtype)))
-    r = lax.stop_gradient(_clip(batch.var / past.var, 1 / jnp.asarray(r_max), r_max))
-    d = lax.stop_gradient(_clip((batch.mean - past.mean) / past.var, -jnp.asarray(d_max), d_max))
+    # Without an epsilon there may be no deviation to correct towards.
+    unit = jnp.where(past.var == 0, jnp.finfo(past.var.dtype).tiny, past.var)
+    r = lax.stop_gradient(_clip(batch.var / unit, 1 / jnp.asarray(r_max), r_max))
+    d = lax.stop_gradient(_clip((batch.mean - past.mean) / unit, -jnp.asarray(d_max), d_max))
     for label, value in (("scale", scale), ("bias", bias)):
         if value is not None:
             value = ax.to_float_array(name, value, label)

@@ -185,7 +185,8 @@ def _global_response(spatial, features, epsilon, dtype, x, scale, bias, mask):
     # The root of the mean square: of the length it is a fixed part, but for epsilon.
     m = moments_over("", scaled, spatial, centered=False, mask=mask)
     length = root(jnp.expand_dims(m.var * m.count.astype(m.var.dtype), spatial))
-    response = length / (jnp.mean(length, features, keepdims=True) + epsilon / unit)
+    average = jnp.mean(length, features, keepdims=True) + epsilon / unit
+    response = length / jnp.where(average == 0, 1, average)
     y = x * response
     y = y if scale is None else y * scale.astype(y.dtype)
     y = x + y

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from normax import axes as ax
 from normax.regularize import names_of
 
 Where = str | Iterable[str] | Callable[[tuple[str, ...], jax.Array], bool]
@@ -73,9 +74,8 @@ def weight_constraint(
       [0.6 0.8]
     """
 
-    def update(updates, state, params=None):
-        if params is None:
-            raise ValueError("weight_constraint: expected params in update(updates, state, params)")
+    def update(updates, state, params: Any = None):
+        ax.check_params("weight_constraint", params)
         moved = optax.apply_updates(params, updates)
 
         def project(pick, step, old, new):

@@ -116,6 +116,19 @@ def test_local_ghosts_need_no_word_between_devices_under_plain_jit():
     assert compiled(16) > {"pred[]"}
 
 
+@pytest.mark.parametrize("inference", [True, False])
+def test_without_an_epsilon_equal_entries_are_no_nan(inference):
+    x, stats = jnp.ones((4, 3, 2)), normax.RunningStats.create(2)
+    stats = stats._replace(var=jnp.zeros(2))
+    run = {"use_running_average": inference, "epsilon": 0.0}
+    for y, _ in (
+        normax.evonorm_b0(x, stats, jnp.zeros(2), **run),
+        normax.batch_renorm(x, stats, **run),
+        (normax.global_response_norm(jnp.zeros((4, 3, 2)), jnp.ones(2), epsilon=0.0), None),
+    ):
+        assert jnp.isfinite(y).all()
+
+
 def test_no_ghost_is_left_with_one_example():
     x, stats = jax.random.normal(KEY, (3, 4)), normax.RunningStats.create(4)
     y, _ = normax.ghost_batch_norm(x, stats, use_running_average=False, ghost_size=2)

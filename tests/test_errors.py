@@ -28,6 +28,7 @@ ROOM = (normax.axes.__file__, normax.checks.__file__)
 IDS = jnp.arange(4) % 2
 SCALING = normax.standardize_features(X)
 POWER = normax.PowerState.create(8)
+DRIFTS = normax.overwrite_drift(optax.sgd(1.0))
 BAD_STATS = STATS._replace(mean=jnp.full(8, jnp.nan))
 BAD_VAR = STATS._replace(var=jnp.full(8, -1.0))
 
@@ -72,6 +73,7 @@ BAD = [
     (lambda: normax.layer_norm(X, mask=X.astype(complex)), TypeError, r"layer_norm: expected a mask of booleans .* real weights, got complex64"),
     (lambda: normax.segment_norm(X, IDS, 2, mean_scale=jnp.ones(8), num_groups=2), ValueError, r"expected either mean_scale or num_groups, got both"),
     (lambda: normax.segment_norm(X, IDS, 2, mean_scale=jnp.ones(8), centered=False), ValueError, r"either mean_scale or centered=False, got both"),
+    (lambda: DRIFTS.update({"drift": X}, DRIFTS.init({"drift": X})), ValueError, r"overwrite_drift: expected params"),
     (lambda: normax.spectral_norm(X, U, bound=0), ValueError, r"spectral_norm: expected bound in .* got 0"),
     (lambda: normax.exact_spectral_norm(jnp.ones(3)), ValueError, r"exact_spectral_norm: expected w of rank 2 or more, got shape \(3,\)"),
     (lambda: normax.condition_number(jnp.ones((4, 0))), ValueError, r"condition_number: expected a feature in x, got none"),

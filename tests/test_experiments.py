@@ -324,6 +324,18 @@ def test_the_general_help_imports_no_flax(arguments, status):
     assert "usage: python -m normax.experiments" in run.stdout + run.stderr
 
 
+def test_a_result_that_cannot_be_written_is_known_before_the_work(tmp_path, capsys):
+    (tmp_path / "compare.json").mkdir()
+    assert main(["compare", "--out", str(tmp_path)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_wrong_option_shows_the_options_of_the_study(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--bogus"])
+    assert "[--batch-size BATCH_SIZE]" in capsys.readouterr().err
+
+
 def test_a_missing_extra_is_a_sentence(monkeypatch, capsys):
     find_spec = __main__.find_spec
     monkeypatch.setattr(

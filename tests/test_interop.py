@@ -224,6 +224,12 @@ def test_transposed_convolutions_of_torch(torch, rank):
     np.testing.assert_array_equal(back["weight"], layer.weight.detach().numpy())
 
 
+def test_two_collections_with_a_variable_at_one_path():
+    one = {"params": {"a": {"mean": np.zeros(3)}}, "batch_stats": {"a": {"mean": np.ones(3)}}}
+    with pytest.raises(ValueError, match=r"from_flax: expected variables of one name each.*a/mean"):
+        interop.from_flax(one, one)
+
+
 def test_what_is_flattened_and_embedded(torch):
     fc = torch.nn.Linear(2 * 3 * 4, 5)
     image = torch.randn(7, 2, 3, 4)

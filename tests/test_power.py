@@ -1,12 +1,19 @@
 """Power normalization against the paper's algorithm, step by step, in NumPy."""
 
 import chex
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 import normax
+import normax.linen
+import normax.nnx
+from normax import train
+from normax.recalibrate import recalibrate, recalibrate_nnx
 
 
 def paper(xs, cts, scale, bias, momentum, drift_momentum, epsilon=1e-5):
@@ -87,3 +94,112 @@ def test_bad_input_is_refused():
         normax.power_norm(x, state, use_running_average=False, drift_momentum=2)
     with pytest.raises(ValueError, match=r"expected state.square.shape == \(4,\)"):
         normax.power_norm(jnp.ones((3, 4)), state, use_running_average=False)
+
+
+def by_hand(batches, scale, bias, warmup):
+    """Yields y and the state of each step of a loss of y cubed, by the function alone."""
+    state = normax.PowerState.create(3)
+    for steps, x in enumerate(batches):
+
+        def loss(drift, x=x, state=state, steps=steps):
+            y, new = normax.power_norm(
+                x,
+                state._replace(drift=drift),
+                scale,
+                bias,
+                use_running_average=False,
+                warming_up=steps < warmup,
+            )
+            return (y**3).mean(), (y, new)
+
+        drift, (y, new) = jax.jit(jax.grad(loss, has_aux=True))(state.drift)
+        state = new._replace(drift=drift)
+        yield y, state
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_a_module_trains_as_the_function_does(kind):
+    batches = 2 * jax.random.normal(jax.random.key(0), (4, 16, 3)) + 1
+    # Nothing but the drift moves: its optimizer alone knows how.
+    tx = normax.overwrite_drift(optax.set_to_zero())
+    if kind == "linen":
+        model = normax.linen.PowerNorm(warmup_steps=2)
+        key = jax.random.key(1)
+        state = train.TrainState.create(model, tx, key, batches[0], use_running_average=True)
+    else:
+        model = normax.nnx.PowerNorm(3, warmup_steps=2, rngs=nnx.Rngs(0))
+        state = train.TrainState.from_nnx(model, tx)
+
+    def loss(model, batch, train):
+        y = model(batch, use_running_average=not train)
+        return (y**3).mean(), {"y": y}
+
+    step = train.train_step(loss)
+    for x, (y, expected) in zip(
+        batches, by_hand(batches, jnp.ones(3), jnp.zeros(3), 2), strict=True
+    ):
+        state, metrics = step(state, x)
+        np.testing.assert_allclose(metrics["y"], y, rtol=1e-5, atol=1e-6)
+        stats = state.model_state["batch_stats"] if kind == "linen" else state.model_state
+        np.testing.assert_allclose(jax.tree.leaves(stats["var"])[0], expected.square, rtol=1e-5)
+        drift = jax.tree.leaves(state.params["drift"])[0]
+        np.testing.assert_allclose(drift, expected.drift, rtol=1e-4, atol=1e-7)
+    assert (drift != 0).all()
+    assert jax.tree.leaves(normax.norm_labels(state.params)["drift"]) == ["norm"]
+
+
+def test_modules_are_one_and_inference_leaves_the_state():
+    x = jax.random.normal(jax.random.key(0), (8, 3)) + 1
+    linen = normax.linen.PowerNorm()
+    ours = normax.nnx.PowerNorm(3, rngs=nnx.Rngs(0))
+    variables = linen.init(jax.random.key(1), x, use_running_average=True)
+    assert jax.tree.map(jnp.shape, variables) == {
+        "params": {"scale": (3,), "bias": (3,), "drift": (3,)},
+        "batch_stats": {"var": (3,)},
+    }
+    for _ in range(2):
+        y, new = linen.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+        variables = {**variables, **new}
+        np.testing.assert_array_equal(ours(x), y)
+        np.testing.assert_array_equal(ours.var[...], variables["batch_stats"]["var"])
+    ours.eval()
+    y = linen.apply(variables, x, use_running_average=True)
+    np.testing.assert_array_equal(ours(x), y)
+    state = normax.PowerState(variables["batch_stats"]["var"], jnp.zeros(3))
+    expected, _ = normax.power_norm(x, state, jnp.ones(3), jnp.zeros(3), use_running_average=True)
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_recalibration_leaves_a_power_norm_as_it_is():
+    class Model(flax.linen.Module):
+        @flax.linen.compact
+        def __call__(self, x, train):
+            x = normax.linen.PowerNorm(use_running_average=not train, name="power")(x)
+            return normax.linen.BatchNorm(use_running_average=not train, name="batch")(x)
+
+    class NNXModel(nnx.Module):
+        def __init__(self):
+            self.power = normax.nnx.PowerNorm(3, rngs=nnx.Rngs(0))
+            self.batch = normax.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.batch(self.power(x))
+
+    x = 2 * jax.random.normal(jax.random.key(0), (8, 3)) + 1
+    model = Model()
+    variables = model.init(jax.random.key(1), x, train=False)
+    apply = lambda variables, x: model.apply(variables, x, train=True, mutable=["batch_stats"])[1]
+    new = recalibrate(apply, variables, [x])["batch_stats"]
+    np.testing.assert_array_equal(new["power"]["var"], jnp.ones(3))
+    np.testing.assert_allclose(new["batch"]["mean"], x.mean(0), rtol=1e-4)
+    copy = recalibrate_nnx(NNXModel(), [x])
+    np.testing.assert_array_equal(copy.power.var[...], jnp.ones(3))
+    np.testing.assert_allclose(copy.batch.mean[...], x.mean(0), rtol=1e-4)
+    assert not copy.power.freeze_stats
+
+
+def test_overwriting_needs_parameters():
+    tx = normax.overwrite_drift(optax.sgd(1.0))
+    params = {"drift": jnp.ones(1)}
+    with pytest.raises(ValueError, match="overwrite_drift: expected params"):
+        tx.update(params, tx.init(params))

@@ -1,5 +1,6 @@
 """Many devices are one: whatever pools statistics equals the whole batch on one device."""
 
+import functools
 import re
 
 import jax
@@ -29,9 +30,18 @@ def norm(x, scale, bias, mask, **options):
 
 def whole(x, ct, mask, **options):
     """Returns y, stats and gradients on one device, all entries at once."""
+    return compiled_whole(tuple(options.items()), x, ct, mask)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compiled_whole(options, x, ct, mask):
     flat = None if mask is None else jnp.broadcast_to(mask, x.shape).reshape(-1, 5)
     y, vjp, stats = jax.vjp(
-        lambda x, s, b: norm(x, s, b, flat, **options), x.reshape(-1, 5), SCALE, BIAS, has_aux=True
+        lambda x, s, b: norm(x, s, b, flat, **dict(options)),
+        x.reshape(-1, 5),
+        SCALE,
+        BIAS,
+        has_aux=True,
     )
     dx, dscale, dbias = vjp(ct.reshape(-1, 5))
     return y.reshape(x.shape), stats, dx.reshape(x.shape), dscale, dbias
@@ -50,7 +60,7 @@ def test_vmap_with_an_axis_name(mask):
             lambda x, m: norm(x, scale, bias, m, axis_name="device"), axis_name="device"
         )(x, mask)
 
-    y, vjp, stats = jax.vjp(every, X, SCALE, BIAS, has_aux=True)
+    y, vjp, stats = jax.vjp(jax.jit(every), X, SCALE, BIAS, has_aux=True)
     for leaf in jax.tree.leaves(stats):
         np.testing.assert_array_equal(leaf, jnp.broadcast_to(leaf[:1], leaf.shape))
     agree((y, jax.tree.map(lambda leaf: leaf[0], stats), *vjp(CT)), whole(X, CT, mask))
@@ -159,7 +169,7 @@ def test_groups_of_devices_pool_among_themselves(mapped, groups, mask):
         return y, stats, vjp(ct)[0]
 
     if mapped == "vmap":
-        y, stats, dx = jax.vmap(one, axis_name="device")(X, mask, CT)
+        y, stats, dx = jax.jit(jax.vmap(one, axis_name="device"))(X, mask, CT)
     else:
         mesh = jax.make_mesh((N,), ("device",), devices=jax.devices()[:N])
         put = lambda value: jax.device_put(value, NamedSharding(mesh, P("device")))

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
             # Only now, so that a general --help does not wait for the libraries.
             study = importlib.import_module(f"normax.experiments.{chosen}")
             study.add_arguments(parsers[chosen])
-            return study.run(parser.parse_args(arguments), check)
+            return study.run(parsers[chosen].parse_args(arguments[1:]), check)
     except UsageError as error:
         return _complain(chosen, str(error))
     except KeyboardInterrupt:

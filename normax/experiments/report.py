@@ -9,6 +9,8 @@ from typing import Any
 
 from normax.experiments.data import UsageError
 
+WRITTEN = "compare.json", "compare.png"
+
 # Okabe and Ito's colours, told apart by the colour-blind too; a dash and a marker for each.
 STYLES = {
     "none": ("#777777", (0, (1, 1)), "x"),
@@ -26,6 +28,9 @@ def prepare(folder: pathlib.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
+        for name in WRITTEN:
+            if (folder / name).exists():
+                (folder / name).open("a").close()
     except OSError as error:
         raise UsageError(f"--out {folder} cannot be written: {error}") from error
 
@@ -95,11 +100,10 @@ def write(folder: pathlib.Path, record: dict[str, Any]) -> list[pathlib.Path]:
     """Writes the numbers and the figure, where there are any; returns their paths."""
     if not record["results"]:
         return []  # what an earlier run left stays
-    paths = [folder / "compare.json"]
-    paths[0].write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
-    paths.append(folder / "compare.png")
-    draw(paths[1], record)
-    return paths
+    numbers, figure = (folder / name for name in WRITTEN)
+    numbers.write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
+    draw(figure, record)
+    return [numbers, figure]
 
 
 def _finite(value):

@@ -26,7 +26,8 @@ def from_flax(
       Variables like those given, and a `Report`.
 
     Raises:
-      ValueError: an entry is left over, or has another shape, and `strict`.
+      ValueError: an entry is left over, or has another shape, and `strict`; two collections have a
+        variable at one path.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, normax.interop, normax.nnx
@@ -38,7 +39,12 @@ def from_flax(
       >>> print(report)
       4 matched
     """
-    source = {leaf.name: value for leaf, value in leaves_of(variables)}
+    leaves = leaves_of(variables)
+    source = {leaf.name: value for leaf, value in leaves}
+    if len(source) < len(leaves):
+        names_given = [leaf.name for leaf, _ in leaves]
+        twice = sorted({name for name in names_given if names_given.count(name) > 1})
+        raise ValueError(f"from_flax: expected variables of one name each, got several at {twice}")
 
     def pairing(leaf: Leaf) -> Pair:
         key = join("/", renamed(leaf.module, names, "/"), leaf.role)

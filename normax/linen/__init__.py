@@ -5,6 +5,9 @@ from normax.linen.activations import GroupNorm as GroupNorm
 from normax.linen.activations import InstanceNorm as InstanceNorm
 from normax.linen.activations import LayerNorm as LayerNorm
 from normax.linen.activations import RMSNorm as RMSNorm
+from normax.linen.conditional import AdaLNZero as AdaLNZero
+from normax.linen.conditional import AdaptiveInstanceNorm as AdaptiveInstanceNorm
+from normax.linen.conditional import FiLM as FiLM
 from normax.linen.family import BatchRenorm as BatchRenorm
 from normax.linen.family import DivisiveNorm as DivisiveNorm
 from normax.linen.family import DomainBatchNorm as DomainBatchNorm
@@ -18,6 +21,7 @@ from normax.linen.family import KalmanBatchNorm as KalmanBatchNorm
 from normax.linen.family import L2Norm as L2Norm
 from normax.linen.family import LocalResponseNorm as LocalResponseNorm
 from normax.linen.family import MeanOnlyBatchNorm as MeanOnlyBatchNorm
+from normax.linen.family import PowerNorm as PowerNorm
 from normax.linen.family import RunningInstanceNorm as RunningInstanceNorm
 from normax.linen.family import SegmentNorm as SegmentNorm
 from normax.linen.family import SwitchableNorm as SwitchableNorm

@@ -92,6 +92,25 @@ class VarianceOnlyBatchNorm(options.VarianceOnlyBatchNormOptions, Running):
 
 
 @options.documented
+class PowerNorm(options.PowerNormOptions, Running):
+    """Power normalization: running statistics in both passes; over `normax.power_norm`.
+
+    Variables: `params/scale`, `params/bias`, `params/drift`, the mean square `batch_stats/var`, and
+    with a warm-up or a schedule `batch_stats/steps`. The drift is what the backward pass remembers:
+    train with `normax.overwrite_drift(optimizer)`.
+
+    Example:
+      >>> import jax, normax.linen as nn
+      >>> x = jax.random.normal(jax.random.key(0), (8, 3))
+      >>> norm = nn.PowerNorm(use_running_average=False)
+      >>> variables = norm.init(jax.random.key(1), x)
+      >>> y, updates = norm.apply(variables, x, mutable=["batch_stats"])
+      >>> y.shape
+      (8, 3)
+    """
+
+
+@options.documented
 class SwitchableNorm(options.SwitchableNormOptions, Running):
     """A learned mixture of instance, layer and batch statistics; over `normax.switchable_norm`.
 

@@ -5,6 +5,9 @@ from normax.nnx.activations import GroupNorm as GroupNorm
 from normax.nnx.activations import InstanceNorm as InstanceNorm
 from normax.nnx.activations import LayerNorm as LayerNorm
 from normax.nnx.activations import RMSNorm as RMSNorm
+from normax.nnx.conditional import AdaLNZero as AdaLNZero
+from normax.nnx.conditional import AdaptiveInstanceNorm as AdaptiveInstanceNorm
+from normax.nnx.conditional import FiLM as FiLM
 from normax.nnx.family import BatchRenorm as BatchRenorm
 from normax.nnx.family import DivisiveNorm as DivisiveNorm
 from normax.nnx.family import DomainBatchNorm as DomainBatchNorm
@@ -18,6 +21,7 @@ from normax.nnx.family import KalmanBatchNorm as KalmanBatchNorm
 from normax.nnx.family import L2Norm as L2Norm
 from normax.nnx.family import LocalResponseNorm as LocalResponseNorm
 from normax.nnx.family import MeanOnlyBatchNorm as MeanOnlyBatchNorm
+from normax.nnx.family import PowerNorm as PowerNorm
 from normax.nnx.family import RunningInstanceNorm as RunningInstanceNorm
 from normax.nnx.family import SegmentNorm as SegmentNorm
 from normax.nnx.family import SwitchableNorm as SwitchableNorm

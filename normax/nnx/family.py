@@ -100,6 +100,26 @@ class VarianceOnlyBatchNorm(Running, options.VarianceOnlyBatchNormOptions, nnx.M
 
 @signed
 @options.documented
+class PowerNorm(Running, options.PowerNormOptions, nnx.Module):
+    """Power normalization: running statistics in both passes; over `normax.power_norm`.
+
+    Variables: `scale`, `bias`, `drift`, the mean square `var`, and with a warm-up or a schedule
+    `steps`. The drift is what the backward pass remembers: train with
+    `normax.overwrite_drift(optimizer)`.
+
+    Example:
+      >>> import jax, normax.nnx as nn
+      >>> from flax import nnx
+      >>> x = jax.random.normal(jax.random.key(0), (8, 3))
+      >>> norm = nn.PowerNorm(3, rngs=nnx.Rngs(0))
+      >>> y = norm(x)
+      >>> y.shape
+      (8, 3)
+    """
+
+
+@signed
+@options.documented
 class SwitchableNorm(Running, options.SwitchableNormOptions, nnx.Module):
     """A learned mixture of instance, layer and batch statistics; over `normax.switchable_norm`.
 

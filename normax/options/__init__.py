@@ -10,6 +10,10 @@ from normax.options.activations import GroupNormOptions as GroupNormOptions
 from normax.options.activations import InstanceNormOptions as InstanceNormOptions
 from normax.options.activations import LayerNormOptions as LayerNormOptions
 from normax.options.activations import RMSNormOptions as RMSNormOptions
+from normax.options.conditional import AdaLNZeroOptions as AdaLNZeroOptions
+from normax.options.conditional import AdaptiveInstanceNormOptions as AdaptiveInstanceNormOptions
+from normax.options.conditional import FiLMOptions as FiLMOptions
+from normax.options.conditional import Projected as Projected
 from normax.options.family import BatchRenormOptions as BatchRenormOptions
 from normax.options.family import DivisiveNormOptions as DivisiveNormOptions
 from normax.options.family import DomainBatchNormOptions as DomainBatchNormOptions
@@ -29,6 +33,7 @@ from normax.options.family import SwitchableNormOptions as SwitchableNormOptions
 from normax.options.family import VarianceOnlyBatchNormOptions as VarianceOnlyBatchNormOptions
 from normax.options.fields import Output as Output
 from normax.options.fields import documented as documented
+from normax.options.power import PowerNormOptions as PowerNormOptions
 from normax.options.weights import CenteredWeightNormOptions as CenteredWeightNormOptions
 from normax.options.weights import (
     ScaledWeightStandardizationOptions as ScaledWeightStandardizationOptions,

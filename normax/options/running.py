@@ -12,21 +12,16 @@ from normax.options.fields import Initializer, Normalizer, Running, options
 
 
 @options
-class RunningNormalizer(Normalizer, Running):
+class Remembering(Normalizer, Running):
     """What any of them has.
 
     Args:
-      mean_init: initializer of the running mean.
-      var_init: initializer of the running variance.
-      nonfinite: "skip" leaves the running statistics of a feature as they were where those of the
-        batch are not finite; "keep" lets NaN and inf in.
+      var_init: initializer of the running variance, or mean square.
       freeze_stats: use the running statistics and leave them, whatever the mode, for fine-tuning.
     """
 
     scheduled: ClassVar[tuple[str, ...]] = ("momentum",)
-    mean_init: Initializer = initializers.zeros
     var_init: Initializer = initializers.ones
-    nonfinite: str = "skip"
     freeze_stats: bool = False
 
     def _feature_shape(self, x):
@@ -43,24 +38,26 @@ class RunningNormalizer(Normalizer, Running):
             return self.param_dtype
         return ax.result_dtype(None, *(d for d in (jnp.float32, x, self.dtype) if d is not None))
 
-    def _state_names(self, training=True):
-        """Returns what is kept; inference needs neither count nor steps."""
-        counted = ("count",) if training and self.momentum is None else ()
-        stepped = ("steps",) if training and self._has_schedule() else ()
-        return ("mean", "var", *counted, *stepped)
+    def _state_names(self, training=True) -> tuple[str, ...]:
+        """Returns what is kept; inference needs no steps."""
+        return ("var", "steps") if training and self._has_schedule() else ("var",)
 
     def _create_state(self, key, features, dtype):
         """Returns the state before any data, by name."""
-        shape = self._stats_shape(features)
-        keys = (None, None) if key is None else jax.random.split(key)
-        mean = self.mean_init(keys[0], shape, dtype)
-        var = self.var_init(keys[1], shape, ax.real_dtype(dtype))
-        count, steps = jnp.zeros(shape, jnp.int32), jnp.zeros((), jnp.int32)
-        return {"mean": mean, "var": var, "count": count, "steps": steps}
+        var = self.var_init(key, self._stats_shape(features), ax.real_dtype(dtype))
+        return {"var": var, "steps": jnp.zeros((), jnp.int32)}
 
     def _needs_key(self):
         """Returns whether the running statistics start anywhere but at 0 and 1."""
-        return self.mean_init is not initializers.zeros or self.var_init is not initializers.ones
+        return self.var_init is not initializers.ones
+
+    def _at(self, steps):
+        """Returns the options that may follow a schedule, by name, at a number of steps."""
+        values = {name: getattr(self, name) for name in self.scheduled}
+        return {name: v(steps) if callable(v) else v for name, v in values.items()}
+
+    def _has_schedule(self):
+        return any(callable(getattr(self, name)) for name in self.scheduled)
 
     def _normalize_first(self, x, parameters, state, *args, mask=None):
         """Returns what initialization gives: inference, which needs one value and no device."""
@@ -73,15 +70,51 @@ class RunningNormalizer(Normalizer, Running):
         self, x, parameters, state, *args, use_running_average, mask=None
     ) -> tuple[Any, dict]:
         """Returns the normalized input and the new state by name."""
+        raise NotImplementedError
+
+
+@options
+class RunningNormalizer(Remembering):
+    """What one with a running mean and variance has.
+
+    Args:
+      mean_init: initializer of the running mean.
+      nonfinite: "skip" leaves the running statistics of a feature as they were where those of the
+        batch are not finite; "keep" lets NaN and inf in.
+    """
+
+    mean_init: Initializer = initializers.zeros
+    nonfinite: str = "skip"
+
+    def _state_names(self, training=True) -> tuple[str, ...]:
+        """Returns what is kept; inference needs neither count nor steps."""
+        counted = ("count",) if training and self.momentum is None else ()
+        stepped = ("steps",) if training and self._has_schedule() else ()
+        return ("mean", "var", *counted, *stepped)
+
+    def _create_state(self, key, features, dtype):
+        """Returns the state before any data, by name."""
+        shape = self._stats_shape(features)
+        keys = (None, None) if key is None else jax.random.split(key)
+        mean = self.mean_init(keys[0], shape, dtype)
+        count = jnp.zeros(shape, jnp.int32)
+        return {"mean": mean, "count": count, **super()._create_state(keys[1], features, dtype)}
+
+    def _needs_key(self):
+        """Returns whether the running statistics start anywhere but at 0 and 1."""
+        return self.mean_init is not initializers.zeros or super()._needs_key()
+
+    def _normalize_and_remember(
+        self, x, parameters, state, *args, use_running_average, mask=None
+    ) -> tuple[Any, dict]:
+        """Returns the normalized input and the new state by name."""
         count = state.get("count")
         if count is None:
             count = jnp.zeros(jnp.shape(state["mean"]), jnp.int32)
         use_running_average = use_running_average or self.freeze_stats
         options = self._passed_on(self._function, but=("use_running_average", *self.scheduled))
         steps = state.get("steps", 0)
-        for name in self.scheduled:
-            value = getattr(self, name)
-            options[name] = value(steps) if callable(value) else value
+        options |= self._at(steps)
         options |= self._masked(mask)
         y, stats, *rest = self._function(
             x,
@@ -100,6 +133,3 @@ class RunningNormalizer(Normalizer, Running):
     def _axes_passed_on(self):
         """Returns how the function calls the axis option."""
         return {"feature_axes": self.axis}
-
-    def _has_schedule(self):
-        return any(callable(getattr(self, name)) for name in self.scheduled)
