@@ -40,6 +40,7 @@ from normax.checks import check_takes_mask as check_takes_mask
 from normax.checks import check_values as check_values
 from normax.checks import to_epsilon as to_epsilon
 from normax.checks import to_fraction as to_fraction
+from normax.checks import to_number as to_number
 from normax.checks import to_positive_int as to_positive_int
 from normax.checks import to_positive_ints as to_positive_ints
 
@@ -211,6 +212,8 @@ def along(value: jax.Array, ndim: int, axes: tuple[int, ...]) -> jax.Array:
 
 def to_mask(name: str, mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
     """Returns a mask as booleans of the rank of x, each axis as long as in x or 1."""
+    if mask is not None and jnp.issubdtype(jnp.result_type(mask), jnp.integer):
+        mask = jnp.asarray(mask) > 0
     mask = to_weights(name, mask, x)
     if mask is not None and mask.dtype != jnp.bool_:
         raise TypeError(
@@ -237,8 +240,8 @@ def to_weights(name: str, mask: ArrayLike | None, x: jax.Array) -> jax.Array | N
         raise ValueError(
             f"{name}: expected a mask that broadcasts to x.shape={x.shape}, got shape {mask.shape}"
         )
-    weights = jnp.issubdtype(mask.dtype, jnp.floating)
-    mask = mask.astype(real_dtype(compute_dtype(x.dtype)) if weights else bool)
+    if mask.dtype != jnp.bool_:
+        mask = mask.astype(real_dtype(compute_dtype(x.dtype)))
     return jnp.expand_dims(mask, tuple(range(x.ndim - mask.ndim)))
 
 

@@ -18,7 +18,12 @@ from jax.typing import DTypeLike
 
 def to_epsilon(name: str, epsilon: float) -> float:
     """Returns epsilon as a Python float; it is part of the compiled program."""
-    return _number_within(name, "epsilon", epsilon, 0.0, math.inf)
+    return to_number(name, "epsilon", epsilon)
+
+
+def to_number(name: str, label: str, value: Any) -> float:
+    """Returns a Python float of at least 0; it is part of the compiled program."""
+    return _number_within(name, label, value, 0.0, math.inf)
 
 
 def check_fraction(name: str, label: str, value: Any) -> None:

@@ -8,9 +8,9 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
-from normax import measure as me
 from normax import pool
 from normax.batch import infer, prepare
+from normax.measure import MAX_COUNT, Reduction, count_entries, times
 from normax.moments import Moments, RunningStats, bessel, update
 from normax.standardize import standardize
 
@@ -34,8 +34,10 @@ def running_instance_norm(
 ) -> tuple[jax.Array, RunningStats]:
     r"""Normalizes as `instance_norm` in training, and by the average example at inference.
 
-    .. math:: \mu \leftarrow \alpha \mu + (1 - \alpha) \frac1B \sum_b \mu_b, \qquad
-              \sigma^2 \leftarrow \alpha \sigma^2 + (1 - \alpha) \frac1B \sum_b \sigma_b^2
+    .. math:: \mu \leftarrow \alpha \mu + (1 - \alpha) \frac1n \sum_b n_b \mu_b, \qquad
+              \sigma^2 \leftarrow \alpha \sigma^2 + (1 - \alpha) \frac1n \sum_b n_b \sigma_b^2
+
+    over the examples b, each with its count of valid entries.
 
     Args:
       x: array of rank 3 or more, floating-point or complex; its leading axis is the batch.
@@ -44,8 +46,7 @@ def running_instance_norm(
       bias: beta, of the same shape; None is zero.
       use_running_average: True at inference, False in training. A Python bool.
       feature_axes: axes that keep statistics, a scale and a bias of their own.
-      momentum: weight of the past, as in `batch_norm`; None: the average of all examples seen, each
-        counting by its entries.
+      momentum: weight of the past, as in `batch_norm`; None: the average of all examples seen.
       epsilon: added to the variance, inside the root.
       mask: as in `batch_norm`; an example with nothing valid is left out of the average.
       axis_name: name, or names, of a mapped axis over which examples are sharded: what is
@@ -84,8 +85,8 @@ def running_instance_norm(
     spatial = ax.spatial_axes(name, features, x.ndim)
     if use_running_average:
         return infer(name, x, stats, scale, bias, features, epsilon, mask, dtype), stats
-    ax.check_more_than_one_value(name, me.count_entries(me.Reduction(spatial), x), x)
-    reduction = me.Reduction.over(name, (0,), True, axis_name, axis_index_groups)
+    ax.check_more_than_one_value(name, count_entries(Reduction(spatial), x), x)
+    reduction = Reduction.over(name, (0,), True, axis_name, axis_index_groups)
     y, m = standardize(
         x,
         scale,
@@ -100,8 +101,8 @@ def running_instance_norm(
     average = _average(reduction, lax.stop_gradient(m), unbiased)
     past: Any = momentum
     if momentum is None:
-        seen = stats.count + average.count
-        past = stats.count / jnp.maximum(seen, 1)
+        seen, new = (jnp.asarray(n).astype(m.var.dtype) for n in (stats.count, average.count))
+        past = seen / jnp.where(seen + new > 0, seen + new, 1)
     return y, update(stats, average, past, nonfinite=nonfinite)
 
 
@@ -109,13 +110,18 @@ def _average(reduction, m, unbiased):
     """Returns the average over examples, of all devices, of what was measured on each."""
     real = m.var.dtype
     var = m.var * bessel(m.count, real) if unbiased else m.var
-    valid = m.count > 0
-    parts = [valid.astype(real), jnp.where(valid, m.mean, 0), jnp.where(valid, var, 0)]
+    weights = m.count.astype(real)
+    there = weights > 0
 
     def total(v):
-        here = jnp.sum(v, reduction.axes)
+        here = jnp.sum(v, reduction.axes, dtype=v.dtype)
         return pool.sum_over_devices(reduction.axis_name, reduction.groups, here)
 
-    number, mean, var = map(total, parts)
-    weight = 1 / jnp.maximum(number, 1)
-    return Moments(total(m.count), me.times(mean, weight), var * weight)
+    number = total(weights)
+    each = 1 / jnp.where(number > 0, number, 1)
+    mean = times(total(times(jnp.where(there, m.mean, 0), weights)), each)
+    var = total(jnp.where(there, var, 0) * weights) * each
+    count = total(m.count)
+    if jnp.issubdtype(count.dtype, jnp.integer):
+        count = jnp.where(number >= 2.0**31, MAX_COUNT, count)
+    return Moments(count, mean, var)

@@ -66,8 +66,11 @@ class Measured(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def measure(reduction: Reduction, x: jax.Array, mask: jax.Array | None) -> Measured:
     """Measures `x` over a reduction; the arguments have been through `axes.py`."""
+    mask, weight = _near_one(reduction, mask)
     count = None if mask is None else _count(reduction, x, mask)
     n = _at_least_one(_size(reduction, x) if count is None else _number(count), x)
+    if count is not None and len(count) == 1:
+        count = (count[0] * weight,)
     here = Measured(
         count, *_measure_here(reduction._replace(axis_name=None, groups=None), x, mask, n)
     )
@@ -176,6 +179,7 @@ def moment_tangents(reduction, direction, t, measured, mask, dmask=None, length:
     multiplied too; `t` is how the entries move, `dmask` how their weights do.
     """
     n = _at_least_one(count_entries(reduction, t, measured), t)
+    mask, weight = _near_one(reduction, mask)
     moves = [weigh(t, mask), weigh(inner(direction, t), mask)]
     if dmask is not None:
         unit = 1 if measured.unit is None else measured.unit
@@ -183,18 +187,15 @@ def moment_tangents(reduction, direction, t, measured, mask, dmask=None, length:
         dmask = jnp.where(there(mask), jnp.broadcast_to(dmask, t.shape), 0)
         further = square(d) - measured.var
         moves = [
-            moves[0] + times(d, dmask * unit),
-            moves[1] + further * dmask * (unit * length / 2),
+            moves[0] + times(d, dmask * (unit / weight)),
+            moves[1] + further * dmask * (unit * length / (2 * weight)),
             dmask,
         ]
-    sums = [_total(v, reduction.axes).astype(t.dtype) for v in moves]
+    mean, along, *count = (_total(v, reduction.axes).astype(t.dtype) for v in moves)
+    sums = [*(_over(times(v, weight), n) for v in (mean, along)), *count]
     together = pool.sum_over_devices(reduction.axis_name, reduction.groups, jnp.stack(sums))
     mean, along, *count = together
-    return (
-        _over(mean, n) if reduction.centered else None,
-        jnp.real(along) / n,
-        *map(jnp.real, count),
-    )
+    return (mean if reduction.centered else None, jnp.real(along), *map(jnp.real, count))
 
 
 def measured_tangents(measured, dmean, along, dcount=None):
@@ -306,6 +307,14 @@ def _total(x, axes):
 def _size(reduction, x):
     """Returns how many entries of one device are summarised together."""
     return math.prod(x.shape[axis] for axis in reduction.axes)
+
+
+def _near_one(reduction, mask) -> Any:
+    """Returns weights of a size that can be multiplied by squares, and their unit; else one."""
+    if mask is None or mask.dtype == jnp.bool_:
+        return mask, jnp.ones((), bool)
+    weight = lax.stop_gradient(units.choose(jnp.where(there(mask), mask, 0), reduction.axes, 0.0))
+    return mask / weight, weight
 
 
 def _count(reduction, x, mask):

@@ -205,7 +205,8 @@ def _merge(a, b):
         for leaves in ((a.count, b.count), (a.var, b.var))
     )
     # n_a + n_b, not the new count: one that has reached its limit must not tip the weights.
-    w_a, w_b = (n / jnp.maximum(n_a + n_b, 1) for n in (n_a, n_b))
+    both = jnp.where(n_a + n_b > 0, n_a + n_b, 1)
+    w_a, w_b = n_a / both, n_b / both
     mean_a, mean_b = jnp.asarray(a.mean, mean_dtype), jnp.asarray(b.mean, mean_dtype)
     delta = jnp.where((n_a > 0) & (n_b > 0), mean_b - mean_a, 0)
     mean = jnp.where(n_a < n_b, mean_b - me.times(delta, w_a), mean_a + me.times(delta, w_b))
@@ -244,7 +245,8 @@ def update(
         the same on every device, and so is what is done with them.
 
     Returns:
-      `RunningStats` of the dtypes of `stats`: a count of ints takes a sum of weights rounded.
+      `RunningStats` of the dtypes of `stats`. A count of ints takes a sum of weights rounded: use
+      one of floats where weights add up to little.
 
     Raises:
       ValueError: shapes differ, a Python `momentum` is outside [0, 1], or `nonfinite` is another
@@ -292,7 +294,7 @@ def _update(unbiased, nonfinite, stats, m, momentum):
     new = RunningStats(
         mean.astype(stats.mean.dtype),
         var.astype(stats.var.dtype),
-        _whole(_add_counts(stats.count, m.count), jnp.result_type(stats.count)),
+        _add_counts(stats.count, _like(m.count, stats.count)),
     )
     moves = jnp.asarray(m.count) > (0 if momentum is None else 1)
     if nonfinite == "skip":
@@ -336,8 +338,10 @@ def _add_counts(a, b):
     return jnp.where(a > me.MAX_COUNT - b, me.MAX_COUNT, a + b)
 
 
-def _whole(count, dtype):
-    """Returns a count in the dtype of the state."""
-    if jnp.issubdtype(count.dtype, jnp.floating) and jnp.issubdtype(dtype, jnp.integer):
-        count = jnp.minimum(jnp.round(count), float(2**31 - 128))  # the largest float32 that fits
-    return count.astype(dtype)
+def _like(count, kept):
+    """Returns a count in the dtype of the one that is kept: a sum of weights rounded to an int."""
+    dtype = jnp.result_type(kept)
+    if jnp.issubdtype(jnp.result_type(count), jnp.floating) and jnp.issubdtype(dtype, jnp.integer):
+        full = jnp.asarray(count) >= 2.0**31
+        return jnp.where(full, me.MAX_COUNT, jnp.round(jnp.where(full, 0, count)).astype(dtype))
+    return jnp.asarray(count, dtype)

@@ -10,7 +10,7 @@ from flax import nnx
 from normax import axes as ax
 from normax.intercept import intercepted
 from normax.nnx.activations import Running
-from normax.options.running import RunningNormalizer
+from normax.options.running import Remembering, RunningNormalizer
 
 
 def recalibrate(
@@ -159,16 +159,22 @@ def recalibrate_nnx(
 
 
 def _merging(call, args, kwargs, context):
-    """Calls a module that keeps running statistics as if its momentum were None."""
+    """Calls a module that keeps running statistics as if its momentum were None.
+
+    One that remembers no moments of its input, such as a power norm, is called as if frozen.
+    """
     module = context.module
-    if not isinstance(module, RunningNormalizer) or module.freeze_stats:
+    if not isinstance(module, Remembering) or module.freeze_stats:
         return call(*args, **kwargs)
-    momentum = module.momentum
-    object.__setattr__(module, "momentum", None)
+    name, value = "freeze_stats", True
+    if isinstance(module, RunningNormalizer):
+        name, value = "momentum", None
+    before = getattr(module, name)
+    object.__setattr__(module, name, value)
     try:
         return call(*args, **kwargs)
     finally:
-        object.__setattr__(module, "momentum", momentum)
+        object.__setattr__(module, name, before)
 
 
 def _moving(apply, variables, batch):
@@ -176,9 +182,9 @@ def _moving(apply, variables, batch):
     paths = set()
 
     def note(call, args, kwargs, context):
-        module: Any = context.module
+        module = context.module
         if isinstance(module, RunningNormalizer) and not module.freeze_stats:
-            paths.add(module.path)
+            paths.add(context.module.path)
         return call(*args, **kwargs)
 
     def traced(variables, batch):

@@ -153,8 +153,9 @@ def overwrite_drift(
     .. math:: \nu \leftarrow \mathrm{"gradient"\ of}\ \nu
 
     What a backward pass remembers comes out of it as a gradient (`power_norm`). A `PowerNorm` keeps
-    it among the parameters; this is how it stays there. It is not for gradients that were clipped,
-    accumulated or multiplied by a loss scale before.
+    it among the parameters; this is how it stays there, to the rounding of optax's sum: keep the
+    drift in float32. It is not for gradients that were clipped, accumulated or multiplied by a loss
+    scale before.
 
     Args:
       tx: any optax optimizer, which sees every other parameter.

@@ -4,9 +4,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
+from normax import units
 from normax.group import split_features
 from normax.measure import inner, present, square
 from normax.moments import Moments, RunningStats, update
@@ -265,7 +267,9 @@ def _measure(x, ids, number, weights, axes=()):
 
     rows = present(x, column(there))
     one = jnp.ones((), ax.real_dtype(rows.dtype))
-    rows_weigh = jnp.where(there, one if weights is None else weights.astype(one.dtype), 0)
+    counted = jnp.where(there, one if weights is None else weights.astype(one.dtype), 0)
+    # Near one, weights can be multiplied by squares.
+    rows_weigh = counted / lax.stop_gradient(units.choose(counted, (0,), 0.0))
     pixels = math.prod(x.shape[axis] for axis in axes)
 
     def total(values):
@@ -284,7 +288,7 @@ def _measure(x, ids, number, weights, axes=()):
     d = d - of_each(rest)
     var = total(inner(d, d) * column(rows_weigh)) / weight
     mean = mean + rest
-    counted = there.astype(jnp.int32) if weights is None else rows_weigh
+    counted = there.astype(jnp.int32) if weights is None else counted
     number_of_rows = jax.ops.segment_sum(counted, ids, number + 1) * pixels
     count = jnp.broadcast_to(
         jnp.expand_dims(number_of_rows, tuple(range(1, mean.ndim))), mean.shape

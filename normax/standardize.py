@@ -94,6 +94,7 @@ def standardize(
     reduced = ax.sorted_axes(caller, "reduction_axes", reduction_axes, x.ndim)
     features = ax.sorted_axes(caller, "feature_axes", feature_axes, x.ndim)
     epsilon = ax.to_epsilon(caller, epsilon)
+    floor = ax.to_number(caller, "floor", floor)
     reduction = me.Reduction.over(caller, reduced, centered, axis_name, axis_index_groups)
     reduction = reduction._replace(least=units.least(max(epsilon, floor)))
     dtype = ax.to_dtype(caller, dtype, x, x=x, scale=scale, bias=bias)

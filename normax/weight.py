@@ -222,7 +222,7 @@ def _bounded(matrix, sigma, bound):
     """Returns a matrix over its largest singular value, or no larger than the bound."""
     if bound is None:
         return matrix / jnp.where(sigma == 0, 1, sigma)
-    return matrix / jnp.maximum(sigma / bound, 1)
+    return matrix / jnp.maximum(sigma / jnp.asarray(bound, sigma.dtype), 1)
 
 
 def _unit(row, epsilon):

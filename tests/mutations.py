@@ -87,7 +87,7 @@ MUTATIONS = [
     Mutation("momentum swapped", "moments.py", "past = jnp.asarray(momentum, dtype)", "past = 1 - jnp.asarray(momentum, dtype)", STATE),
     Mutation("Bessel's correction the other way round", "moments.py", "n / jnp.maximum(n - 1, 1))", "jnp.maximum(n - 1, 1) / jnp.maximum(n, 1))", STATE),
     Mutation("unbiased ignored", "moments.py", "(bessel(m.count, dtype) if unbiased else 1)", "1", STATE),
-    Mutation("mean of means in merge", "moments.py", "(n / jnp.maximum(n_a + n_b, 1) for n in (n_a, n_b))", "(jnp.full_like(n, 0.5) for n in (n_a, n_b))", STATE),
+    Mutation("mean of means in merge", "moments.py", "w_a, w_b = n_a / both, n_b / both", "w_a, w_b = jnp.full_like(n_a, 0.5), jnp.full_like(n_b, 0.5)", STATE),
     Mutation("no distance of means in merge", "moments.py", " + apart", "", STATE),
     Mutation("counts of merge wrap", "moments.py", "jnp.where(a > me.MAX_COUNT - b, me.MAX_COUNT, a + b)", "a + b", STATE),
     Mutation("the state's dtype drifts", "moments.py", "mean.astype(stats.mean.dtype),", "mean,", STATE),
@@ -130,7 +130,7 @@ MUTATIONS = [
     Mutation("response: not in a unit", "response.py", "scaled = units.divide(x, unit)", "scaled, unit = x, 1", "test_conditions.py -k every_size"),
     Mutation("segment: ids wrap", "segment.py", "ids = ax.to_ids(name, label, ids).astype(jnp.int32)", "ids = ax.to_ids(name, label, ids)", "test_conditions.py -k narrow"),
     Mutation("adaptive: masked entries in the sum", "adaptive.py", "there = present(x, ax.to_weights(name, mask, x))", "there = present(x, None)", "test_conditions.py -k adaptive_block"),
-    Mutation("recalibrate: frozen layers too", "recalibrate.py", "isinstance(module, LinenRunning) and not module.freeze_stats", "isinstance(module, LinenRunning)", "test_population.py -k frozen"),
+    Mutation("recalibrate: frozen layers too", "recalibrate.py", "isinstance(module, RunningNormalizer) and not module.freeze_stats", "isinstance(module, RunningNormalizer)", "test_population.py -k frozen"),
     # In and out.
     Mutation("fold: nn.jit remembers the listener", "intercept.py", "with _listener(interceptor), linen", "with linen", "test_folding.py -k jit"),
     Mutation("fold: a kernel read elsewhere", "interop/graph.py", "uses(jaxpr, jaxpr.invars[place]) <= 1", "uses(jaxpr, jaxpr.invars[place]) <= 9", "test_folding.py -k not_one_affine"),
@@ -143,11 +143,11 @@ MUTATIONS = [
     # Sample weights.
     Mutation("weights read as a mask", "measure.py", "return times(x, jnp.where(there(mask), mask, 0))", "return x", "test_sample_weights.py -k average or merge"),
     Mutation("weights below zero count", "measure.py", "return mask if mask.dtype == jnp.bool_ else mask > 0", "return mask if mask.dtype == jnp.bool_ else mask != 0", "test_sample_weights.py -k below_zero"),
-    Mutation("weights: the mean has no derivative", "measure.py", "moves[0] + times(d, dmask * unit)", "moves[0]", "test_sample_weights.py -k derivatives"),
-    Mutation("weights: the variance has half a derivative", "measure.py", "further * dmask * (unit * length / 2)", "further * dmask * (unit * length / 4)", "test_sample_weights.py -k derivatives"),
+    Mutation("weights: the mean has no derivative", "measure.py", "moves[0] + times(d, dmask * (unit / weight))", "moves[0]", "test_sample_weights.py -k derivatives"),
+    Mutation("weights: the variance has half a derivative", "measure.py", "(unit * length / (2 * weight))", "(unit * length / (4 * weight))", "test_sample_weights.py -k derivatives"),
     Mutation("weights: the count has no derivative", "measure.py", "count = (lax.slice(", "count = (0 * lax.slice(", "test_sample_weights.py -k derivatives"),
-    Mutation("weights: the running count drifts to a float", "moments.py", "return count.astype(dtype)", "return count", "test_sample_weights.py -k int"),
-    Mutation("weights: a segment counts rows", "segment.py", "counted = there.astype(jnp.int32) if weights is None else rows_weigh", "counted = there.astype(jnp.int32)", "test_sample_weights.py -k segment"),
+    Mutation("weights: the running count drifts to a float", "moments.py", "return jnp.where(full, me.MAX_COUNT, jnp.round(jnp.where(full, 0, count)).astype(dtype))", "return count", "test_sample_weights.py -k int"),
+    Mutation("weights: a segment counts rows", "segment.py", "counted = there.astype(jnp.int32) if weights is None else counted", "counted = there.astype(jnp.int32)", "test_sample_weights.py -k segment"),
     Mutation("weights: power norm's gradient by the mask", "power.py", "(g - each * old * xhat)", "(g - old * xhat)", "test_sample_weights.py -k power"),
     # Weights.
     Mutation("the length is a root mean square", "weight.py", "/ math.sqrt(size),", "/ 1.0,", "test_weights.py"),

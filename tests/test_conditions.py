@@ -406,6 +406,25 @@ def test_running_instance_norm_of_all_examples_seen():
     np.testing.assert_array_equal(stats.count, np.full(3, 6 * 30))
 
 
+def test_running_instance_norm_counts_every_entry():
+    x, stats = inputs_of_instances()
+    mask = jax.random.bernoulli(KEY, 0.6, x.shape)
+    weights = jnp.where(mask, jax.random.uniform(KEY, x.shape), 0)
+    for given in (mask, weights):
+        _, new = normax.running_instance_norm(
+            x, stats, use_running_average=False, momentum=None, mask=given
+        )
+        w = np.asarray(given, float)
+        mean = np.average(x, (1, 2), w)
+        var = np.average((np.asarray(x) - mean[:, None, None]) ** 2, (1, 2), w)
+        n = w.sum((1, 2))
+        np.testing.assert_allclose(new.mean, np.average(mean, 0, n), rtol=1e-5)
+        np.testing.assert_allclose(new.var, np.average(var, 0, n), rtol=1e-5)
+    full = stats._replace(mean=stats.mean + 5, count=jnp.full(3, 2**31 - 3, jnp.int32))
+    _, new = normax.running_instance_norm(x, full, use_running_average=False, momentum=None)
+    np.testing.assert_allclose(new.mean, 5, rtol=1e-5)
+
+
 def test_running_instance_norm_leaves_out_examples_with_nothing_valid():
     x, stats = inputs_of_instances()
     mask = jnp.ones((4, 5, 6, 1), bool).at[1].set(False)

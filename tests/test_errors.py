@@ -74,6 +74,7 @@ BAD = [
     (lambda: normax.segment_norm(X, IDS, 2, mean_scale=jnp.ones(8), num_groups=2), ValueError, r"expected either mean_scale or num_groups, got both"),
     (lambda: normax.segment_norm(X, IDS, 2, mean_scale=jnp.ones(8), centered=False), ValueError, r"either mean_scale or centered=False, got both"),
     (lambda: DRIFTS.update({"drift": X}, DRIFTS.init({"drift": X})), ValueError, r"overwrite_drift: expected params"),
+    (lambda: normax.standardize(X, reduction_axes=-1, floor=-1.0), ValueError, r"standardize: expected floor in \[0, inf\], got -1"),
     (lambda: normax.spectral_norm(X, U, bound=0), ValueError, r"spectral_norm: expected bound in .* got 0"),
     (lambda: normax.exact_spectral_norm(jnp.ones(3)), ValueError, r"exact_spectral_norm: expected w of rank 2 or more, got shape \(3,\)"),
     (lambda: normax.condition_number(jnp.ones((4, 0))), ValueError, r"condition_number: expected a feature in x, got none"),

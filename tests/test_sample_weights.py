@@ -148,6 +148,39 @@ def test_parts_of_weighted_entries_merge():
     np.testing.assert_allclose(var, np.cov(x, aweights=w, ddof=0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e-30, 1e30])
+def test_parts_of_any_total_merge(size):
+    x, w = jnp.asarray([1.0, 3.0, 5.0, 2.0]), jnp.asarray([1.0, 1.0, 2.0, 3.0]) * size
+    parts = [normax.moments(x[s], 0, mask=w[s]) for s in (slice(2), slice(2, 4))]
+    _, mean, var = normax.merge(*parts)
+    exact = np.average(np.asarray(x), weights=[1, 1, 2, 3])
+    np.testing.assert_allclose(mean, exact, rtol=1e-6)
+    expected = np.average((np.asarray(x) - exact) ** 2, weights=[1, 1, 2, 3])
+    np.testing.assert_allclose(var, expected, rtol=1e-5)
+    whole, zero = normax.moments(x, 0, mask=w), normax.Moments(*[jnp.zeros(())] * 3)
+    for leaf, same in zip(normax.merge(whole, zero), whole, strict=True):
+        np.testing.assert_allclose(leaf, same, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-36, 1e-20, 1e30])
+def test_weights_of_any_size_are_as_good_as_others(size):
+    x = 1 + 0.01 * jax.random.normal(jax.random.key(0), (3, 8))
+    w = jnp.linspace(0.5, 2.0, 8)[None]
+    f = jax.jit(lambda x, w: jax.vjp(lambda x: normax.layer_norm(x, mask=w), x)[1](x**2))
+    np.testing.assert_allclose(f(x, w * size)[0], f(x, w)[0], rtol=1e-4, atol=1e-4)
+    g = jax.jit(lambda x, w: jnp.stack(normax.moments(x, 1, mask=w)[1:]))
+    np.testing.assert_allclose(g(x, w * size), g(x, w), rtol=1e-5)
+    ids = jnp.asarray([0, 1, 0])
+    h = lambda w: jnp.stack(normax.segment_moments(x, ids, 2, weights=w)[1:])
+    each = jnp.asarray([1.0, 2.0, 3.0])
+    np.testing.assert_allclose(h(each * size), h(each), rtol=1e-5)
+
+
+def test_ints_are_weights_too():
+    m = normax.moments(jnp.asarray([1.0, 3.0, 5.0]), 0, mask=jnp.asarray([3, 0, -2]))
+    np.testing.assert_array_equal(jnp.stack(m), jnp.asarray([3.0, 1.0, 0.0]))
+
+
 def test_the_running_count_stays_an_int():
     stats = normax.RunningStats.create(())
     m = normax.moments(jnp.asarray([1.0, 3.0]), 0, mask=jnp.asarray([0.75, 1.0]))
@@ -158,7 +191,9 @@ def test_the_running_count_stays_an_int():
     real = stats._replace(count=jnp.zeros(()))
     assert normax.update(real, m, momentum=None).count == 1.75
     huge = m._replace(count=jnp.float32(1e20))
-    assert normax.update(stats, huge, momentum=None).count == 2**31 - 128
+    assert normax.update(stats, huge, momentum=None).count == 2**31 - 1
+    many = stats._replace(count=jnp.asarray(2**25 + 1, jnp.int32))
+    assert normax.update(many, m, momentum=0.5).count == 2**25 + 3
     # What counts once or less has no variance to remember.
     light = normax.moments(jnp.asarray([1.0, 3.0]), 0, mask=jnp.asarray([0.25, 0.5]))
     jax.tree.map(np.testing.assert_array_equal, normax.update(stats, light), stats)

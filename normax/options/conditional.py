@@ -1,13 +1,12 @@
 """What a module is that a condition drives, whatever the framework."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jax.nn import initializers
 
 from normax import axes as ax
 from normax.adaptive import adaln_zero, adaptive_instance_norm, film
 from normax.options.fields import (
-    Divided,
     FeatureAxes,
     Initializer,
     Normalizer,
@@ -18,7 +17,7 @@ from normax.options.fields import (
 
 
 @options
-class AdaptiveInstanceNormOptions(Normalizer, FeatureAxes, Divided):
+class AdaptiveInstanceNormOptions(Normalizer, FeatureAxes, Output):
     """What an `AdaptiveInstanceNorm` is."""
 
     _function = staticmethod(adaptive_instance_norm)
@@ -54,6 +53,7 @@ class FiLMOptions(Projected):
     """
 
     projections: ClassVar[tuple[str, ...]] = ("scale", "bias")
+    epsilon: ClassVar[Any] = None  # nothing is divided by a deviation
     scale_offset: float = 1.0
 
     def _modulate(self, x, scale, bias):
@@ -63,7 +63,7 @@ class FiLMOptions(Projected):
 
 
 @options
-class AdaLNZeroOptions(Projected, Divided, Wrapper):
+class AdaLNZeroOptions(Projected, Wrapper):
     """What an `AdaLNZero` is: the identity, before training."""
 
     projections: ClassVar[tuple[str, ...]] = ("scale", "bias", "gate")

@@ -13,13 +13,11 @@ from normax.length import dynamic_tanh, l2_norm
 from normax.options.fields import (
     Affine,
     Devices,
-    Divided,
     FeatureAxes,
     Groups,
     Initializer,
     Normalizer,
     Output,
-    Rescaled,
     options,
 )
 from normax.options.running import RunningNormalizer
@@ -93,6 +91,7 @@ class MeanOnlyBatchNormOptions(RunningNormalizer, Devices, Output):
     """
 
     _function = staticmethod(mean_only_batch_norm)
+    epsilon: ClassVar[Any] = None  # nothing is divided by a deviation
     learned: ClassVar[tuple[str, ...]] = ("bias",)
     use_bias: bool = True
     bias_init: Initializer = initializers.zeros
@@ -250,6 +249,7 @@ class LocalResponseNormOptions(Normalizer, FeatureAxes, Output):
     """
 
     _function = staticmethod(local_response_norm)
+    epsilon: ClassVar[Any] = None  # nothing is divided by a deviation
     learned: ClassVar[tuple[str, ...]] = ()
     size: int = 5
     alpha: float = 1e-4
@@ -271,7 +271,7 @@ class DivisiveNormOptions(Normalizer, FeatureAxes, Affine):
 
 
 @options
-class L2NormOptions(Normalizer, Divided):
+class L2NormOptions(Normalizer, Output):
     """What an `L2Norm` is.
 
     Args:
@@ -290,7 +290,7 @@ class L2NormOptions(Normalizer, Divided):
 
 
 @options
-class DynamicTanhOptions(Normalizer, FeatureAxes, Rescaled):
+class DynamicTanhOptions(Normalizer, FeatureAxes, Affine):
     """What a `DynamicTanh` is.
 
     Args:
@@ -298,6 +298,7 @@ class DynamicTanhOptions(Normalizer, FeatureAxes, Rescaled):
     """
 
     _function = staticmethod(dynamic_tanh)
+    epsilon: ClassVar[Any] = None  # nothing is divided by a deviation
     learned: ClassVar[tuple[str, ...]] = ("scale", "bias", "alpha")
     scalars: ClassVar[tuple[str, ...]] = ("alpha",)
     alpha_init: Initializer = initializers.constant(0.5)
@@ -309,10 +310,10 @@ class SegmentNormOptions(Normalizer, FeatureAxes, Affine):
 
     Args:
       num_segments: number of segments, static.
-      num_groups: groups of neighbouring features that share statistics, without a mean scale;
-        None: each feature has its own.
-      centered: subtract the mean; False, without a mean scale, divides by the root mean square.
-      use_mean_scale: whether the mean is scaled before it is subtracted.
+      num_groups: groups of neighbouring features that share statistics; None: each has its own.
+      centered: subtract the mean; False divides by the root mean square.
+      use_mean_scale: whether the mean of a feature is scaled before it is subtracted; that of a
+        group is not.
       mean_scale_init: initializer of that scale.
     """
 
@@ -324,3 +325,8 @@ class SegmentNormOptions(Normalizer, FeatureAxes, Affine):
     centered: bool = True
     use_mean_scale: bool = True
     mean_scale_init: Initializer = initializers.ones
+
+    def _parameters(self, features):
+        """Yields the parameters; the mean of a group, or none, has no scale."""
+        plain = self.num_groups is None and self.centered
+        return (each for each in super()._parameters(features) if plain or each[0] != "mean_scale")

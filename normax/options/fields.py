@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import inspect
+import itertools
+import re
 from typing import Any, ClassVar, dataclass_transform
 
 import jax
@@ -27,7 +29,13 @@ def documented(module):
         for cls in reversed(module.__mro__)
         if cls.__module__.startswith("normax.")
     ]
-    body = "\n".join(section for section in sections if section)
+    taken = {field.name for field in dataclasses.fields(module)}
+    entries = [re.split(r"\n(?=  \w)", section) for section in sections if section]
+    body = "\n".join(
+        entry
+        for entry in itertools.chain.from_iterable(entries)
+        if not hasattr(Output, name := entry.partition(":")[0].strip()) or name in taken
+    )
     module.__doc__ = f"{inspect.cleandoc(module.__doc__)}\n\nOptions:\n{body}\n"
     return module
 
@@ -37,27 +45,18 @@ class Output:
     """Options of the output.
 
     Args:
+      epsilon: added to the variance, inside the root.
       dtype: dtype of the output; None is what the input and the parameters promote to.
       param_dtype: dtype that the parameters are created with.
     """
 
+    epsilon: float = 1e-6
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
     def _output_dtype(self, x, *params):
         """Returns the dtype of the output, by Flax's rule."""
         return ax.result_dtype(self.dtype, x, *params)
-
-
-@options
-class Divided(Output):
-    """Options of what is divided by a deviation.
-
-    Args:
-      epsilon: added to the variance, inside the root.
-    """
-
-    epsilon: float = 1e-6
 
 
 @options
@@ -133,7 +132,7 @@ def shifted(init, offset):
 
 
 @options
-class Rescaled(Output):
+class Affine(Output):
     """Options of scale and bias.
 
     Args:
@@ -150,12 +149,7 @@ class Rescaled(Output):
 
 
 @options
-class Affine(Rescaled, Divided):
-    """Options of what is divided by a deviation, and then has a scale and bias."""
-
-
-@options
-class Scaled(Divided):
+class Scaled(Output):
     """Options of a scale.
 
     Args:

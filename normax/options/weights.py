@@ -8,7 +8,7 @@ from normax.kernel import (
     scaled_weight_standardization,
     weight_standardization,
 )
-from normax.options.fields import Divided, PowerIteration, Scaled, Wrapper, options
+from normax.options.fields import Output, PowerIteration, Scaled, Wrapper, options
 from normax.weight import SpectralState, spectral_norm, weight_norm
 
 
@@ -74,19 +74,19 @@ class ScaledWeightStandardizationOptions(WeightsOptions):
 
 
 @options
-class SpectralNormOptions(Divided, PowerIteration):
+class SpectralNormOptions(Output, PowerIteration):
     """What a `SpectralNorm` is.
 
     Args:
-      bound: divide only what is larger than this, to this; None brings every weight to 1.
       error_on_non_matrix: refuse weights of rank above 2 instead of flattening leading axes.
       collection_name: the collection of linen that holds the iteration's state.
+      bound: divide only what is larger than this, to this; None brings every weight to 1.
     """
 
     epsilon: float = 1e-12
-    bound: float | None = None
     error_on_non_matrix: bool = False
     collection_name: str = "batch_stats"
+    bound: float | None = None
 
     def _applies_to(self, value):
         """Returns whether a parameter is a weight to normalize."""
