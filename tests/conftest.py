@@ -12,6 +12,17 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of a run is compiling: where digits are not the question, the compiler optimizes less.
+jax.config.update("jax_disable_most_optimizations", True)
+EXACT = {"test_accuracy", "test_laws", "test_moments", "test_onnx", "test_range", "test_torch"}
+
+
+@pytest.fixture(autouse=True)
+def optimized(request):
+    """Compiles what is held to the last digits as users do."""
+    jax.config.update("jax_disable_most_optimizations", request.path.stem not in EXACT)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

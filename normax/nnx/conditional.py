@@ -112,14 +112,10 @@ class AdaLNZero(_Projected, options.AdaLNZeroOptions, nnx.Module):
         self._create(condition_features, num_features, rngs)
 
     def __call__(self, x, condition, *args, mask=None, **kwargs):
-        """Returns the input, and what the block adds to it.
+        """Returns `x`, batch first and features last, and what the block adds to it.
 
-        Args:
-          x: array of rank 2 or more, floating-point; batch first, features last.
-          condition: array of shape `(x.shape[0], n)`; the paper's has been through SiLU.
-          *args: for the block, after its input.
-          mask: as in `adaln_zero`.
-          **kwargs: for the block.
+        The condition is of shape `(x.shape[0], n)`, in the paper through SiLU; the mask is as in
+        `adaln_zero`; the other arguments are for the block, after its input.
         """
 
         def block(value):
