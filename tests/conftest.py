@@ -25,6 +25,13 @@ def optimized(request):
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def released():
+    """Gives back what was compiled: a process may map 65530 pieces of memory, and a run is more."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Runs a test with float64 arrays."""
