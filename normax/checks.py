@@ -51,14 +51,19 @@ def check_limit(name: str, label: str, value: Any, low: float) -> None:
 
 def check_bound(name: str, bound: Any) -> None:
     """Refuses a Python number that is not above zero; None is none, a traced one stays."""
-    if bound is not None and not isinstance(bound, jax.Array):
-        _number_within(name, "bound", bound, float(np.finfo(np.float32).tiny), math.inf)
+    if bound is not None:
+        check_positive(name, "bound", bound)
 
 
 def check_loss_scale(name: str, loss_scale: Any) -> None:
     """Refuses a Python number that is not above zero; a traced one is taken as it is."""
-    if not isinstance(loss_scale, jax.Array):
-        _number_within(name, "loss_scale", loss_scale, float(np.finfo(np.float32).tiny), math.inf)
+    check_positive(name, "loss_scale", loss_scale)
+
+
+def check_positive(name: str, label: str, value: Any) -> None:
+    """Refuses a Python number that is not above zero; a traced one is taken as it is."""
+    if not isinstance(value, jax.Array):
+        _number_within(name, label, value, float(np.finfo(np.float32).tiny), math.inf)
 
 
 def to_positive_int(name: str, label: str, value: Any) -> int:

@@ -268,8 +268,9 @@ def _measure(x, ids, number, weights, axes=()):
     rows = present(x, column(there))
     one = jnp.ones((), ax.real_dtype(rows.dtype))
     counted = jnp.where(there, one if weights is None else weights.astype(one.dtype), 0)
-    # Near one, weights can be multiplied by squares.
-    rows_weigh = counted / lax.stop_gradient(units.choose(counted, (0,), 0.0))
+    rows_weigh = counted
+    if weights is not None:  # near one, they can be multiplied by squares
+        rows_weigh = counted / lax.stop_gradient(units.choose(counted, (0,), 0.0))
     pixels = math.prod(x.shape[axis] for axis in axes)
 
     def total(values):
