@@ -386,3 +386,26 @@ def test_nnx_modules_have_flax_s_variables(name):
     model = make(normax.nnx)
     nnx.update(model, theirs)
     chex.assert_trees_all_equal(nnx.state(model), theirs)
+
+
+def test_statistics_carry_sharding_metadata_like_parameters():
+    spec = jax.sharding.PartitionSpec("features")
+    zeros, ones = flax.linen.initializers.zeros, flax.linen.initializers.ones
+    starts = {"scale_init": ones, "bias_init": zeros, "mean_init": zeros, "var_init": ones}
+
+    def annotated(room):
+        return {name: room.with_partitioning(f, ("features",)) for name, f in starts.items()}
+
+    x = jax.random.normal(KEY, (4, 16))
+    layer = normax.linen.BatchNorm(False, **annotated(flax.linen))
+    variables = layer.init(KEY, x)
+    _, updates = layer.apply(variables, x, mutable=["batch_stats"])
+    specs = flax.linen.get_partition_spec({**variables, **updates})
+    assert jax.tree.leaves(specs) == [spec] * 4
+    mesh = jax.make_mesh((8,), ("features",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        norm = normax.nnx.BatchNorm(16, **annotated(nnx), rngs=nnx.Rngs(0))
+        norm(x, use_running_average=False)
+    for variable in (norm.mean, norm.var, norm.scale, norm.bias):
+        assert variable[...].sharding.spec == spec
+        assert variable.get_metadata("out_sharding") == ("features",)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -93,19 +93,33 @@ def plan(
     return sorted(sites, key=lambda site: not site.is_behind), tuple(left)
 
 
-def uses(jaxpr: core.Jaxpr, variable: core.Var) -> float:
-    """Returns how often a graph reads a variable; inf where that cannot be told."""
-    number = sum(1.0 for out in jaxpr.outvars if out is variable)
+def uses(jaxpr: core.Jaxpr, variable: core.Var, outputs: Sequence[float] | None = None) -> float:
+    """Returns how often a graph reads a variable; inf where that cannot be told.
+
+    Args:
+      jaxpr: the graph.
+      variable: one of its variables.
+      outputs: how often each of its outputs is read; None is once.
+    """
+    outputs = [1.0] * len(jaxpr.outvars) if outputs is None else outputs
+    number = sum(n for out, n in zip(jaxpr.outvars, outputs, strict=True) if out is variable)
     for eqn in jaxpr.eqns:
         places = [i for i, v in enumerate(eqn.invars) if v is variable]
         inner = list(_inner(eqn))
         if not places or not inner:
             number += len(places)
-        elif len(inner) == 1 and len(inner[0].invars) == len(eqn.invars):
-            number += sum(uses(inner[0], inner[0].invars[i]) for i in places)
+        elif len(inner) == 1 and _fits(inner[0], eqn):
+            # nnx gives back the state of a compiled part, whether it changed or not.
+            read = [uses(jaxpr, out, outputs) for out in eqn.outvars]
+            number += sum(uses(inner[0], inner[0].invars[i], read) for i in places)
         else:
             number = math.inf
     return number
+
+
+def _fits(inner, eqn):
+    """Returns whether the inputs and outputs of an operation are those of the graph within it."""
+    return (len(inner.invars), len(inner.outvars)) == (len(eqn.invars), len(eqn.outvars))
 
 
 def _marks(jaxpr: core.Jaxpr) -> Iterator[tuple]:

@@ -1,6 +1,5 @@
 """Whole models without their batch norms: found in the graph of the model, folded, left out."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,14 @@ import normax.linen
 import normax.nnx
 from normax import axes as ax
 from normax.intercept import intercepted
+from normax.interop.baking import (
+    LINEN_WRAPPERS,
+    at,
+    bake_linen,
+    bake_nnx,
+    edited,
+    with_arrays,
+)
 from normax.interop.folding import affine_of, fold_into_next, fold_into_previous
 from normax.interop.graph import Seen, marked, plan
 from normax.moments import RunningStats
@@ -21,13 +28,6 @@ LINEN_NORMS = (linen.BatchNorm, normax.linen.BatchNorm)
 LINEN_LAYERS = (linen.Dense, linen.Conv, linen.ConvTranspose)
 NNX_NORMS = (nnx.BatchNorm, normax.nnx.BatchNorm)
 NNX_LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
-# Around a layer whose parameters are not what it computes with.
-_WEIGHTS = ("WeightNorm", "SpectralNorm", "CenteredWeightNorm")
-_WEIGHTS += ("WeightStandardization", "ScaledWeightStandardization")
-LINEN_WEIGHTS = (linen.WeightNorm, linen.SpectralNorm)
-LINEN_WEIGHTS += tuple(getattr(normax.linen, name) for name in _WEIGHTS)
-NNX_WEIGHTS = (nnx.WeightNorm, nnx.SpectralNorm)
-NNX_WEIGHTS += tuple(getattr(normax.nnx, name) for name in _WEIGHTS)
 # What a layer multiplies by unless it is told otherwise, which need not be linear.
 _PRODUCTS = (None, jax.lax.dot_general, jax.lax.conv_general_dilated)
 _PRODUCT_OPTIONS = ("dot_general", "conv_general_dilated")
@@ -43,8 +43,9 @@ class Folded(NamedTuple):
       model: of linen, a function of (variables, ...) that applies the model at inference; of nnx,
         the new model.
       variables: of linen, what the function takes; of nnx, None.
-      folded: pairs of the path of a batch norm and that of the layer that took it.
-      left: paths of batch norms that are left, each with the reason.
+      folded: pairs of the path of a batch norm, or of a wrapper that normalizes weights, and that
+        of the layer that took it.
+      left: paths of batch norms and wrappers that are left, each with the reason.
     """
 
     model: Any
@@ -55,6 +56,9 @@ class Folded(NamedTuple):
 
 def fold_linen(model: linen.Module, variables: Any, *args: Any, **kwargs: Any) -> Folded:
     """Folds the batch norms of a linen model into the Dense and Conv layers before or behind them.
+
+    Weights that a wrapper normalizes, weight norm, weight standardization or spectral norm, become
+    plain weights first, and the wrapper is left out: at inference they are the same at each call.
 
     A batch norm is folded into the layer whose output it alone normalizes, or else into the one
     layer that alone takes its output and pads it with no zeros. What counts is the computation, not
@@ -87,7 +91,7 @@ def fold_linen(model: linen.Module, variables: Any, *args: Any, **kwargs: Any) -
       >>> bool(jnp.allclose(apply(new, x), model.apply(variables, x), atol=1e-5))
       True
     """
-    variables = linen.meta.unbox(variables)
+    variables, baked, unbaked = bake_linen(model, linen.meta.unbox(variables), *args, **kwargs)
     params, batch_stats = variables.get("params", {}), variables.get("batch_stats", {})
     modules: dict[str, linen.Module] = {}
     seen: dict[str, Seen] = {}
@@ -95,7 +99,9 @@ def fold_linen(model: linen.Module, variables: Any, *args: Any, **kwargs: Any) -
 
     def mark(call, args, kwargs, context):
         module, path = context.module, "/".join(context.module.path)
-        if isinstance(module, LINEN_WEIGHTS):
+        if path in baked:
+            return _call_layer(call, args, kwargs, context)
+        if isinstance(module, LINEN_WRAPPERS):
             around.append(module)
             out = call(*args, **kwargs)
             around.pop()
@@ -104,7 +110,7 @@ def fold_linen(model: linen.Module, variables: Any, *args: Any, **kwargs: Any) -
             return call(*args, **kwargs)
         modules[path] = module.clone(parent=None)
         inside = jax.tree.map(jnp.shape, dict(module.variables))
-        outside = {"params": _at(params, path), "batch_stats": _at(batch_stats, path)}
+        outside = {"params": at(params, path), "batch_stats": at(batch_stats, path)}
         outside = {name: part for name, part in outside.items() if part}
         stacked = inside != jax.tree.map(jnp.shape, outside)
         if isinstance(module, LINEN_NORMS) and not outside.get("batch_stats"):
@@ -119,16 +125,16 @@ def fold_linen(model: linen.Module, variables: Any, *args: Any, **kwargs: Any) -
     own = {path: _places(places, path) for path in seen}
     sites, left = plan(jaxpr, seen, own)
     for site in sites:
-        norm, layer = _at(params, site.norm) or {}, _at(params, site.layer)
-        stats = _at(batch_stats, site.norm)
+        norm, layer = at(params, site.norm) or {}, at(params, site.layer)
+        stats = at(batch_stats, site.norm)
         new = _fold(
             (modules[site.norm], stats["mean"], stats["var"], norm.get("scale"), norm.get("bias")),
             (modules[site.layer], layer["kernel"], layer.get("bias")),
             site.is_behind,
         )
-        params = _replaced(params, site.layer.split("/"), new)
-        params = _replaced(params, site.norm.split("/"), None)
-        batch_stats = _replaced(batch_stats, site.norm.split("/"), None)
+        params = edited(params, site.layer, lambda own, new=new: {**own, **new})
+        params = edited(params, site.norm, lambda own: {})
+        batch_stats = edited(batch_stats, site.norm, lambda own: {})
     new = {**variables, "params": params, "batch_stats": batch_stats}
     new = {name: part for name, part in new.items() if part or variables.get(name) == {}}
     gone = {site.norm for site in sites}
@@ -136,6 +142,8 @@ def fold_linen(model: linen.Module, variables: Any, *args: Any, **kwargs: Any) -
 
     def skip(call, args, kwargs, context):
         module, path = context.module, "/".join(context.module.path)
+        if path in baked:
+            return _call_layer(call, args, kwargs, context)
         if context.method_name == "__call__" and path in gone:
             return _inputs(args, kwargs).astype(seen[path].dtype)
         out = call(*args, **kwargs)
@@ -149,7 +157,29 @@ def fold_linen(model: linen.Module, variables: Any, *args: Any, **kwargs: Any) -
         with intercepted(skip):
             return model.apply(variables, *args, **kwargs)
 
-    return Folded(apply, new, tuple((site.norm, site.layer) for site in sites), left)
+    folded = (*baked.items(), *((site.norm, site.layer) for site in sites))
+    return Folded(apply, new, folded, (*unbaked, *left))
+
+
+def _identity(self, x, *args, **kwargs):
+    return x.astype(self.dtype)
+
+
+class Identity(normax.nnx.BatchNorm):
+    """What is left of a folded norm; it extends the norm, to be laid out in memory like it."""
+
+    __call__ = _identity
+    is_folded = True
+
+
+class FlaxIdentity(nnx.BatchNorm):
+    """What is left of a folded norm of Flax."""
+
+    __call__ = _identity
+    is_folded = True
+
+
+_IDENTITIES = {normax.nnx.BatchNorm: Identity, nnx.BatchNorm: FlaxIdentity}
 
 
 def fold_nnx(model: nnx.Module, *args: Any, **kwargs: Any) -> Folded:
@@ -179,11 +209,12 @@ def fold_nnx(model: nnx.Module, *args: Any, **kwargs: Any) -> Folded:
       >>> folded, left, type(new.layers[1]).__name__
       ((('layers/1', 'layers/0'),), (), 'Identity')
     """
-    copy, new = nnx.clone(model), nnx.clone(model)
-    copy.eval()
+    new = nnx.clone(model)
     new.eval()
-    modules, seen = _foldable(new), {}
-    for path, module in _foldable(copy).items():
+    _, baked, unbaked = bake_nnx(new, *args, **kwargs)
+    copy = nnx.clone(new)
+    modules, seen = _foldable(new, unbaked), {}
+    for path, module in _foldable(copy, unbaked).items():
         module.__class__ = _marking(type(module), path, seen)
     graph, state = nnx.split(copy)
 
@@ -208,29 +239,21 @@ def fold_nnx(model: nnx.Module, *args: Any, **kwargs: Any) -> Folded:
         for name in list(vars(norm)):
             if not name.startswith("_"):
                 delattr(norm, name)
-        norm.__class__ = _identity(type(norm), seen[site.norm].dtype)
-    return Folded(new, None, tuple((site.norm, site.layer) for site in sites), left)
+        norm.__class__ = _IDENTITIES[type(norm)]
+        norm.dtype = seen[site.norm].dtype
+    folded = (*baked.items(), *((site.norm, site.layer) for site in sites))
+    return Folded(new, None, folded, (*unbaked, *left))
 
 
-def _foldable(model: nnx.Module) -> dict[str, Any]:
-    """Returns the norms and layers of a model by their path."""
+def _foldable(model: nnx.Module, wrappers: Any) -> dict[str, Any]:
+    """Returns the norms and layers of a model by their path, but for those within wrappers."""
     found = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
-    around = tuple(f"{path}/" for path, module in found.items() if isinstance(module, NNX_WEIGHTS))
+    around = tuple(f"{path}/" for path, _ in wrappers)
     return {
         path: module
         for path, module in found.items()
         if _is_known(module) and not path.startswith(around)
     }
-
-
-@functools.cache
-def _identity(kind, dtype):
-    """Returns what is left of a folded norm, of a class laid out in memory like the norm's own."""
-
-    def call(self, x, *args, **kwargs):
-        return x.astype(dtype)
-
-    return type("Identity", (kind,), {"__call__": call, "is_folded": True, "__module__": __name__})
 
 
 def _marking(kind, path, seen):
@@ -288,6 +311,14 @@ def _why_not(norm, x, args, kwargs) -> str:
     return ""
 
 
+def _call_layer(call, args, kwargs, context):
+    """Calls the layer of a wrapper of linen that has plain weights now."""
+    if context.method_name != "__call__":
+        return call(*args, **kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if name != "update_stats"}
+    return context.module.layer_instance(*args, **kwargs)
+
+
 def _inputs(args, kwargs):
     """Returns what a layer or norm is called on: its first argument."""
     return args[0] if args else next(iter(kwargs.values()))
@@ -309,15 +340,7 @@ def _pads_nothing(layer) -> bool:
 
 def _graph(apply, variables, args, kwargs):
     """Returns the graph of a model, and the paths of its variables in the order of the inputs."""
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    arrays = [leaf for leaf in leaves if hasattr(leaf, "dtype")]
-
-    def traced(variables, arrays):
-        queue = iter(arrays)
-        filled = [next(queue) if hasattr(leaf, "dtype") else leaf for leaf in leaves]
-        args, kwargs = jax.tree.unflatten(structure, filled)
-        return apply(variables, *args, **kwargs)
-
+    traced, arrays = with_arrays(apply, args, kwargs)
     jaxpr = jax.make_jaxpr(traced)(variables, arrays)
     return jaxpr.jaxpr, [names_of(path) for path, _ in jax.tree.leaves_with_path(variables)]
 
@@ -351,21 +374,3 @@ def _fold(norm, layer, is_behind) -> dict[str, jax.Array]:
         axis = -2 if getattr(kind, "transpose_kernel", False) else -1
         kernel, bias = fold_into_previous(kernel, bias, *affine, feature_axis=axis)
     return {"kernel": kernel, "bias": bias}
-
-
-def _at(tree: Any, path: str) -> Any:
-    """Returns the part of nested dicts at a path; None where there is none."""
-    for name in filter(None, path.split("/")):
-        tree = tree.get(name) if tree is not None else None
-    return tree
-
-
-def _replaced(tree, path, new):
-    """Returns nested dicts with entries at a path replaced; with None, without what is there."""
-    if not path or path == [""]:
-        return {} if new is None else {**tree, **new}
-    if path[0] not in tree:
-        return tree
-    part = _replaced(tree[path[0]], path[1:], new)
-    rest = {name: value for name, value in tree.items() if name != path[0]}
-    return {**tree, path[0]: part} if part else rest

@@ -9,7 +9,7 @@ from flax import linen as nn
 from normax import options
 
 
-def _call_with(module, transform, *args, mutable=False, **kwargs):
+def _call_with(module, transform, *args, **kwargs):
     """Calls the layer of a wrapper with each of its parameters transformed, given its path."""
 
     def transform_all(params):
@@ -19,9 +19,9 @@ def _call_with(module, transform, *args, mutable=False, **kwargs):
 
     mapped = nn.map_variables(
         lambda layer: layer(*args, **kwargs),
+        "params",
         trans_in_fn=transform_all,
         init=module.is_initializing(),
-        mutable=mutable,
     )
     return mapped(module.layer_instance)
 
@@ -168,7 +168,7 @@ class SpectralNorm(options.SpectralNormOptions, nn.Module):
         def normalize(name, value):
             return self._normalize_at(name, value, update_stats)
 
-        return _call_with(self, normalize, *args, mutable=True, **kwargs)
+        return _call_with(self, normalize, *args, **kwargs)
 
     def _normalize_at(self, name, value, update_stats):
         if not self._applies_to(value):

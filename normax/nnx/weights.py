@@ -16,15 +16,20 @@ def _call(layer, values, *args, **kwargs):
     none does nothing is written.
     """
     copy = nnx.clone(layer)
-    for path, param in _parameters(copy):
-        if path in values:
-            param.set_value(values[path])
+    _set(copy, values)
     before = _others(copy)
     out = copy(*args, **kwargs)
     moved = {path: value for path, value in _others(copy).items() if value is not before.get(path)}
     if moved:
         nnx.update(layer, nnx.from_flat_state(moved))
     return out
+
+
+def _set(layer, values):
+    """Gives parameters of a layer other values, given by their path."""
+    for path, param in _parameters(layer):
+        if path in values:
+            param.set_value(values[path])
 
 
 def _others(layer):
@@ -83,8 +88,21 @@ class Weights(Promoting):
 
     def __call__(self, x, *args, **kwargs):
         """Calls the layer with its weights normalized."""
-        values = {path: self._normalize_at(path, param) for path, param in self._weights()}
-        return _call(self.layer_instance, values, x, *args, **kwargs)
+        return _call(self.layer_instance, self._values(), x, *args, **kwargs)
+
+    @property
+    def is_plain(self):
+        """Whether no weight of the layer is normalized."""
+        return not self._weights()
+
+    def bake(self):
+        """Gives the layer its normalized weights for good, for inference."""
+        _set(self.layer_instance, self._values())
+        self.variable_filter = nnx.filterlib.to_predicate(False)
+        self.scales = nnx.data({})
+
+    def _values(self):
+        return {path: self._normalize_at(path, param) for path, param in self._weights()}
 
     def _weights(self):
         params = _parameters(self.layer_instance)
@@ -213,10 +231,23 @@ class SpectralNorm(options.SpectralNormOptions, nnx.Module):
         """Calls the layer with its weights normalized; `update_stats` keeps the state."""
         # model.train() and model.eval() set use_running_average, which is the opposite.
         update_stats = not self.use_running_average if update_stats is None else update_stats
-        values = {
+        return _call(self.layer_instance, self._values(update_stats), x, **kwargs)
+
+    @property
+    def is_plain(self):
+        """Whether no weight of the layer is normalized."""
+        return not self._weights()
+
+    def bake(self):
+        """Gives the layer its normalized weights for good, for inference."""
+        _set(self.layer_instance, self._values(False))
+        self.n_steps = 0
+        self.batch_stats = nnx.data({})
+
+    def _values(self, update_stats):
+        return {
             path: self._normalize_at(path, param, update_stats) for path, param in self._weights()
         }
-        return _call(self.layer_instance, values, x, **kwargs)
 
     def set_view(self, use_running_average: bool | None = None):
         """Sets the mode, for `nnx.view`.
