@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from normax import axes as ax
 from normax.length import l2_norm
-from normax.weight import SpectralState
+from normax.weight import SpectralState, iterate
 
 
 def operator_norm(
@@ -65,11 +65,12 @@ def operator_norm(
         return linear(fixed, u)
 
     transpose = jax.linear_transpose(apply, start)
-    u, v = start, apply(start)
-    for _ in range(n_steps):
+
+    def step(u):
         v = _unit(apply(u))
-        (back,) = transpose(v)
-        u = _unit(back)
+        return v, _unit(*transpose(v))
+
+    v, u = iterate(step, start, n_steps)
     sigma = jnp.sum(v * linear(w, u))
     # From zero no later step would leave.
     u = jnp.where(jnp.all(jnp.isfinite(u)) & jnp.any(u != 0), u, start)

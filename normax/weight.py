@@ -162,10 +162,12 @@ def spectral_norm(
     matrix = w.astype(ax.compute_dtype(w.dtype)).reshape(-1, w.shape[-1])
     fixed = lax.stop_gradient(matrix)
     start = lax.stop_gradient(jnp.asarray(state.u)).astype(matrix.dtype)
-    u = v = start
-    for _ in range(n_steps):
+
+    def step(u):
         v = _unit(jnp.matmul(u, fixed.T, precision="highest"), epsilon)
-        u = _unit(jnp.matmul(v, fixed, precision="highest"), epsilon)
+        return v, _unit(jnp.matmul(v, fixed, precision="highest"), epsilon)
+
+    v, u = iterate(step, start, n_steps)
     sigma = jnp.sum(v.T * matrix * u)
     bar = _bounded(matrix, sigma, bound).reshape(w.shape)
     # From NaN an iteration never comes back; where nothing is left of u, it is Flax's zero.
@@ -216,6 +218,18 @@ def exact_spectral_norm(
     matrix = w.astype(ax.compute_dtype(w.dtype)).reshape(-1, w.shape[-1])
     sigma = jnp.linalg.norm(matrix, 2)
     return _bounded(matrix, sigma, bound).reshape(w.shape).astype(ax.to_dtype(name, dtype, w, w=w))
+
+
+def iterate(step: Any, start: Any, n_steps: int) -> tuple[Any, Any]:
+    """Returns v and u of the last of so many steps of a power iteration; the program stays short.
+
+    Args:
+      step: from u to the v and the u that follow.
+      start: the first u.
+      n_steps: 1 or more.
+    """
+    first = step(start)
+    return first if n_steps == 1 else lax.fori_loop(1, n_steps, lambda _, vu: step(vu[1]), first)
 
 
 def _bounded(matrix, sigma, bound):

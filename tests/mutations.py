@@ -151,7 +151,7 @@ MUTATIONS = [
     Mutation("weights: power norm's gradient by the mask", "power.py", "(g - each * old * xhat)", "(g - old * xhat)", "test_sample_weights.py -k power"),
     # Weights.
     Mutation("the length is a root mean square", "weight.py", "/ math.sqrt(size),", "/ 1.0,", "test_weights.py"),
-    Mutation("no power iteration", "weight.py", "for _ in range(n_steps):", "for _ in range(1):", "test_weights.py"),
+    Mutation("no power iteration", "weight.py", "first if n_steps == 1 else", "first if n_steps else", "test_weights.py"),
     Mutation("NaN ends the iteration", "weight.py", "jnp.where(jnp.all(jnp.isfinite(u)), u, start)", "u", "test_weights.py"),
     Mutation("gradients flow through u and v", "weight.py", "fixed = lax.stop_gradient(matrix)", "fixed = matrix", "test_weights.py"),
 ]  # fmt: skip

@@ -210,6 +210,21 @@ def test_a_safetensors_file(torch, tmp_path):
     np.testing.assert_array_equal(back["conv1.weight"], net.conv1.weight.detach().numpy())
 
 
+def test_a_transposed_convolution_by_its_definition():
+    # PyTorch's: each entry of the input adds the window of its channel to the output.
+    kernel = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)  # in, out, window
+    x = np.random.default_rng(1).normal(size=(1, 5, 2)).astype(np.float32)
+    expected = np.zeros((1, 8, 3))
+    for place in range(5):
+        expected[:, place : place + 4] += np.einsum("bi,iow->bwo", x[:, place], kernel)
+    model = nn.ConvTranspose(3, (4,), padding="VALID", use_bias=False)
+    like = model.init(KEY, x)
+    variables, _ = interop.from_torch({"weight": kernel}, like, transposed=[""])
+    np.testing.assert_allclose(model.apply(variables, x), expected, rtol=1e-5, atol=1e-5)
+    back, _ = interop.to_torch(variables, {"weight": kernel}, transposed=[""])
+    np.testing.assert_array_equal(back["weight"], kernel)
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_transposed_convolutions_of_torch(torch, rank):
     layer = getattr(torch.nn, f"ConvTranspose{rank}d")(3, 4, 3, stride=2)

@@ -98,7 +98,7 @@ def bake_linen(model: linen.Module, variables: Any, *args: Any, **kwargs: Any) -
 
 def bake_nnx(model: nnx.Module, *args: Any, **kwargs: Any) -> Baked:
     """Gives an nnx model's layers their weights as the wrappers compute them; the model changes."""
-    found = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    found: dict[str, Any] = {"/".join(map(str, p)): m for p, m in nnx.iter_modules(model)}
     found = {path: module for path, module in found.items() if isinstance(module, NNX_WRAPPERS)}
     found = {path: m for path, m in found.items() if not getattr(m, "is_plain", False)}
     why_not: dict[str, str | None] = dict.fromkeys(found)  # of one that is not called, None
