@@ -131,6 +131,7 @@ def film(
     """
     name = "film"
     x = ax.to_float_array(name, x)
+    ax.check_number(name, "scale_offset", scale_offset)
     features = ax.sorted_axes(name, "feature_axes", feature_axes, x.ndim)
     ax.spatial_axes(name, features, x.ndim)
     dtype = ax.to_dtype(name, dtype, x, x=x, scale=scale, bias=bias)

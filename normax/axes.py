@@ -25,12 +25,14 @@ from normax.checks import check_fraction as check_fraction
 from normax.checks import check_ghosts as check_ghosts
 from normax.checks import check_given as check_given
 from normax.checks import check_keys as check_keys
+from normax.checks import check_kind as check_kind
 from normax.checks import check_like as check_like
 from normax.checks import check_limit as check_limit
 from normax.checks import check_loss_scale as check_loss_scale
 from normax.checks import check_momentum as check_momentum
 from normax.checks import check_names as check_names
 from normax.checks import check_not_both as check_not_both
+from normax.checks import check_number as check_number
 from normax.checks import check_params as check_params
 from normax.checks import check_real as check_real
 from normax.checks import check_statistics as check_statistics

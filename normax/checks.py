@@ -26,6 +26,12 @@ def to_number(name: str, label: str, value: Any) -> float:
     return _number_within(name, label, value, 0.0, math.inf)
 
 
+def check_number(name: str, label: str, value: Any) -> None:
+    """Refuses what is no Python number; a traced one is taken as it is."""
+    if not isinstance(value, jax.Array):
+        _number_within(name, label, value, -math.inf, math.inf)
+
+
 def check_fraction(name: str, label: str, value: Any) -> None:
     """Refuses a Python number outside [0, 1]; a traced one is taken as it is."""
     if not isinstance(value, jax.Array):
@@ -84,7 +90,7 @@ def to_positive_ints(name: str, label: str, values: Any) -> tuple[int, ...]:
 
 def _number_within(name: str, label: str, value: Any, low: float, high: float) -> float:
     try:
-        number = float(value)
+        number = float(value + 0.0)  # the sum keeps words like "1" out
     except (TypeError, ValueError):  # JAX's ConcretizationTypeError, of a tracer, is a TypeError
         raise TypeError(f"{name}: expected {label} to be a Python number, got {value!r}") from None
     if not low <= number <= high or math.isinf(number):
@@ -152,14 +158,19 @@ def check_choice(name: str, label: str, value: Any, choices: tuple[Any, ...]) ->
         raise ValueError(f"{name}: expected {label} to be one of {choices}, got {value!r}")
 
 
-def check_statistics(name: str, label: str, value: Any, kind: type) -> None:
-    """Refuses what is no named tuple of statistics, or has leaves of several shapes."""
+def check_kind(name: str, label: str, value: Any, kind: type) -> None:
+    """Refuses what is no named tuple of a kind."""
     if not isinstance(value, kind):
         fields = ", ".join(getattr(kind, "_fields", ()))
         raise TypeError(
             f"{name}: expected {label} to be a normax.{kind.__name__}({fields}), "
             f"got {type(value).__name__}"
         )
+
+
+def check_statistics(name: str, label: str, value: Any, kind: type) -> None:
+    """Refuses what is no named tuple of statistics, or has leaves of several shapes."""
+    check_kind(name, label, value, kind)
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(value)]
     if len(set(shapes)) > 1:
         raise ValueError(f"{name}: expected {label} with leaves of one shape, got {shapes}")

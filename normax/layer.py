@@ -116,7 +116,7 @@ def rms_norm(
 
     Raises:
       ValueError: as `layer_norm`.
-      TypeError: integer `x`.
+      TypeError: integer `x`; a `scale_offset` that is no number.
 
     Where others differ: epsilon is 1e-5 in Haiku and Equinox, that of the dtype in PyTorch.
 
@@ -131,7 +131,8 @@ def rms_norm(
     x = ax.to_float_array("rms_norm", x)
     reduced = ax.reduced_axes("rms_norm", "reduction_axes", reduction_axes, x.ndim)
     dtype = ax.to_dtype("rms_norm", dtype, x, x=x, scale=scale)
-    if scale is not None and scale_offset:
+    ax.check_number("rms_norm", "scale_offset", scale_offset)
+    if scale is not None and (isinstance(scale_offset, jax.Array) or scale_offset != 0):
         scale = ax.to_float_array("rms_norm", scale, "scale")
         scale = scale.astype(ax.compute_dtype(scale.dtype)) + scale_offset
     y, _ = standardize(

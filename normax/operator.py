@@ -40,7 +40,8 @@ def operator_norm(
 
     Raises:
       ValueError: `n_steps` below 1.
-      TypeError: integer or complex `w`; an `n_steps` that is no int.
+      TypeError: integer or complex `w`; an `n_steps` that is no int; a `state` that is no
+        `SpectralState`.
 
     Example:
       >>> import jax, jax.numpy as jnp, normax
@@ -58,6 +59,7 @@ def operator_norm(
     name = "operator_norm"
     w = ax.to_float_array(name, w, "w")
     ax.check_real(name, "w", w)
+    ax.check_kind(name, "state", state, SpectralState)
     n_steps = ax.to_positive_int(name, "n_steps", n_steps)
     fixed, start = lax.stop_gradient((w, jnp.asarray(state.u)))
 

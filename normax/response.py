@@ -222,8 +222,8 @@ def local_response_norm(
       An array of the shape of `x`. There is no mask: a window belongs to one position.
 
     Raises:
-      ValueError: a `size` below 1; `k` not above 0; more than one feature axis.
-      TypeError: integer or complex `x`; a `size` that is no int.
+      ValueError: a `size` below 1; `k` not above 0, `alpha` below 0; more than one feature axis.
+      TypeError: integer or complex `x`; a `size` that is no int; another that is no number.
 
     Where others differ: the paper and TensorFlow do not divide alpha by n, PyTorch and ONNX do;
     the paper's k is 2. ONNX's window of an even size reaches one further forward.
@@ -244,6 +244,8 @@ def local_response_norm(
     axis = ax.only_axis(name, "feature_axes", feature_axes, x.ndim)
     size = ax.to_positive_int(name, "size", size)
     ax.check_limit(name, "k", k, 1e-30)
+    ax.check_limit(name, "alpha", alpha, 0.0)
+    ax.check_number(name, "beta", beta)
     wide = x.astype(ax.compute_dtype(x.dtype))
     total = _window_sum(square(wide), {axis: size})
     y = wide * (k + (alpha / size) * total) ** -beta

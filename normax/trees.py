@@ -93,7 +93,9 @@ def _chosen(name, params, where):
 
     def pick(path, leaf):
         path = tuple(names_of(path))
-        return bool(names(path, leaf)) if callable(names) else path[-1] in names
+        return (
+            bool(names(path, leaf)) if callable(names) else any(last in names for last in path[-1:])
+        )
 
     names = names if callable(names) else set(names)
     chosen = jax.tree.map_with_path(pick, params)

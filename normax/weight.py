@@ -137,7 +137,7 @@ def spectral_norm(
     Raises:
       ValueError: `w` of rank below 2; `u` of another shape; `n_steps` below 1; a `bound` that is
         not above 0; epsilon below 0.
-      TypeError: integer or complex `w`.
+      TypeError: integer or complex `w`; a `state` that is no `SpectralState`.
 
     Where others differ: PyTorch and Equinox iterate 15 times at the start and return NaN for a
     zero kernel.
@@ -156,6 +156,7 @@ def spectral_norm(
     """
     name = "spectral_norm"
     w = ax.to_float_array(name, w, "w")
+    ax.check_kind(name, "state", state, SpectralState)
     ax.check_spectral(name, w, jnp.shape(state.u), n_steps)
     ax.check_bound(name, bound)
     epsilon = ax.to_epsilon(name, epsilon)
