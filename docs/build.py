@@ -12,6 +12,7 @@ import normax
 import normax.interop
 import normax.linen
 import normax.recalibrate
+import normax.theory
 
 HERE = pathlib.Path(__file__).parent
 
@@ -108,8 +109,25 @@ GROUPS = {
         "recalibrate": ("", "new variables"),
         "recalibrate_nnx": ("", "a new model"),
     },
+    "The theory (`normax.theory`)": {
+        "batch_noise": ("", ""),
+        "approximate_noise": ("", ""),
+        "expected_deviation": ("", ""),
+        "deviation_law": ("", "returns `DeviationLaw`"),
+        "finite_population": ("", ""),
+        "excess_kurtosis": ("", ""),
+        "skewness": ("", ""),
+        "loss_derivatives": ("", ""),
+        "decay_coefficient": ("", "returns `Coefficient`"),
+        "first_order_gap": ("", ""),
+        "resolvent_trace": ("", ""),
+        "ridge_of_decay": ("", ""),
+        "ridge_error": ("", ""),
+        "least_squares_error": ("", ""),
+        "batch_norm_error": ("", ""),
+    },
 }
-ROOMS = (normax, normax.interop, normax.recalibrate)
+ROOMS = (normax, normax.interop, normax.recalibrate, normax.theory)
 
 
 def public() -> dict[str, types.FunctionType]:

@@ -37,7 +37,7 @@ ROOMS = [
     ],
     ["kernel", "operator", "segment", "trees", "population", "conventions", "power"],
     ["__init__"],
-    ["options"],
+    ["options", "theory"],
     ["linen", "nnx"],
     ["bind", "intercept"],
     ["train", "recalibrate", "interop"],
