@@ -262,19 +262,19 @@ def test_an_interruption_leaves_what_was_measured(tmp_path):
     # The progress bar's second advance is where Ctrl-C falls.
     script.write_text(
         "import os, signal\n"
-        "from normax.experiments import report\n"
+        "from normax.experiments import study\n"
         "from normax.experiments.__main__ import main\n"
-        "progress, seen = report.progress, []\n"
+        "progress, seen = study.progress, []\n"
         "import contextlib\n"
         "@contextlib.contextmanager\n"
-        "def interrupting(total):\n"
-        "    with progress(total) as advance:\n"
+        "def interrupting(total, unit):\n"
+        "    with progress(total, unit) as advance:\n"
         "        def then(text):\n"
         "            advance(text)\n"
         "            seen.append(text)\n"
         f"            len(seen) == 2 and os.kill(os.getpid(), {int(signal.SIGINT)})\n"
         "        yield then\n"
-        "report.progress = interrupting\n"
+        "study.progress = interrupting\n"
         f"raise SystemExit(main('compare --limit 200 --norms none,batch --out {tmp_path}'.split()))"
     )
     root = pathlib.Path(compare.__file__).parents[2]

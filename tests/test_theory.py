@@ -256,6 +256,9 @@ def test_the_errors_of_ridge_regression():
         best = min(grid, key=lambda z, alpha=alpha: theory.ridge_error(alpha, z, 0.25))
         assert 0.24 <= best <= 0.26
     assert theory.ridge_of_decay(0.25, 4.0) == 1.0
+    for z in (1e-9, 1e-12, 1e-16):  # without a ridge, least squares
+        assert theory.ridge_error(0.5, z, 0.25) == pytest.approx(0.75, rel=1e-8)
+        assert theory.ridge_error(2.0, z, 0.25) == pytest.approx(0.25, rel=1e-8)
     # Given the inputs, the risk is an average over the eigenvalues of their covariance.
     number = 1000
     for alpha in (0.5, 1.0, 2.0):
@@ -290,7 +293,8 @@ def test_batch_norm_that_has_converged_is_least_squares_shortened():
         expected = (1 - c) ** 2 + c * c * 0.25 / (alpha - 1)
         assert theory.batch_norm_error(alpha, 0.25, 32) == pytest.approx(expected, rel=1e-12)
     assert theory.batch_norm_error(1.0, 0.25, 32) == math.inf
-    assert theory.least_squares_error(1.0, 0.25, dimensions=100) == math.inf
+    for examples in (48, 49, 50):
+        assert theory.least_squares_error(examples / 49, 0.25, dimensions=49) == math.inf
 
 
 @pytest.mark.usefixtures("x64")
@@ -384,6 +388,9 @@ def test_population_normalization_is_weight_normalization():
         (lambda: theory.expected_deviation(1), ValueError, "expected_deviation: expected batch_size in"),
         (lambda: theory.approximate_noise(8, excess_kurtosis="a"), TypeError, "expected excess_kurtosis"),
         (lambda: theory.deviation_law(8, skewness=None), TypeError, "deviation_law: expected skewness"),
+        (lambda: theory.deviation_law(8, deviation=-1.0), ValueError, "deviation_law: expected deviation in"),
+        (lambda: theory.deviation_law(8, excess_kurtosis=-3.0), ValueError, "deviation_law: expected excess_kurtosis in"),
+        (lambda: theory.first_order_gap(jnp.ones(3), jnp.ones(3), jnp.ones(2), 8), ValueError, r"first_order_gap: expected gamma.shape == \(\), got \(2,\)"),
         (lambda: theory.finite_population(9, 8), ValueError, "finite_population: expected population in"),
         (lambda: theory.skewness(jnp.ones(3, int), 0), TypeError, "skewness: expected x"),
         (lambda: theory.excess_kurtosis(jnp.ones(3), 1), ValueError, "excess_kurtosis: expected axes within"),

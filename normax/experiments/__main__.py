@@ -9,7 +9,12 @@ from normax.experiments import interrupt
 from normax.experiments.data import UsageError
 
 # A study is a module of this package with `add_arguments` and `run`.
-STUDIES = {"compare": "train one network on images, plain and with five normalizers"}
+STUDIES = {
+    "compare": "train one network on images, plain and with five normalizers",
+    "noise": "how far the statistics of a batch stray from those of the population",
+    "regularization": "what that noise does to a loss, against zeta gamma^2",
+    "conditioning": "how unevenly least squares curves before and after scaling",
+}
 NEEDED = ("matplotlib", "rich", "scipy", "sklearn")
 INTERRUPTED = 130
 
@@ -31,7 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
             # Only now, so that a general --help does not wait for the libraries.
             study = importlib.import_module(f"normax.experiments.{chosen}")
             study.add_arguments(parsers[chosen])
-            return study.run(parsers[chosen].parse_args(arguments[1:]), check)
+            options = parsers[chosen].parse_args(arguments[1:])
+            options.command = " ".join(["python -m normax.experiments", *arguments])
+            return study.run(options, check)
     except UsageError as error:
         return _complain(chosen, str(error))
     except KeyboardInterrupt:

@@ -1,11 +1,8 @@
 """Train one network with each normalizer on the same images, and measure what it changes."""
 
 import argparse
-import contextlib
-import importlib.metadata
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import normax
 from normax import train
-from normax.experiments import data, report
+from normax.experiments import data, report, study
 from normax.experiments.network import NORMS, Network, count_parameters
 
 
@@ -28,13 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset", choices=data.NAMES, default="digits")
     add("--data-home", help="folder of scikit-learn's cache, for mnist and cifar10")
     add("--norms", type=_norms, nargs="+", action="extend", help=f"of {','.join(NORMS)}")
-    add("--epochs", type=_positive_int, default=12)
-    add("--batch-size", type=_batch_size, default=64)
-    add("--learning-rate", type=_positive_float, default=0.003)
-    add("--target", type=_fraction, default=0.97, help="test accuracy to count the epochs to")
-    add("--limit", type=_positive_int, help="train on this many images only")
+    add("--epochs", type=study.positive_int, default=12)
+    add("--batch-size", type=study.batch_size, default=64)
+    add("--learning-rate", type=study.positive_float, default=0.003)
+    add("--target", type=study.fraction, default=0.97, help="test accuracy to count the epochs to")
+    add("--limit", type=study.positive_int, help="train on this many images only")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
-    add("--seed", type=_seed, default=0)
+    add("--seed", type=study.seed, default=0)
     add("--out", type=pathlib.Path, default=pathlib.Path("results/compare"))
 
 
@@ -47,7 +43,7 @@ def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
     """
     named = options.norms or [list(NORMS)]
     options.norms = list(dict.fromkeys(norm for names in named for norm in names))
-    report.prepare(options.out)
+    study.prepare(options.out, "compare")
     training, test = data.load(options.dataset, options.seed, options.data_home)
     training = data.Images(*(array[: options.limit] for array in training))
     if options.batch_size > len(training.label):
@@ -56,7 +52,7 @@ def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
         )
     results: dict[str, dict[str, Any]] = {}
     interrupted = False
-    with report.progress(len(options.norms) * options.epochs) as advance:
+    with study.progress(len(options.norms) * options.epochs, "epochs") as advance:
         try:
             for norm in options.norms:
                 results[norm] = {"epochs": []}
@@ -66,10 +62,10 @@ def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
     results = {norm: result for norm, result in results.items() if result["epochs"]}
     for result in results.values():
         summarize(result, options.target)
-    record = {"arguments": _plain(options), "versions": versions(), "interrupted": interrupted}
+    record = {**study.record_of(options), "interrupted": interrupted}
     record["images"] = {"training": len(training.label), "test": len(test.label)}
     report.show(results, options.target, len(test.label))
-    for path in report.write(options.out, {**record, "results": results}):
+    for path in study.write(options.out, "compare", {**record, "results": results}, report.draw):
         print(path)
     if interrupted:
         raise KeyboardInterrupt  # for the exit status
@@ -153,52 +149,9 @@ def summarize(result: dict[str, Any], target: float) -> None:
     result["generalization_gap"] = last["train_accuracy"] - last["test_accuracy"]
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions that the numbers depend on."""
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
-    found = {package: importlib.metadata.version(package) for package in packages}
-    python = ".".join(map(str, sys.version_info[:3]))
-    return {"normax": normax.__version__, "python": python, **found}
-
-
-def _plain(options):
-    return {
-        name: str(value) if isinstance(value, pathlib.Path) else value
-        for name, value in vars(options).items()
-    }
-
-
 def _norms(text: str) -> list[str]:
     names = [name for name in text.split(",") if name]
     unknown = [name for name in names if name not in NORMS]
     if unknown or not names:
         raise argparse.ArgumentTypeError(f"expected some of {','.join(NORMS)}, got {text!r}")
     return names
-
-
-def _positive_int(text: str) -> int:
-    return _number(int, text, lambda n: n > 0, "a whole number above 0")
-
-
-def _batch_size(text: str) -> int:
-    # Batch normalization has nothing to measure on a single example.
-    return _number(int, text, lambda n: n > 1, "a whole number above 1")
-
-
-def _seed(text: str) -> int:
-    return _number(int, text, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
-
-
-def _positive_float(text: str) -> float:
-    return _number(float, text, lambda n: 0 < n < float("inf"), "a number above 0")
-
-
-def _fraction(text: str) -> float:
-    return _number(float, text, lambda n: 0 < n <= 1, "a number above 0, at most 1")
-
-
-def _number(kind, text, fits, expected):
-    with contextlib.suppress(ValueError):
-        if fits(kind(text)):
-            return kind(text)
-    raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")

@@ -1,15 +1,6 @@
-"""What a study shows and leaves behind: progress, a table, a figure, the numbers."""
+"""What the comparison shows: its table and its figure."""
 
-import contextlib
-import json
-import math
-import pathlib
-from collections.abc import Callable, Iterator
 from typing import Any
-
-from normax.experiments.data import UsageError
-
-WRITTEN = "compare.json", "compare.png"
 
 # Okabe and Ito's colours, told apart by the colour-blind too; a dash and a marker for each.
 STYLES = {
@@ -20,35 +11,6 @@ STYLES = {
     "instance": ("#CC79A7", (0, (4, 1, 1, 1)), "D"),
     "weight": ("#56B4E9", (0, (2, 1)), "v"),
 }
-
-
-def prepare(folder: pathlib.Path) -> None:
-    """Makes a folder for the results; one that cannot be written is known before the work."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-        for name in WRITTEN:
-            if (folder / name).exists():
-                (folder / name).open("a").close()
-    except OSError as error:
-        raise UsageError(f"--out {folder} cannot be written: {error}") from error
-
-
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Shows a progress bar; yields a function that advances it and says what was done."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} epochs"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as bar:
-        task = bar.add_task("compiling", total=total)
-        yield lambda text: bar.update(task, advance=1, description=text)
 
 
 def show(results: dict[str, dict[str, Any]], target: float, test_images: int) -> None:
@@ -96,32 +58,8 @@ def show(results: dict[str, dict[str, Any]], target: float, test_images: int) ->
     )
 
 
-def write(folder: pathlib.Path, record: dict[str, Any]) -> list[pathlib.Path]:
-    """Writes the numbers and the figure, where there are any; returns their paths."""
-    if not record["results"]:
-        return []  # what an earlier run left stays
-    numbers, figure = (folder / name for name in WRITTEN)
-    numbers.write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
-    draw(figure, record)
-    return [numbers, figure]
-
-
-def _finite(value):
-    """Returns the numbers with null for the loss of a training that diverged: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def draw(path: pathlib.Path, record: dict[str, Any]) -> None:
+def draw(figure: Any, record: dict[str, Any]) -> None:
     """Draws test accuracy and training loss by epoch, a labelled line for each normalizer."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     accuracy, loss = figure.subplots(1, 2)
     for norm, result in record["results"].items():
         color, dashes, marker = STYLES[norm]
@@ -140,8 +78,6 @@ def draw(path: pathlib.Path, record: dict[str, Any]) -> None:
     for axes in (accuracy, loss):
         axes.set(xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
     accuracy.legend(frameon=False, ncols=2, loc="lower right", title="normalization")
     figure.suptitle(
         f"{arguments['dataset']}, batch {arguments['batch_size']}, Adam at "
@@ -149,4 +85,3 @@ def draw(path: pathlib.Path, record: dict[str, Any]) -> None:
         f"grey line: {arguments['target']:.0%}",
         fontsize=11,
     )
-    figure.savefig(path)

@@ -65,7 +65,7 @@ def resolvent_trace(alpha: float, z: float) -> tuple[float, float]:
     """
     alpha, z = _above("resolvent_trace", "alpha", alpha), _above("resolvent_trace", "z", z)
     linear = z + alpha - 1
-    root = math.sqrt((z + (1 + math.sqrt(alpha)) ** 2) * (z + (1 - math.sqrt(alpha)) ** 2))
+    root = _root(alpha, z)
     # Of the two ways to write the root of a quadratic, the one that subtracts nothing.
     trace = (root - linear) / (2 * z) if linear < 0 else 2 / (linear + root)
     # 0 = G^2 + G + (2 z G + z + alpha - 1) dG/dz, and the bracket is the root.
@@ -97,8 +97,11 @@ def ridge_error(alpha: float, z: float, noise: float) -> float:
       0.39039
     """
     noise = _above("ridge_error", "noise", noise, least=0.0)
-    trace, slope = resolvent_trace(alpha, z)
-    return noise * (trace + z * slope) - z * z * slope
+    trace, _ = resolvent_trace(alpha, z)
+    # By the equation of G, G + z G' is (1 - z G) / root and -z^2 G' is z G (z G + z) / root, where
+    # nothing of the size of G is subtracted.
+    kept = z * trace
+    return (noise * (1 - kept) + kept * (kept + z)) / _root(alpha, z)
 
 
 def least_squares_error(alpha: float, noise: float, *, dimensions: int | None = None) -> float:
@@ -169,12 +172,18 @@ def batch_norm_error(
     return _least_squares(name, expected_deviation(batch_size), alpha, noise, dimensions)
 
 
+def _root(alpha, z):
+    """Returns the root of the discriminant of the equation of G."""
+    return math.sqrt((z + (1 + math.sqrt(alpha)) ** 2) * (z + (1 - math.sqrt(alpha)) ** 2))
+
+
 def _least_squares(name, factor, alpha, noise, dimensions):
     """Returns the error of least squares, shortened by a factor."""
-    fewer = 0.0
+    room = abs(1 - alpha)
     if dimensions is not None:
-        fewer = 1 / ax.to_positive_int(name, "dimensions", dimensions)
-    room = (1 - alpha if alpha < 1 else alpha - 1) - fewer
+        number = ax.to_positive_int(name, "dimensions", dimensions)
+        # In whole examples, as alpha is one number over another and rounded.
+        room = (abs(number - round(alpha * number, 6)) - 1) / number
     if room <= 0:
         return math.inf
     kept = min(alpha, 1.0)  # the share of the teacher that the examples show

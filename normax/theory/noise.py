@@ -45,7 +45,7 @@ def expected_deviation(batch_size: int, *, ddof: int = 0) -> float:
       ddof: what the sum of squares is divided by is M less this: 0 or 1.
 
     Returns:
-      A float, to 1e-13 of its distance from 1.
+      A float; its distance from 1 to a relative error of 1e-11.
 
     Raises:
       ValueError: a batch of one, another `ddof`.
@@ -76,7 +76,7 @@ def batch_noise(batch_size: int, *, statistics: str = "both", ddof: int = 0) -> 
         "both" only.
 
     Returns:
-      A float, to a relative error of 1e-12.
+      A float, to a relative error of 1e-11.
 
     Raises:
       ValueError: a batch of one, another word or `ddof`.
@@ -158,7 +158,7 @@ def deviation_law(
       `DeviationLaw`.
 
     Raises:
-      ValueError: a batch of one.
+      ValueError: a batch of one; a deviation below 0 or an excess kurtosis below -2.
       TypeError: a `batch_size` that is no int; another that is no number.
 
     Example:
@@ -171,6 +171,9 @@ def deviation_law(
     given = {"deviation": deviation, "excess_kurtosis": excess_kurtosis, "skewness": skewness}
     for label, value in given.items():
         ax.check_number(name, label, value)
+    ax.check_limit(name, "deviation", deviation, 0.0)
+    # The square of a variable cannot vary less than not at all.
+    ax.check_limit(name, "excess_kurtosis", excess_kurtosis, -2.0)
     var = deviation * deviation
     spread = (excess_kurtosis + 2) / (4 * size)
     return DeviationLaw(

@@ -168,7 +168,7 @@ def first_order_gap(
       slope: the first derivative of the loss with respect to each pre-activation; of the shape
         of `x`.
       x: standardized inputs of the scale, before gamma and beta.
-      gamma: the scale, of the shape of the features.
+      gamma: the scale, of the shape of the features, or one number.
       batch_size: M, 2 or more.
       axes: axes to average over, all but those of the features.
       mask: as in `moments`.
@@ -177,7 +177,7 @@ def first_order_gap(
       An array of the shape of the features.
 
     Raises:
-      ValueError: as `decay_coefficient`; a gamma that does not broadcast.
+      ValueError: as `decay_coefficient`; a gamma of another shape.
       TypeError: as `decay_coefficient`.
 
     Example:
@@ -191,11 +191,13 @@ def first_order_gap(
     name = "first_order_gap"
     ax.check_limit(name, "batch_size", ax.to_positive_int(name, "batch_size", batch_size), 2)
     x, slope, mean = _alike(name, x, "slope", slope, axes, mask)
+    line = mean(slope * x)
+    if jnp.shape(gamma) not in ((), line.shape):
+        ax.check_shape(name, "gamma", jnp.shape(gamma), line.shape)
     gamma = jnp.asarray(gamma, x.dtype)
-    # The features' means have no axes but their own, and so have the expectations.
     kurtosis = measure_kurtosis(x, axes, mask=mask)
     skewness = measure_skewness(x, axes, mask=mask)
-    line, cube, one = mean(slope * x), mean(slope * x**3), mean(slope)
+    cube, one = mean(slope * x**3), mean(slope)
     return gamma / batch_size * (0.375 * (kurtosis + 2) * line - cube / 2 + skewness / 2 * one)
 
 
