@@ -1,6 +1,7 @@
 """Segments: entries summarised together by a number each carries, such as the graph it is of."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ def segment_moments(
     num_segments: int,
     *,
     weights: ArrayLike | None = None,
+    axis_name: Any = None,
 ) -> Moments:
     r"""Measures the rows of `x` by segment.
 
@@ -33,6 +35,8 @@ def segment_moments(
         `[0, num_segments)`, such as padding of -1, read as absent and may hold NaN.
       num_segments: number of segments, static.
       weights: real number for each row, of shape `x.shape[:1]`: how often it counts; None is once.
+      axis_name: name, or names, of a mapped axis over which the rows are sharded; an id means the
+        same segment on every device.
         Rows of weight 0, or less, read as absent.
 
     Returns:
@@ -53,7 +57,7 @@ def segment_moments(
     """
     name = "segment_moments"
     x, ids, weights = _prepare(name, x, segment_ids, num_segments, weights)
-    return _measure(x, ids, num_segments, weights)[0]
+    return _measure(x, ids, num_segments, weights, _devices(name, axis_name))[0]
 
 
 def segment_norm(
@@ -69,6 +73,7 @@ def segment_norm(
     centered: bool = True,
     feature_axes: ax.Axes = -1,
     epsilon: float = 1e-5,
+    axis_name: Any = None,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
     r"""Normalizes each feature over the rows of each segment: graph normalization.
@@ -91,6 +96,7 @@ def segment_norm(
       centered: subtract the mean; False divides by the root mean square.
       feature_axes: axes that have parameters of their own, the leading one not among them.
       epsilon: added to the variance, inside the root.
+      axis_name: as in `segment_moments`.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
 
     Returns:
@@ -116,7 +122,8 @@ def segment_norm(
     ax.check_real(name, "x", x)
     features = ax.sorted_axes(name, "feature_axes", feature_axes, x.ndim)
     ax.spatial_axes(name, features, x.ndim)
-    mean, var = _by_row(name, x, ids, num_segments, weights, num_groups, feature_axes)
+    pooled = _devices(name, axis_name)
+    mean, var = _by_row(name, x, ids, num_segments, weights, num_groups, feature_axes, pooled)
     if not centered:
         mean, var = jnp.zeros_like(mean), var + square(mean)
     if mean_scale is not None:
@@ -148,6 +155,8 @@ def domain_batch_norm(
     use_running_average: bool,
     momentum: float | None = 0.99,
     epsilon: float = 1e-5,
+    weights: ArrayLike | None = None,
+    axis_name: Any = None,
     unbiased: bool = False,
     nonfinite: str = "skip",
     dtype: DTypeLike | None = None,
@@ -169,6 +178,9 @@ def domain_batch_norm(
       use_running_average: True at inference, False in training. A Python bool.
       momentum: as in `batch_norm`.
       epsilon: as in `batch_norm`.
+      weights: real number for each example, of shape `x.shape[:1]`: how often it counts; one of
+        weight 0 reads as absent.
+      axis_name: as in `segment_moments`; of training only.
       unbiased: as in `batch_norm`.
       nonfinite: as in `batch_norm`.
       dtype: as in `batch_norm`.
@@ -200,7 +212,7 @@ def domain_batch_norm(
     ax.check_momentum(name, momentum)
     ax.check_statistics(name, "stats", stats, RunningStats)
     ax.check_rank(name, "stats.mean", stats.mean, 2)
-    x, ids, _ = _prepare(name, x, domain_ids, stats.mean.shape[0], None, "domain_ids")
+    x, ids, weights = _prepare(name, x, domain_ids, stats.mean.shape[0], weights, "domain_ids")
     ax.check_real(name, "x", x)
     ax.check_rank(name, "x", x, 2)
     number, features = stats.mean.shape[0], (x.ndim - 1,)
@@ -208,7 +220,8 @@ def domain_batch_norm(
     if use_running_average:
         mean, var = stats.mean, stats.var
     else:
-        m, mean = _measure(x, ids, number, None, tuple(range(1, x.ndim - 1)))
+        pooled = _devices(name, axis_name)
+        m, mean = _measure(x, ids, number, weights, pooled, tuple(range(1, x.ndim - 1)))
         var = m.var
         stats = update(
             stats, jax.lax.stop_gradient(m), momentum, unbiased=unbiased, nonfinite=nonfinite
@@ -227,6 +240,13 @@ def domain_batch_norm(
     return y, stats
 
 
+def _devices(name: str, axis_name: Any) -> Any:
+    """Returns the axis over which statistics are pooled, where it is bound."""
+    if axis_name is not None:
+        ax.axis_size(name, axis_name)
+    return axis_name
+
+
 def _prepare(name, x, ids, number, weights, label="segment_ids"):
     """Returns rows, ids with every absent row in one more segment, and weights."""
     x = ax.to_float_array(name, x)
@@ -243,22 +263,22 @@ def _prepare(name, x, ids, number, weights, label="segment_ids"):
     return x, jnp.where(there, ids, number), weights
 
 
-def _by_row(name, x, ids, number, weights, num_groups, feature_axes):
+def _by_row(name, x, ids, number, weights, num_groups, feature_axes, pooled):
     """Returns the mean and variance that each row is to be standardized by."""
     if num_groups is None:
-        m, mean = _measure(x, ids, number, weights)
+        m, mean = _measure(x, ids, number, weights, pooled)
         return mean[ids], m.var[ids]
     feature = ax.only_axis(name, "feature_axes", feature_axes, x.ndim)
     groups = ax.group_count(name, x.shape[feature], num_groups, None)
     grouped = split_features(x, feature, (groups, x.shape[feature] // groups))
-    m, mean = _measure(grouped, ids, number, weights, (feature + 1,))
+    m, mean = _measure(grouped, ids, number, weights, pooled, (feature + 1,))
     return [
         jnp.broadcast_to(jnp.expand_dims(v[ids], feature + 1), grouped.shape).reshape(x.shape)
         for v in (mean, m.var)
     ]
 
 
-def _measure(x, ids, number, weights, axes=()):
+def _measure(x, ids, number, weights, pooled, axes=()):
     """Returns the moments of each segment, and the means with one more row for the absent."""
     there = ids < number
 
@@ -270,11 +290,13 @@ def _measure(x, ids, number, weights, axes=()):
     counted = jnp.where(there, one if weights is None else weights.astype(one.dtype), 0)
     rows_weigh = counted
     if weights is not None:  # near one, they can be multiplied by squares
-        rows_weigh = counted / lax.stop_gradient(units.choose(counted, (0,), 0.0))
+        unit = lax.stop_gradient(units.choose(counted, (0,), 0.0))
+        rows_weigh = counted / (lax.pmax(unit, pooled) if pooled else unit)
     pixels = math.prod(x.shape[axis] for axis in axes)
 
     def total(values):
-        return jax.ops.segment_sum(jnp.mean(values, axes) if axes else values, ids, number + 1)
+        sums = jax.ops.segment_sum(jnp.mean(values, axes) if axes else values, ids, number + 1)
+        return lax.psum(sums, pooled) if pooled else sums
 
     def of_each(values):
         return jnp.expand_dims(values[ids], axes)
@@ -291,6 +313,7 @@ def _measure(x, ids, number, weights, axes=()):
     mean = mean + rest
     counted = there.astype(jnp.int32) if weights is None else counted
     number_of_rows = jax.ops.segment_sum(counted, ids, number + 1) * pixels
+    number_of_rows = lax.psum(number_of_rows, pooled) if pooled else number_of_rows
     count = jnp.broadcast_to(
         jnp.expand_dims(number_of_rows, tuple(range(1, mean.ndim))), mean.shape
     )

@@ -133,12 +133,14 @@ MUTATIONS = [
     Mutation("recalibrate: frozen layers too", "recalibrate.py", "isinstance(module, RunningNormalizer) and not module.freeze_stats", "isinstance(module, RunningNormalizer)", "test_population.py -k frozen"),
     # In and out.
     Mutation("fold: nn.jit remembers the listener", "intercept.py", "with _listener(interceptor), linen", "with linen", "test_folding.py -k jit"),
-    Mutation("fold: a kernel read elsewhere", "interop/graph.py", "uses(jaxpr, jaxpr.invars[place]) <= 1", "uses(jaxpr, jaxpr.invars[place]) <= 9", "test_folding.py -k not_one_affine"),
+    Mutation("fold: a kernel read elsewhere", "interop/graph.py", "path, times=1)", "path, times=9)", "test_folding.py -k not_one_affine"),
     Mutation("torch: a transposed kernel not turned", "interop/pytorch.py", "turned = tuple(range(rank - 2)) if transposed else ()", "turned = ()", "test_interop.py -k transposed or keras"),
     Mutation("report: what is unused passes", "interop/pairing.py", "if strict and (report.missing or report.unused or report.mismatched)", "if strict and (report.missing or report.mismatched)", "test_interop.py -k reported"),
     Mutation("fold: the mean forgotten", "interop/folding.py", " - factor * mean.astype(dtype)", "", "test_folding.py -k affine"),
     Mutation("fold: groups in another order", "interop/folding.py", "jnp.repeat(row.reshape(groups, size), width, axis=0)", "jnp.tile(row.reshape(groups, size), (width, 1))", "test_folding.py -k kernels"),
-    Mutation("fold: through a padding of zeros", "interop/models.py", "padding in _OF_THE_INPUT if isinstance(padding, str) else", "True if isinstance(padding, str) else", "test_folding.py -k a_model_of"),
+    Mutation("fold: a kernel changed on the way", "interop/graph.py", "set(owners) == {path} and number", "number", "test_baking.py -k whatever"),
+    Mutation("bake: a kernel read elsewhere", "interop/models.py", "or number > owners[layer]", "", "test_baking.py -k whatever"),
+    Mutation("fold: through a padding of zeros", "interop/marking.py", "padding in _OF_THE_INPUT if isinstance(padding, str) else", "True if isinstance(padding, str) else", "test_folding.py -k a_model_of"),
     Mutation("fold: what is used elsewhere too", "interop/graph.py", "made.get(source) if used[source] == 1 else None", "made.get(source)", "test_folding.py -k a_model_of"),
     # Sample weights.
     Mutation("weights read as a mask", "measure.py", "return times(x, jnp.where(there(mask), mask, 0))", "return x", "test_sample_weights.py -k average or merge"),

@@ -1,5 +1,6 @@
 """Weights that are normalized at each call, made plain for inference: the same outputs, no norm."""
 
+import flax.linen
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -56,29 +57,37 @@ def test_wrapped_layers_of_linen_become_plain_and_take_the_norm(wrapper, options
     assert "divide" not in program
 
 
-def test_a_wrapper_of_a_wrapper_around_a_network():
-    class Inner(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = nn.tanh(nn.Dense(4)(x))
-            return normax.linen.WeightStandardization(nn.Dense(4))(x)
+class Deep(nn.Module):
+    """A wrapper of a wrapper, one around a network, one that is called twice."""
 
+    @nn.compact
+    def __call__(self, x):
+        inner = normax.linen.WeightStandardization(nn.Dense(3, name="dense"), name="inner")
+        x = nn.tanh(normax.linen.WeightNorm(inner, name="outer")(x))
+        x = normax.linen.WeightNorm(Block(), name="around")(x, scale=2.0)
+        twice = normax.linen.WeightNorm(nn.Dense(3, name="again"), name="twice")
+        return twice(nn.tanh(twice(x)))
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, scale=1.0):
+        return scale * nn.Dense(3)(x)
+
+
+@pytest.mark.parametrize("transformation", [lambda kind: kind, nn.remat, nn.jit])
+def test_wrappers_within_wrappers_and_transformations(transformation):
     class Outer(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return normax.linen.WeightNorm(nn.remat(Inner)(), name="outer")(x) + nn.Dense(4)(x)
+            return transformation(Deep)(name="deep")(x)
 
-    model = nn.jit(Outer)()
+    model = Outer()
     variables = randomized(model.init(KEY, X))
     apply, new, folded, left = interop.fold_linen(model, variables, X)
-    assert [wrapper.rpartition("/")[2] for wrapper, _ in folded] == [
-        "outer",
-        "WeightStandardization_0",
-    ]
-    assert left == ()
-    assert not [path for path, _ in jax.tree.leaves_with_path(new) if "/" in str(path[-1])]
+    assert {wrapper.removeprefix("deep/") for wrapper, _ in folded} == {"outer", "inner", "twice"}
+    assert [path for path, _ in left] == ["deep/around"]
     np.testing.assert_allclose(apply(new, X), model.apply(variables, X), rtol=1e-5, atol=1e-6)
-    assert "sqrt" not in text(apply, new, X)
 
 
 class OwnWeightNorm(normax.linen.WeightNorm):
@@ -120,10 +129,67 @@ def test_flax_s_weight_norm_takes_no_weights_out():
     np.testing.assert_array_equal(apply(new, X), model.apply(variables, X))
 
 
+def doubled(params):
+    return jax.tree.map(lambda value: 2 * jnp.tanh(value), params)
+
+
+class Hard(nn.Module):
+    """What reads or changes the weights behind a layer's back, or can only be traced in pieces."""
+
+    way: str
+
+    @nn.compact
+    def __call__(self, x):
+        norm = normax.linen.BatchNorm(True, name="norm")
+        layer = nn.Dense(3, name="dense")
+        wrapped = normax.linen.WeightNorm(layer, name="wrapper")
+        if self.way == "outside":
+            mapped = nn.map_variables(
+                lambda module, x: module(x), "params", doubled, init=self.is_initializing()
+            )
+            return norm(mapped(wrapped, x))
+        if self.way == "layer":
+            mapped = nn.map_variables(nn.Dense, "params", doubled, init=self.is_initializing())
+            return norm(mapped(3, name="mapped")(x))
+        if self.way == "tied":
+            return norm(wrapped(x)) @ layer.variables["params"]["kernel"].T
+        if self.way == "promoted":
+            return norm(nn.Dense(3, promote_dtype=rounded)(x))
+        if self.way == "cond" and not self.is_initializing():
+            return nn.cond(x.sum() > 0, lambda m, x: m(x), lambda m, x: -m(x), wrapped, x)
+        if self.way == "reads" and not self.is_initializing():
+            wrapped(x)
+            scale = self.variables["params"]["wrapper"]["dense/kernel/scale"]
+            return norm(wrapped(x)) * scale.sum()
+        if self.way == "dilated":
+            return norm(nn.Conv(3, (3,), input_dilation=2, padding=[(1, 1)])(x[None]))
+        if self.way == "keyword":
+            norm = normax.linen.BatchNorm(name="other")
+            return norm(use_running_average=True, x=layer(inputs=x))
+        return norm(wrapped(x))
+
+
+def rounded(*args, dtype=None, **options):
+    first, *others = flax.linen.dtypes.promote_dtype(*args, dtype=dtype, **options)
+    return [first, *(None if other is None else jnp.tanh(other) for other in others)]
+
+
+HARD = ["outside", "layer", "tied", "promoted", "cond", "reads", "dilated", "keyword"]
+
+
+@pytest.mark.parametrize("way", HARD)
+def test_outputs_are_equal_whatever_is_folded(way):
+    model = Hard(way)
+    variables = randomized(model.init(KEY, X))
+    apply, new, folded, left = interop.fold_linen(model, variables, X)
+    np.testing.assert_allclose(apply(new, X), model.apply(variables, X), rtol=1e-5, atol=1e-5)
+    assert bool(folded) == (way in ("dilated", "keyword")), left
+
+
 @pytest.mark.parametrize(
     ("way", "left"),
     [
-        ("own", {"wrapper": "it is of a class of its own"}),
+        ("own", {"wrapper": "it is of a class of its own, or around more than a layer"}),
         ("scanned", {"steps/wrapper": "its variables are stacked"}),
         ("broadcast", {"steps/wrapper": "its weights are out of reach"}),
         ("shared", {"wrapper": "its layer is used without it too"}),
@@ -201,7 +267,7 @@ class OddModel(nnx.Module):
 @pytest.mark.parametrize(
     ("way", "left"),
     [
-        ("Flax's", {"wrapper": "it is of another class"}),
+        ("Flax's", {"wrapper": "it is of a class of its own, or around more than a layer"}),
         ("shared", {"wrapper": "its layer is used without it too"}),
         ("idle", {"wrapper": "it is not called"}),
     ],
@@ -211,6 +277,85 @@ def test_what_is_not_one_weight_of_one_layer_of_nnx_is_left(way, left):
     new, _, folded, found = interop.fold_nnx(model, X)
     assert folded == ()
     assert dict(found) == left
+    model.eval()
+    np.testing.assert_allclose(new(X), model(X), rtol=1e-6)
+
+
+class HardModel(nnx.Module):
+    def __init__(self, way, rngs):
+        self.way = way
+        options = {"promote_dtype": rounded_nnx} if way == "promoted" else {}
+        self.layer = nnx.Linear(3, 3, **options, rngs=rngs)
+        self.wrapper = normax.nnx.WeightNorm(nnx.Linear(3, 3, rngs=rngs), rngs=rngs)
+        self.norm = normax.nnx.BatchNorm(3, rngs=rngs)
+
+    def __call__(self, x):
+        if self.way == "changed":
+            layer = nnx.clone(self.layer)
+            layer.kernel[...] = jnp.tanh(layer.kernel[...])
+            return self.norm(layer(x))
+        if self.way == "tied":
+            return self.norm(self.wrapper(x)) @ self.wrapper.layer_instance.kernel[...].T
+        if self.way == "reads":
+            return self.norm(self.wrapper(x)) * self.wrapper.scales["kernel",][...].sum()
+        if self.way == "number":
+            return self.norm(self.layer(x)) * self.norm.momentum
+        return self.norm(self.layer(x))
+
+
+def rounded_nnx(args, dtype=None, **options):
+    return rounded(*args, dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("way", ["changed", "tied", "reads", "number", "promoted"])
+def test_outputs_are_equal_whatever_is_folded_of_nnx(way):
+    model = HardModel(way, nnx.Rngs(0))
+    model.norm.mean[...] += 2
+    new, _, folded, _ = interop.fold_nnx(model, X)
+    model.eval()
+    np.testing.assert_allclose(new(X), model(X), rtol=1e-5, atol=1e-5)
+    assert bool(folded) == (way == "number")
+
+
+class Root(normax.nnx.WeightNorm):
+    def __call__(self, x):
+        return nnx.relu(super().__call__(x))
+
+
+@pytest.mark.parametrize("kind", [Root, normax.nnx.WeightNorm])
+def test_a_wrapper_that_is_the_model(kind):
+    rngs = nnx.Rngs(0)
+    inside = nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), normax.nnx.BatchNorm(3, rngs=rngs))
+    model = kind(inside, rngs=rngs)
+    inside.layers[1].mean[...] += 2
+    new, _, folded, left = interop.fold_nnx(model, X)
+    model.eval()
+    assert folded == ()
+    assert [path for path, _ in left] == [""]
+    np.testing.assert_allclose(new(X), model(X), rtol=1e-6)
+    plain = normax.nnx.WeightNorm(nnx.Linear(3, 3, rngs=rngs), rngs=rngs)
+    new, _, folded, left = interop.fold_nnx(plain, X)
+    assert (folded, left) == ((("", "layer_instance"),), ())
+    np.testing.assert_allclose(new(X), plain(X), rtol=1e-6)
+
+
+def test_stacked_norms_of_nnx_are_left():
+    class Stack(nnx.Module):
+        def __init__(self, rngs):
+            def block(rngs):
+                norm = normax.nnx.BatchNorm(3, rngs=rngs)
+                return nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), norm)
+
+            self.blocks = nnx.vmap(block)(rngs.split(2))
+
+        def __call__(self, x):
+            return nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+                x, self.blocks
+            )
+
+    model = Stack(nnx.Rngs(0))
+    new, _, folded, left = interop.fold_nnx(model, X)
+    assert (folded, [why for _, why in left]) == ((), ["its variables are stacked"])
     model.eval()
     np.testing.assert_allclose(new(X), model(X), rtol=1e-6)
 

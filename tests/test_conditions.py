@@ -440,3 +440,51 @@ def test_running_instance_norm_leaves_out_examples_with_nothing_valid():
             np.testing.assert_allclose(leaf, other, rtol=1e-6)
     nothing = run(x, jnp.zeros((1, 1, 1, 1), bool))
     jax.tree.map(np.testing.assert_array_equal, nothing, stats)
+
+
+def test_domains_and_segments_of_weighted_rows_over_devices_are_those_of_all():
+    x = jax.random.normal(KEY, (16, 3, 2)) + 100
+    ids = jnp.arange(16) * 7 % 5  # of 4 domains, the fifth absent
+    weights = jnp.arange(16.0) % 3
+    scale = jnp.array([1.0, 2.0])
+    stats = normax.RunningStats.create((4, 2))
+    devices = lambda array: array.reshape(4, 4, *array.shape[1:])
+
+    def domains(x, ids, weights, **options):
+        return normax.domain_batch_norm(
+            x, stats, ids, scale, use_running_average=False, weights=weights, **options
+        )
+
+    def energy(x, ids, weights, **options):
+        y, new = domains(x, ids, weights, **options)
+        return jnp.sum(jnp.sin(y)), (y, new)
+
+    def over_devices(x, ids, weights):
+        return jax.vmap(functools.partial(energy, axis_name="i"), axis_name="i")(x, ids, weights)
+
+    _, (y, new) = energy(x, ids, weights)
+    for domain in range(4):
+        rows = np.asarray(ids == domain) & np.asarray(weights > 0)
+        values, times = np.asarray(x, float)[rows], np.asarray(weights, float)[rows]
+        mean = np.average(values.mean(1), axis=0, weights=times)
+        var = np.average(((values - mean) ** 2).mean(1), axis=0, weights=times)
+        np.testing.assert_allclose(new.mean[domain], 0.01 * mean, rtol=1e-5)
+        expected = (values - mean) / np.sqrt(var + 1e-5) * np.asarray(scale)
+        np.testing.assert_allclose(y[rows], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(y[weights == 0], 0)
+    args = [devices(array) for array in (x, ids, weights)]
+    _, (split, state) = over_devices(*args)
+    np.testing.assert_allclose(split.reshape(y.shape), y, rtol=1e-4, atol=1e-5)
+    for leaf, whole in zip(state, new, strict=True):
+        np.testing.assert_allclose(leaf[0], whole, rtol=1e-5)
+    slope = jax.grad(lambda x: energy(x, ids, weights)[0])(x)
+    parts = jax.jit(jax.grad(lambda x: over_devices(x, *args[1:])[0].sum()))(args[0])
+    np.testing.assert_allclose(parts.reshape(x.shape), slope, rtol=1e-3, atol=1e-4)
+    m = normax.segment_moments(x, ids, 4, weights=weights)
+    pooled = jax.vmap(
+        lambda x, i, w: normax.segment_moments(x, i, 4, weights=w, axis_name="i"), axis_name="i"
+    )(*args)
+    for leaf, whole in zip(pooled, m, strict=True):
+        np.testing.assert_allclose(leaf[1], whole, rtol=1e-5)
+    with pytest.raises(ValueError, match="segment_norm: expected axis_name"):
+        normax.segment_norm(x, ids, 4, axis_name="nowhere")

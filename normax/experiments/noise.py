@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 import normax
+import normax.linen
 from normax import theory, train
 from normax.experiments import compare, data, study
 from normax.experiments.laws import LAWS
@@ -93,12 +94,12 @@ def in_a_network(options, sizes, key, check):
     kurtosis, skewness = (np.concatenate(values) for values in zip(*shapes, strict=True))
     for size in sizes:
         batches = max(2**19 // size // (16 if options.quick else 1), 256)
-        found = None
+        parts = []
         for x in layers:
             xhat = normax.normalize_batch(x, epsilon=0.0)[0]
-            part = normax.moments(_noise_of_drawn(key, xhat, size, batches), (0, 1))
-            found = part if found is None else normax.merge(found, part)
+            parts.append(normax.moments(_noise_of_drawn(key, xhat, size, batches), (0, 1)))
             check()
+        found = functools.reduce(normax.merge, parts)
         yield {
             "inputs": LAYERS,
             "batch_size": size,

@@ -5,20 +5,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 from flax.core.scope import union_filters
 
 import normax.linen
 import normax.nnx
 from normax.intercept import intercepted
+from normax.interop.marking import LINEN_LAYERS, NNX_LAYERS
 
 _NAMES = ("WeightNorm", "SpectralNorm", "CenteredWeightNorm")
 _NAMES += ("WeightStandardization", "ScaledWeightStandardization")
 LINEN_WRAPPERS = (linen.WeightNorm, linen.SpectralNorm)
 LINEN_WRAPPERS += tuple(getattr(normax.linen, name) for name in _NAMES)
+SPECTRAL = (linen.SpectralNorm, normax.linen.SpectralNorm)
 # Flax's write into their layer, or their scale is not the weight's length: they stay.
 OUR_NNX_WRAPPERS = tuple(getattr(normax.nnx, name) for name in _NAMES)
 NNX_WRAPPERS = (nnx.WeightNorm, nnx.SpectralNorm, *OUR_NNX_WRAPPERS)
+_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 # The collection that takes the weights out of a model, out of what it compiles or remats too.
 _WEIGHTS = "weights in use"
 
@@ -34,42 +38,51 @@ class Baked(NamedTuple):
 
     variables: Any
     layers: dict[str, str]
-    left: tuple[tuple[str, str], ...]
+    left: dict[str, str]
 
 
-def bake_linen(model: linen.Module, variables: Any, *args: Any, **kwargs: Any) -> Baked:
-    """Returns a linen model's weights as its wrappers compute them at inference."""
+def bake_linen(
+    model: linen.Module, variables: Any, stay: Mapping[str, str], *args: Any, **kwargs: Any
+) -> Baked:
+    """Returns a linen model's weights as its wrappers compute them at inference.
+
+    Args:
+      model: the model.
+      variables: its variables.
+      stay: wrappers that are to stay, each with the reason.
+      *args: what the model is called with.
+      **kwargs: likewise.
+    """
     layers: dict[str, str] = {}
-    wrappers_of: dict[str, tuple[str, ...]] = {}  # around each module with parameters
-    why_not: dict[str, str] = {}
+    wrappers_of: dict[str, tuple[str, ...]] = {}  # around each layer
+    why_not = dict(stay)
     around: list[str] = []
 
     def look(call, args, kwargs, context):
         module, path = context.module, "/".join(context.module.path)
-        wraps = isinstance(module, LINEN_WRAPPERS)
-        if context.method_name == "setup" or (wraps and context.method_name != "__call__"):
+        if context.method_name != "__call__":
             return call(*args, **kwargs)
-        if wraps:
-            layers[path] = "/".join(module.layer_instance.path)
-            if type(module) not in LINEN_WRAPPERS:
-                why_not[path] = "it is of a class of its own"
+        if isinstance(module, LINEN_WRAPPERS):
+            layers[path] = "/".join(_inmost(module).path)
+            if not _is_around_a_layer(module, LINEN_WRAPPERS, LINEN_LAYERS):
+                why_not[path] = "it is of a class of its own, or around more than a layer"
             around.append(path)
             out = call(*args, **kwargs)
             around.pop()
             return out
         here = tuple(around)
         own = module.variables.get("params", {})
-        own = {name: value for name, value in own.items() if not isinstance(value, Mapping)}
-        if own and wrappers_of.setdefault(path, here) != here:
+        if wrappers_of.setdefault(path, here) != here:
             shared = dict.fromkeys(here + wrappers_of[path], "its layer is used without it too")
             why_not.update(shared)
-        elif here and _shapes(own, own) != _shapes(at(variables, f"params/{path}"), own):
-            why_not.update(dict.fromkeys(here, "its variables are stacked"))
-        elif here and own and not module.is_mutable_collection(_WEIGHTS):
-            why_not.update(dict.fromkeys(here, "its weights are out of reach"))
-        elif here:
-            for name, value in own.items():
-                module.put_variable(_WEIGHTS, name, value)
+        elif here and type(module) in LINEN_LAYERS:
+            if _shapes(own) != _shapes(at(variables, f"params/{path}") or {}):
+                why_not.update(dict.fromkeys(here, "its variables are stacked"))
+            elif not module.is_mutable_collection(_WEIGHTS):
+                why_not.update(dict.fromkeys(here, "its weights are out of reach"))
+            else:
+                for name, value in own.items():
+                    module.put_variable(_WEIGHTS, name, value)
         return call(*args, **kwargs)
 
     def apply(variables, *args, mutable=False, **kwargs):
@@ -87,17 +100,23 @@ def bake_linen(model: linen.Module, variables: Any, *args: Any, **kwargs: Any) -
             reasons = [why_not[path] for path in here if path in why_not]
             why_not.update({path: reason for reason in reasons[:1] for path in here})
     layers = {path: layer for path, layer in layers.items() if path not in why_not}
-    for path, here in wrappers_of.items():
-        if here and not why_not.keys() & set(here):
-            used = at(weights, path)
-            variables = edited(variables, f"params/{path}", lambda own, used=used: {**own, **used})
+    for layer in set(layers.values()):
+        used = at(weights, layer)
+        variables = edited(variables, f"params/{layer}", lambda own, used=used: {**own, **used})
     for path in layers:  # what is a wrapper's own is named by a path in its layer
         variables = {name: edited(part, path, _without_paths) for name, part in variables.items()}
-    return Baked(variables, layers, tuple(why_not.items()))
+    return Baked(variables, layers, why_not)
 
 
-def bake_nnx(model: nnx.Module, *args: Any, **kwargs: Any) -> Baked:
-    """Gives an nnx model's layers their weights as the wrappers compute them; the model changes."""
+def bake_nnx(model: nnx.Module, stay: Mapping[str, str], *args: Any, **kwargs: Any) -> Baked:
+    """Gives an nnx model's layers their weights as the wrappers compute them; the model changes.
+
+    Args:
+      model: the model.
+      stay: wrappers that are to stay, each with the reason.
+      *args: what the model is called with.
+      **kwargs: likewise.
+    """
     found: dict[str, Any] = {"/".join(map(str, p)): m for p, m in nnx.iter_modules(model)}
     found = {path: module for path, module in found.items() if isinstance(module, NNX_WRAPPERS)}
     found = {path: m for path, m in found.items() if not getattr(m, "is_plain", False)}
@@ -111,19 +130,47 @@ def bake_nnx(model: nnx.Module, *args: Any, **kwargs: Any) -> Baked:
         lambda state, *args, **kwargs: nnx.merge(graph, state)(*args, **kwargs), args, kwargs
     )
     jax.eval_shape(traced, state, arrays)
-    for path, module in found.items():
-        if _is_shared(model, module):
-            why_not[path] = "its layer is used without it too"
     left = {path: "it is not called" if why is None else why for path, why in why_not.items()}
-    left = {path: why for path, why in left.items() if why}
+    left = {path: why for path, why in left.items() if why} | dict(stay)
+    for path, module in found.items():
+        if not _is_around_a_layer(module, OUR_NNX_WRAPPERS, NNX_LAYERS):
+            left[path] = "it is of a class of its own, or around more than a layer"
+        elif _is_shared(model, module):
+            left[path] = "its layer is used without it too"
     for path in found:
-        inside = [p for p in found if p.startswith(f"{path}/")]
-        reasons = [left[p] for p in (path, *inside) if p in left]
-        left.update({p: reason for reason in reasons[:1] for p in (path, *inside)})
-    layers = {path: f"{path}/layer_instance" for path in found if path not in left}
+        nested = [p for p in found if is_within(p, path)]
+        reasons = [left[p] for p in nested if p in left]
+        left.update({p: reason for reason in reasons[:1] for p in nested})
+    kept = {path: module for path, module in found.items() if path not in left}
+    layers = {path: path + "/layer_instance" * _depth(module) for path, module in kept.items()}
     for path in sorted(layers, key=len):  # the outer of two is the first to change a weight
         found[path].bake()
-    return Baked(None, layers, tuple(left.items()))
+    return Baked(None, {path: layer.lstrip("/") for path, layer in layers.items()}, left)
+
+
+def is_within(path: str, outer: str) -> bool:
+    """Returns whether a path is another, or below it."""
+    return outer in ("", path) or path.startswith(f"{outer}/")
+
+
+def _inmost(module):
+    """Returns the layer of a wrapper, or of the wrapper that it is around."""
+    while isinstance(module, LINEN_WRAPPERS + NNX_WRAPPERS):
+        module = module.layer_instance
+    return module
+
+
+def _depth(module):
+    """Returns how many wrappers there are around a layer, the outermost given."""
+    inner = getattr(module, "layer_instance", None)
+    return 0 if inner is None else 1 + _depth(inner)
+
+
+def _is_around_a_layer(module, wrappers, layers):
+    """Returns whether a wrapper, and those that it is around, are ones of a layer that is known."""
+    while type(module) in wrappers:
+        module = module.layer_instance
+    return type(module) in layers
 
 
 def _looking(kind, original, path, why_not):
@@ -161,16 +208,16 @@ def with_arrays(apply: Any, args: Any, kwargs: Any) -> tuple[Any, list]:
 
     def traced(variables, arrays):
         queue = iter(arrays)
-        filled = [next(queue) if hasattr(leaf, "dtype") else leaf for leaf in leaves]
+        filled = [next(queue) if isinstance(leaf, _ARRAYS) else leaf for leaf in leaves]
         args, kwargs = jax.tree.unflatten(structure, filled)
         return apply(variables, *args, **kwargs)
 
-    return traced, [leaf for leaf in leaves if hasattr(leaf, "dtype")]
+    return traced, [leaf for leaf in leaves if isinstance(leaf, _ARRAYS)]
 
 
-def _shapes(tree, names):
-    """Returns the shapes of some entries."""
-    return {name: jnp.shape(value) for name, value in (tree or {}).items() if name in names}
+def _shapes(tree):
+    """Returns the shapes of the entries of a dict."""
+    return {name: jnp.shape(value) for name, value in tree.items()}
 
 
 def _without_paths(own):

@@ -10,7 +10,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
-_MARKS = ("enter", "leave", "norm")
+_MARKS = ("enter", "leave", "norm", "own")
 
 
 @dataclasses.dataclass
@@ -39,7 +39,14 @@ class Site(NamedTuple):
 
 
 def marked(word: str, path: str, x: jax.Array) -> jax.Array:
-    """Returns `x`, marked in the graph as what enters or leaves a layer, or goes through a norm."""
+    """Returns `x`, marked in the graph.
+
+    Args:
+      word: "enter" or "leave" a layer, go through a "norm"; or be a module's "own", where what is
+        returned need not be used.
+      path: of the module.
+      x: what is marked.
+    """
     return checkpoint_name(x, f"{word} {path}")
 
 
@@ -64,7 +71,7 @@ def plan(
             path in seen
             and not seen[path].why_not
             and times["enter", path] == times["leave", path] == 1
-            and all(uses(jaxpr, jaxpr.invars[place]) <= 1 for place in own[path])
+            and belongs(jaxpr, own[path], path, times=1)
         )
 
     sites, left, taken = [], [], set()
@@ -75,7 +82,7 @@ def plan(
             left.append((path, seen[path].why_not))
         elif times["norm", path] != 1:
             left.append((path, "it is called more than once"))
-        elif any(uses(jaxpr, jaxpr.invars[place]) for place in own[path]):
+        elif not belongs(jaxpr, own[path], path, times=0):
             left.append((path, "its variables are used elsewhere"))
         elif word == "leave" and is_free(layer):
             sites.append(Site(path, layer, is_behind=False))
@@ -93,28 +100,46 @@ def plan(
     return sorted(sites, key=lambda site: not site.is_behind), tuple(left)
 
 
-def uses(jaxpr: core.Jaxpr, variable: core.Var, outputs: Sequence[float] | None = None) -> float:
-    """Returns how often a graph reads a variable; inf where that cannot be told.
+def belongs(jaxpr: core.Jaxpr, places: Sequence[int], path: str, times: float) -> bool:
+    """Returns whether some inputs are a module's own, unchanged, and read so often at most."""
+    found = [readers(jaxpr, jaxpr.invars[place]) for place in places]
+    return all(set(owners) == {path} and number <= times for number, owners in found)
+
+
+def readers(
+    jaxpr: core.Jaxpr, variable: core.Var, outputs: Sequence[float] | None = None
+) -> tuple[float, Counter[str]]:
+    """Returns how often a graph reads a variable, and how often which module has it as its own.
 
     Args:
       jaxpr: the graph.
       variable: one of its variables.
       outputs: how often each of its outputs is read; None is once.
+
+    Returns:
+      The number of times it is read, inf where that cannot be told, other than by marks; and how
+      often it is marked as a module's own, unchanged.
     """
     outputs = [1.0] * len(jaxpr.outvars) if outputs is None else outputs
     number = sum(n for out, n in zip(jaxpr.outvars, outputs, strict=True) if out is variable)
+    owners: Counter[str] = Counter()
     for eqn in jaxpr.eqns:
         places = [i for i, v in enumerate(eqn.invars) if v is variable]
-        inner = list(_inner(eqn))
-        if not places or not inner:
+        inner, mark = list(_inner(eqn)), _mark(eqn)
+        if places and mark and mark[0] == "own":
+            owners[mark[1]] += 1
+        elif not places or not inner:
             number += len(places)
         elif len(inner) == 1 and _fits(inner[0], eqn):
             # nnx gives back the state of a compiled part, whether it changed or not.
-            read = [uses(jaxpr, out, outputs) for out in eqn.outvars]
-            number += sum(uses(inner[0], inner[0].invars[i], read) for i in places)
+            read = [readers(jaxpr, out, outputs)[0] for out in eqn.outvars]
+            for i in places:
+                times, marks = readers(inner[0], inner[0].invars[i], read)
+                number += times
+                owners += marks
         else:
             number = math.inf
-    return number
+    return number, owners
 
 
 def _fits(inner, eqn):
@@ -133,7 +158,7 @@ def _marks(jaxpr: core.Jaxpr) -> Iterator[tuple]:
         v for eqn in jaxpr.eqns for v in eqn.invars if isinstance(v, core.Var)
     )
     used.update(v for v in jaxpr.outvars if isinstance(v, core.Var))
-    found = [(mark, eqn) for eqn in jaxpr.eqns if (mark := _mark(eqn))]
+    found = [(mark, eqn) for eqn in jaxpr.eqns if (mark := _mark(eqn)) and mark[0] != "own"]
     for mark, eqn in found:
         made[eqn.outvars[0]] = mark
         taken[eqn.invars[0]] = mark

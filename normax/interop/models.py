@@ -6,34 +6,48 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-import normax.linen
 import normax.nnx
 from normax import axes as ax
 from normax.intercept import intercepted
 from normax.interop.baking import (
     LINEN_WRAPPERS,
+    NNX_WRAPPERS,
+    SPECTRAL,
+    Baked,
     at,
     bake_linen,
     bake_nnx,
     edited,
+    is_within,
     with_arrays,
 )
 from normax.interop.folding import affine_of, fold_into_next, fold_into_previous
-from normax.interop.graph import Seen, marked, plan
+from normax.interop.graph import Seen, core, plan, readers
+from normax.interop.marking import LINEN_NORMS, inputs, is_known, marked_call, marking
 from normax.moments import RunningStats
 from normax.regularize import names_of
 
-# A class that extends one of these may compute something else.
-LINEN_NORMS = (linen.BatchNorm, normax.linen.BatchNorm)
-LINEN_LAYERS = (linen.Dense, linen.Conv, linen.ConvTranspose)
-NNX_NORMS = (nnx.BatchNorm, normax.nnx.BatchNorm)
-NNX_LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
-# What a layer multiplies by unless it is told otherwise, which need not be linear.
-_PRODUCTS = (None, jax.lax.dot_general, jax.lax.conv_general_dilated)
-_PRODUCT_OPTIONS = ("dot_general", "conv_general_dilated")
-_PRODUCT_OPTIONS += tuple(f"{name}_cls" for name in _PRODUCT_OPTIONS)
-# Paddings that bring in no zeros.
-_OF_THE_INPUT = ("VALID", "CIRCULAR", "REFLECT")
+OUT_OF_REACH = "its weights are out of reach"
+
+
+class Looked(NamedTuple):
+    """A model as it was seen.
+
+    Attributes:
+      baked: it without the wrappers of its weights.
+      jaxpr: its graph, with marks.
+      own: by path, at which place of the graph's inputs each variable of a norm or layer is.
+      seen: its norms and layers by path.
+      modules: these themselves.
+      wrappers: paths of those wrappers of linen that were called.
+    """
+
+    baked: Baked
+    jaxpr: core.Jaxpr
+    own: dict[str, list[int]]
+    seen: dict[str, Seen]
+    modules: dict[str, Any]
+    wrappers: set[str]
 
 
 class Folded(NamedTuple):
@@ -91,38 +105,16 @@ def fold_linen(model: linen.Module, variables: Any, *args: Any, **kwargs: Any) -
       >>> bool(jnp.allclose(apply(new, x), model.apply(variables, x), atol=1e-5))
       True
     """
-    variables, baked, unbaked = bake_linen(model, linen.meta.unbox(variables), *args, **kwargs)
+    plain = linen.meta.unbox(variables)
+
+    def look(stay):
+        baked = Baked(plain, {}, {})
+        if stay is not None:
+            baked = bake_linen(model, plain, stay, *args, **kwargs)
+        return _look_linen(model, baked, args, kwargs)
+
+    (variables, baked, _), jaxpr, own, seen, modules, wrappers = found = _sound(look)
     params, batch_stats = variables.get("params", {}), variables.get("batch_stats", {})
-    modules: dict[str, linen.Module] = {}
-    seen: dict[str, Seen] = {}
-    around: list[linen.Module] = []
-
-    def mark(call, args, kwargs, context):
-        module, path = context.module, "/".join(context.module.path)
-        if path in baked:
-            return _call_layer(call, args, kwargs, context)
-        if isinstance(module, LINEN_WRAPPERS):
-            around.append(module)
-            out = call(*args, **kwargs)
-            around.pop()
-            return out
-        if context.method_name != "__call__" or around or not _is_known(module):
-            return call(*args, **kwargs)
-        modules[path] = module.clone(parent=None)
-        inside = jax.tree.map(jnp.shape, dict(module.variables))
-        outside = {"params": at(params, path), "batch_stats": at(batch_stats, path)}
-        outside = {name: part for name, part in outside.items() if part}
-        stacked = inside != jax.tree.map(jnp.shape, outside)
-        if isinstance(module, LINEN_NORMS) and not outside.get("batch_stats"):
-            return call(*args, **kwargs)  # which says what is missing
-        return _marked_call(call, module, type(module), path, seen, stacked, args, kwargs)
-
-    def apply_marked(variables, *args, **kwargs):
-        with intercepted(mark):
-            return model.apply(variables, *args, **kwargs)
-
-    jaxpr, places = _graph(apply_marked, variables, args, kwargs)
-    own = {path: _places(places, path) for path in seen}
     sites, left = plan(jaxpr, seen, own)
     for site in sites:
         norm, layer = at(params, site.norm) or {}, at(params, site.layer)
@@ -145,7 +137,7 @@ def fold_linen(model: linen.Module, variables: Any, *args: Any, **kwargs: Any) -
         if path in baked:
             return _call_layer(call, args, kwargs, context)
         if context.method_name == "__call__" and path in gone:
-            return _inputs(args, kwargs).astype(seen[path].dtype)
+            return inputs(args, kwargs)[1].astype(seen[path].dtype)
         out = call(*args, **kwargs)
         if context.method_name == "__call__" and path in without_bias:
             bias = module.get_variable("params", "bias").astype(out.dtype)
@@ -157,8 +149,79 @@ def fold_linen(model: linen.Module, variables: Any, *args: Any, **kwargs: Any) -
         with intercepted(skip):
             return model.apply(variables, *args, **kwargs)
 
+    # What Flax's transformations make of a method passes for the model itself.
+    known = wrappers if isinstance(model, LINEN_WRAPPERS) else wrappers - {""}
+    unbaked = dict.fromkeys(sorted(known - set(baked)), OUT_OF_REACH) | found.baked.left
     folded = (*baked.items(), *((site.norm, site.layer) for site in sites))
-    return Folded(apply, new, folded, (*unbaked, *left))
+    return Folded(apply, new, folded, (*unbaked.items(), *left))
+
+
+def _look_linen(model, baked, args, kwargs) -> Looked:
+    """Returns the graph of a model without some wrappers, and its norms and layers."""
+    params, batch_stats = (baked.variables.get(n, {}) for n in ("params", "batch_stats"))
+    modules: dict[str, linen.Module] = {}
+    seen: dict[str, Seen] = {}
+    wrappers: set[str] = set()
+    around: list[linen.Module] = []
+
+    def mark(call, args, kwargs, context):
+        module, path = context.module, "/".join(context.module.path)
+        if path in baked.layers:
+            return _call_layer(call, args, kwargs, context)
+        if isinstance(module, LINEN_WRAPPERS):
+            wrappers.add(path)
+            around.append(module)
+            out = call(*args, **kwargs)
+            around.pop()
+            return out
+        if context.method_name != "__call__" or around or not is_known(module):
+            return call(*args, **kwargs)
+        modules[path] = module.clone(parent=None)
+        inside = jax.tree.map(jnp.shape, dict(module.variables))
+        outside = {"params": at(params, path), "batch_stats": at(batch_stats, path)}
+        outside = {name: part for name, part in outside.items() if part}
+        stacked = inside != jax.tree.map(jnp.shape, outside)
+        if isinstance(module, LINEN_NORMS) and not outside.get("batch_stats"):
+            return call(*args, **kwargs)  # which says what is missing
+        own = jax.tree.leaves(dict(module.variables))
+        return marked_call(call, module, type(module), path, seen, own, stacked, args, kwargs)
+
+    def apply_marked(variables, *args, **kwargs):
+        with intercepted(mark):
+            return model.apply(variables, *args, **kwargs)
+
+    jaxpr, places = _graph(apply_marked, baked.variables, args, kwargs)
+    own = {path: _places(places, path) for path in seen}
+    return Looked(baked, jaxpr, own, seen, modules, wrappers)
+
+
+def _sound(look) -> Looked:
+    """Returns what is seen of a model without those wrappers that nothing is in need of.
+
+    Args:
+      look: function of the wrappers that are to stay, with the reasons; None is all.
+    """
+    stay: dict[str, str] = {}
+    while True:
+        try:
+            found = look(stay)
+        except Exception:  # a model that reads what is not there any more, or is traced in pieces
+            return look(None)  # which raises what the model itself does
+        wrong = [p for p, layer in found.baked.layers.items() if not _is_alone(found, layer)]
+        if not wrong:
+            return found
+        stay |= dict.fromkeys(wrong, "its layer's variables are used elsewhere, or changed")
+
+
+def _is_alone(found, layer):
+    """Returns whether the variables of a layer are its own at each call, and read by it alone."""
+    if layer not in found.seen or not found.own[layer]:
+        return False
+    for place in found.own[layer]:
+        number, owners = readers(found.jaxpr, found.jaxpr.invars[place])
+        if set(owners) != {layer} or number > owners[layer]:
+            return False
+    return True
 
 
 def _identity(self, x, *args, **kwargs):
@@ -209,13 +272,43 @@ def fold_nnx(model: nnx.Module, *args: Any, **kwargs: Any) -> Folded:
       >>> folded, left, type(new.layers[1]).__name__
       ((('layers/1', 'layers/0'),), (), 'Identity')
     """
-    new = nnx.clone(model)
-    new.eval()
-    _, baked, unbaked = bake_nnx(new, *args, **kwargs)
-    copy = nnx.clone(new)
-    modules, seen = _foldable(new, unbaked), {}
-    for path, module in _foldable(copy, unbaked).items():
-        module.__class__ = _marking(type(module), path, seen)
+    new = None
+
+    def look(stay):
+        nonlocal new
+        new = nnx.clone(model)
+        new.eval()
+        baked = Baked(None, {}, {})
+        if stay is not None:
+            baked = bake_nnx(new, stay, *args, **kwargs)
+        return _look_nnx(new, baked, args, kwargs)
+
+    (_, baked, unbaked), jaxpr, own, seen, modules, _ = _sound(look)
+    sites, left = plan(jaxpr, seen, own)
+    for site in sites:
+        norm, layer = modules[site.norm], modules[site.layer]
+        stats = norm.mean[...], norm.var[...]
+        affine = (None if v is None else v[...] for v in (norm.scale, norm.bias))
+        bias = None if layer.bias is None else layer.bias[...]
+        folded = _fold((norm, *stats, *affine), (layer, layer.kernel[...], bias), site.is_behind)
+        layer.kernel[...] = folded["kernel"]
+        layer.bias, layer.use_bias = nnx.Param(folded["bias"]), True
+        for name, value in list(vars(norm).items()):
+            if isinstance(value, nnx.Variable):
+                setattr(norm, name, nnx.data(None))
+        norm.__class__ = _IDENTITIES[type(norm)]
+        norm.dtype = seen[site.norm].dtype
+    folded = (*baked.items(), *((site.norm, site.layer) for site in sites))
+    return Folded(new, None, folded, (*unbaked.items(), *left))
+
+
+def _look_nnx(model, baked, args, kwargs) -> Looked:
+    """Returns the graph of a model, and its norms and layers."""
+    copy = nnx.clone(model)
+    modules, seen = _foldable(model), {}
+    for path, module in _foldable(copy).items():
+        shapes = [value.shape for value in jax.tree.leaves(nnx.state(module))]
+        module.__class__ = marking(type(module), path, seen, shapes)
     graph, state = nnx.split(copy)
 
     def apply_marked(state, *args, **kwargs):
@@ -227,115 +320,31 @@ def fold_nnx(model: nnx.Module, *args: Any, **kwargs: Any) -> Folded:
         # What several modules share is in the state once.
         if len(own[path]) < len(jax.tree.leaves(nnx.state(modules[path]))):
             each.why_not = each.why_not or "its variables are shared"
-    sites, left = plan(jaxpr, seen, own)
-    for site in sites:
-        norm, layer = modules[site.norm], modules[site.layer]
-        stats = norm.mean[...], norm.var[...]
-        affine = (None if v is None else v[...] for v in (norm.scale, norm.bias))
-        bias = None if layer.bias is None else layer.bias[...]
-        folded = _fold((norm, *stats, *affine), (layer, layer.kernel[...], bias), site.is_behind)
-        layer.kernel[...] = folded["kernel"]
-        layer.bias, layer.use_bias = nnx.Param(folded["bias"]), True
-        for name in list(vars(norm)):
-            if not name.startswith("_"):
-                delattr(norm, name)
-        norm.__class__ = _IDENTITIES[type(norm)]
-        norm.dtype = seen[site.norm].dtype
-    folded = (*baked.items(), *((site.norm, site.layer) for site in sites))
-    return Folded(new, None, folded, (*unbaked, *left))
+    return Looked(baked, jaxpr, own, seen, modules, set())
 
 
-def _foldable(model: nnx.Module, wrappers: Any) -> dict[str, Any]:
+def _foldable(model: nnx.Module) -> dict[str, Any]:
     """Returns the norms and layers of a model by their path, but for those within wrappers."""
     found = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
-    around = tuple(f"{path}/" for path, _ in wrappers)
+    wrappers = [
+        path
+        for path, module in found.items()
+        if isinstance(module, NNX_WRAPPERS) and not getattr(module, "is_plain", False)
+    ]
     return {
         path: module
         for path, module in found.items()
-        if _is_known(module) and not path.startswith(around)
+        if is_known(module) and not any(is_within(path, wrapper) for wrapper in wrappers)
     }
-
-
-def _marking(kind, path, seen):
-    """Returns a class of nnx that marks in a graph what enters and leaves its only instance."""
-
-    def call(self, *args, **kwargs):
-        def itself(*args, **kwargs):
-            return kind.__call__(self, *args, **kwargs)
-
-        return _marked_call(itself, self, kind, path, seen, False, args, kwargs)
-
-    return type(kind.__name__, (kind,), {"__call__": call})
-
-
-def _is_known(module) -> bool:
-    """Returns whether a module is a norm or layer, or extends one."""
-    kinds = LINEN_NORMS + LINEN_LAYERS + NNX_NORMS + NNX_LAYERS
-    return isinstance(module, kinds) and not hasattr(module, "is_folded")
-
-
-def _marked_call(call, module, kind, path, seen, stacked, args, kwargs):
-    """Calls a norm or layer of a class with marks around it, and notes what it is."""
-    is_norm = isinstance(module, LINEN_NORMS + NNX_NORMS)
-    each = seen.setdefault(path, Seen(is_norm))
-    x = _inputs(args, kwargs)
-    if kind not in LINEN_NORMS + LINEN_LAYERS + NNX_NORMS + NNX_LAYERS:
-        each.why_not = "it is of a class of its own"
-    if any(getattr(module, name, None) not in _PRODUCTS for name in _PRODUCT_OPTIONS):
-        each.why_not = "it multiplies in a way of its own"
-    if stacked:
-        each.why_not = "its variables are stacked"
-    if is_norm:
-        each.why_not = each.why_not or _why_not(module, x, args, kwargs)
-        if each.why_not:
-            return call(*args, **kwargs)
-        each.dtype = jax.eval_shape(lambda: call(*args, **kwargs)).dtype
-        return marked("norm", path, x).astype(each.dtype)
-    each.pads_nothing = _pads_nothing(module)
-    x = marked("enter", path, x)
-    args, kwargs = ((x, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): x})
-    return marked("leave", path, call(*args, **kwargs))
-
-
-def _why_not(norm, x, args, kwargs) -> str:
-    """Returns what keeps a norm, called so, from being one factor and offset for each feature."""
-    mode = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
-    mode = norm.use_running_average if mode is None else mode
-    axes = (norm.axis,) if isinstance(norm.axis, int) else tuple(norm.axis)
-    if not isinstance(mode, bool) or not mode:
-        return "it normalizes by the batch"
-    if kwargs.get("mask") is not None:
-        return "it is given a mask"
-    if [axis % x.ndim for axis in axes] != [x.ndim - 1]:
-        return "its features are not last"
-    return ""
 
 
 def _call_layer(call, args, kwargs, context):
     """Calls the layer of a wrapper of linen that has plain weights now."""
     if context.method_name != "__call__":
         return call(*args, **kwargs)
-    kwargs = {name: value for name, value in kwargs.items() if name != "update_stats"}
+    if isinstance(context.module, SPECTRAL):
+        kwargs = {name: value for name, value in kwargs.items() if name != "update_stats"}
     return context.module.layer_instance(*args, **kwargs)
-
-
-def _inputs(args, kwargs):
-    """Returns what a layer or norm is called on: its first argument."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def _pads_nothing(layer) -> bool:
-    """Returns whether all that a layer sums up is of its input."""
-    if isinstance(layer, linen.Dense | nnx.Linear):
-        return True
-    if isinstance(layer, linen.ConvTranspose | nnx.ConvTranspose) or layer.mask is not None:
-        return False
-    if layer.input_dilation not in (None, 1) and set(layer.input_dilation) != {1}:
-        return False
-    padding = layer.padding
-    return (
-        padding in _OF_THE_INPUT if isinstance(padding, str) else not any(jax.tree.leaves(padding))
-    )
 
 
 def _graph(apply, variables, args, kwargs):

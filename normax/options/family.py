@@ -159,12 +159,14 @@ class DomainBatchNormOptions(RunningNormalizer, Affine):
 
     Args:
       num_domains: how many domains have statistics of their own.
+      axis_name: name, or names, of a mapped axis over which statistics are pooled, by count.
       unbiased: remember the variance times n / (n - 1), as PyTorch does.
     """
 
     _function = staticmethod(domain_batch_norm)
     epsilon: float = 1e-5
     num_domains: int = 2
+    axis_name: Any = None
     unbiased: bool = False
 
     def _stats_shape(self, features):

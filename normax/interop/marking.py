@@ -1,0 +1,131 @@
+"""Norms and layers, marked in the graph of a model where they are called."""
+
+from typing import Any
+
+import jax
+from flax import linen, nnx
+from flax.linen.dtypes import promote_dtype
+from flax.nnx.nn.dtypes import promote_dtype as promote_dtype_of_nnx
+
+import normax.linen
+import normax.nnx
+from normax.interop.graph import Seen, marked
+
+# A class that extends one of these may compute something else.
+LINEN_NORMS = (linen.BatchNorm, normax.linen.BatchNorm)
+LINEN_LAYERS = (linen.Dense, linen.Conv, linen.ConvTranspose)
+NNX_NORMS = (nnx.BatchNorm, normax.nnx.BatchNorm)
+NNX_LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
+# What a layer multiplies by unless it is told otherwise, which need not be linear.
+_PRODUCTS = (None, jax.lax.dot_general, jax.lax.conv_general_dilated)
+_PRODUCT_OPTIONS = ("dot_general", "conv_general_dilated")
+_PRODUCT_OPTIONS += tuple(f"{name}_cls" for name in _PRODUCT_OPTIONS)
+# Paddings that bring in no zeros.
+_OF_THE_INPUT = ("VALID", "CIRCULAR", "REFLECT")
+
+
+# How a layer brings its input and weights to one dtype unless it is told otherwise.
+_PROMOTIONS = (None, promote_dtype, promote_dtype_of_nnx)
+
+
+def is_known(module: Any) -> bool:
+    """Returns whether a module is a norm or layer, or extends one."""
+    kinds = LINEN_NORMS + LINEN_LAYERS + NNX_NORMS + NNX_LAYERS
+    return isinstance(module, kinds) and not hasattr(module, "is_folded")
+
+
+def marking(kind: Any, path: str, seen: dict[str, Seen], shapes: list) -> Any:
+    """Returns a class of nnx that marks in a graph what enters and leaves its only instance."""
+
+    def call(self, *args, **kwargs):
+        def itself(*args, **kwargs):
+            return kind.__call__(self, *args, **kwargs)
+
+        own = jax.tree.leaves(nnx.state(self))
+        stacked = [value.shape for value in own] != shapes
+        return marked_call(itself, self, kind, path, seen, own, stacked, args, kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def marked_call(
+    call: Any,
+    module: Any,
+    kind: Any,
+    path: str,
+    seen: dict[str, Seen],
+    own: list[jax.Array],
+    stacked: bool,
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    """Calls a norm or layer of a class with marks around it, and notes what it is.
+
+    Args:
+      call: what calls it.
+      module: the norm or layer.
+      kind: its class, before it was marked.
+      path: where it is.
+      seen: where to note.
+      own: its variables, as it uses them.
+      stacked: whether those in store are of another shape.
+      args: what it is called with.
+      kwargs: likewise.
+    """
+    is_norm = isinstance(module, LINEN_NORMS + NNX_NORMS)
+    each = seen.setdefault(path, Seen(is_norm))
+    name, x = inputs(args, kwargs)
+    for value in own:
+        marked("own", path, value)
+    if kind not in LINEN_NORMS + LINEN_LAYERS + NNX_NORMS + NNX_LAYERS:
+        each.why_not = "it is of a class of its own"
+    if any(getattr(module, name, None) not in _PRODUCTS for name in _PRODUCT_OPTIONS):
+        each.why_not = "it multiplies in a way of its own"
+    if not is_norm and getattr(module, "promote_dtype", None) not in _PROMOTIONS:
+        each.why_not = "it multiplies in a way of its own"
+    if stacked:
+        each.why_not = "its variables are stacked"
+    if is_norm:
+        each.why_not = each.why_not or _why_not(module, x, args, kwargs)
+        if each.why_not:
+            return call(*args, **kwargs)
+        each.dtype = jax.eval_shape(lambda: call(*args, **kwargs)).dtype
+        return marked("norm", path, x).astype(each.dtype)
+    each.pads_nothing = _pads_nothing(module)
+    x = marked("enter", path, x)
+    args, kwargs = ((x, *args[1:]), kwargs) if args else ((), {**kwargs, name: x})
+    return marked("leave", path, call(*args, **kwargs))
+
+
+def _why_not(norm, x, args, kwargs) -> str:
+    """Returns what keeps a norm, called so, from being one factor and offset for each feature."""
+    mode = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
+    mode = norm.use_running_average if mode is None else mode
+    axes = (norm.axis,) if isinstance(norm.axis, int) else tuple(norm.axis)
+    if not isinstance(mode, bool) or not mode:
+        return "it normalizes by the batch"
+    if kwargs.get("mask") is not None:
+        return "it is given a mask"
+    if [axis % x.ndim for axis in axes] != [x.ndim - 1]:
+        return "its features are not last"
+    return ""
+
+
+def inputs(args: Any, kwargs: Any) -> tuple[str, Any]:
+    """Returns what a layer or norm is called on, its first argument, and how that is called."""
+    name = next((name for name in ("x", "inputs") if name in kwargs), "")
+    return (name, kwargs[name]) if name else ("", args[0])
+
+
+def _pads_nothing(layer) -> bool:
+    """Returns whether all that a layer sums up is of its input."""
+    if isinstance(layer, linen.Dense | nnx.Linear):
+        return True
+    if isinstance(layer, linen.ConvTranspose | nnx.ConvTranspose) or layer.mask is not None:
+        return False
+    if set(jax.tree.leaves(layer.input_dilation)) - {1}:
+        return False
+    padding = layer.padding
+    return (
+        padding in _OF_THE_INPUT if isinstance(padding, str) else not any(jax.tree.leaves(padding))
+    )
