@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of a run is compiling: of the compiler's two ways to write a loop, which newer ones have not,
-# the one that takes half as long. CI runs what is held to the last digits with the other, too.
+# the one that takes half as long. CI holds the last digits to the other, too.
 os.environ["XLA_FLAGS"] = (
     {"0.10.": "--xla_cpu_use_fusion_emitters=false"}.get(version("jaxlib")[:5], "")
     + " --xla_force_host_platform_device_count=8 "
