@@ -26,6 +26,7 @@ from normax.checks import check_ghosts as check_ghosts
 from normax.checks import check_given as check_given
 from normax.checks import check_keys as check_keys
 from normax.checks import check_kind as check_kind
+from normax.checks import check_learned as check_learned
 from normax.checks import check_like as check_like
 from normax.checks import check_limit as check_limit
 from normax.checks import check_loss_scale as check_loss_scale

@@ -215,6 +215,14 @@ def check_takes_mask(name: str, function: Any) -> None:
         raise TypeError(f"{name}: expected no mask, which {function.__name__} does not take")
 
 
+def check_learned(name: str, given: Iterable[str], learned: Iterable[str]) -> None:
+    """Refuses, at a call, what is no parameter of a module."""
+    for label in given:
+        if label not in learned:
+            expected = ", ".join(learned) or "none"
+            raise TypeError(f"{name}: expected a call to give of {expected}, got {label}")
+
+
 def check_structure(name: str, label: str, value: Any, like: Any) -> None:
     """Refuses containers of other types than those of `like`."""
     ours, expected = (jax.tree.structure(tree) for tree in (value, like))

@@ -409,3 +409,37 @@ def test_statistics_carry_sharding_metadata_like_parameters():
     for variable in (norm.mean, norm.var, norm.scale, norm.bias):
         assert variable[...].sharding.spec == spec
         assert variable.get_metadata("out_sharding") == ("features",)
+
+
+SCALED = ["LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm", "FilterResponseNorm"]
+
+
+@pytest.mark.parametrize("name", ["BatchNorm", "BatchRenorm", *SCALED])
+def test_a_call_may_bring_its_own_scale_and_bias(name):
+    x = jax.random.normal(KEY, (4, 5, 32))
+    given = {"scale": jnp.arange(32.0), "bias": jnp.arange(32.0)[::-1]}
+    if name == "RMSNorm":
+        given.pop("bias")
+    mode = {"use_running_average": False} if name.startswith("Batch") else {}
+    layer = getattr(normax.linen, name)(**mode)
+    variables = layer.init(KEY, x)
+    held = {**variables, "params": {**variables["params"], **given}}
+    apply = lambda variables, **given: layer.apply(variables, x, mutable=["batch_stats"], **given)[
+        0
+    ]
+    expected = apply(held)
+    np.testing.assert_array_equal(apply(variables, **given), expected)
+    assert np.abs(apply(variables, scale=None) - expected).max() > 1
+    created = layer.init(KEY, x, **given)
+    assert not set(created.get("params", {})) & set(given)
+    norm = getattr(normax.nnx, name)(32, rngs=nnx.Rngs(0))
+    mode = {"use_running_average": False} if name.startswith("Batch") else {}
+    np.testing.assert_array_equal(norm(x, **mode, **given), expected)
+    bare = getattr(normax.nnx, name)(32, use_scale=False, rngs=nnx.Rngs(0))
+    with_scale = bare(x, **mode, scale=given["scale"])
+    np.testing.assert_array_equal(with_scale, apply(variables, scale=given["scale"]))
+    slope = jax.grad(lambda scale: apply(variables, **{**given, "scale": scale}).sum())(
+        given["scale"]
+    )
+    assert jnp.isfinite(slope).all()
+    assert jnp.abs(slope).max() > 0

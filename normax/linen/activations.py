@@ -5,19 +5,22 @@ from flax import linen as nn
 from normax import axes, options
 
 
-def parameters_of(module, x):
-    """Returns the parameters of a module by name, those it uses."""
-    return {
+def parameters_of(module, x, given):
+    """Returns the parameters of a module by name, those it uses, or what is given."""
+    given = module._at_call(given)
+    own = {
         name: module.param(name, init, shape, module.param_dtype)
         for name, init, shape in module._parameters(module._feature_shape(x))
+        if name not in given
     }
+    return {**own, **given}
 
 
 class Stateless(nn.Module):
     """A normalizer that remembers nothing."""
 
     @nn.compact
-    def __call__(self, x, *args, mask=None):
+    def __call__(self, x, *args, mask=None, **given):
         """Returns the normalized input.
 
         Args:
@@ -25,15 +28,17 @@ class Stateless(nn.Module):
           *args: what else the function takes by position, such as the ids of segments.
           mask: booleans, or weights as in `moments`, that broadcast to `x.shape`; False entries
             read as absent.
+          **given: arrays in place of parameters, by name and of their shape, such as a `scale` that
+            another network makes; a parameter that is given is not created.
         """
-        return self._normalize(x, parameters_of(self, x), *args, mask=mask)
+        return self._normalize(x, parameters_of(self, x, given), *args, mask=mask)
 
 
 class Running(nn.Module):
     """A normalizer with running statistics."""
 
     @nn.compact
-    def __call__(self, x, use_running_average=None, *, mask=None):
+    def __call__(self, x, use_running_average=None, *, mask=None, **given):
         """Returns the normalized input; in training `batch_stats` must be mutable.
 
         Args:
@@ -41,14 +46,16 @@ class Running(nn.Module):
           use_running_average: here or in the constructor.
           mask: booleans, or weights as in `moments`, that broadcast to `x.shape`; False entries
             read as absent.
+          **given: arrays in place of parameters, by name and of their shape, such as a `scale` that
+            another network makes; a parameter that is given is not created.
         """
-        return self._run(x, use_running_average, mask)
+        return self._run(x, use_running_average, mask, given)
 
-    def _run(self, x, use_running_average, mask, *args):
+    def _run(self, x, use_running_average, mask, given, *args):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        parameters = parameters_of(self, x)
+        parameters = parameters_of(self, x, given)
         training = not use_running_average
         state = self._kept(x, training or self.is_initializing())
         values = {name: variable.value for name, variable in state.items()}
@@ -79,7 +86,7 @@ class RunningWith(Running):
     """A normalizer with running statistics that is told something else of each batch."""
 
     @nn.compact
-    def __call__(self, x, told, use_running_average=None, *, mask=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(self, x, told, use_running_average=None, *, mask=None, **given):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the normalized input; in training `batch_stats` must be mutable.
 
         Args:
@@ -88,8 +95,10 @@ class RunningWith(Running):
           use_running_average: here or in the constructor.
           mask: booleans, or weights as in `moments`, that broadcast to `x.shape`; False entries
             read as absent.
+          **given: arrays in place of parameters, by name and of their shape, such as a `scale` that
+            another network makes; a parameter that is given is not created.
         """
-        return self._run(x, use_running_average, mask, told)
+        return self._run(x, use_running_average, mask, given, told)
 
 
 @options.documented

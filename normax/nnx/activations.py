@@ -43,7 +43,7 @@ class Stateless(Promoting):
         metadata = {"bias": bias_metadata, "scale": scale_metadata}
         create_parameters(self, axes.feature_shape(num_features), rngs, metadata)
 
-    def __call__(self, x, *args, mask=None):
+    def __call__(self, x, *args, mask=None, **given):
         """Returns the normalized input.
 
         Args:
@@ -51,8 +51,10 @@ class Stateless(Promoting):
           *args: what else the function takes by position, such as the ids of segments.
           mask: booleans, or weights as in `moments`, that broadcast to `x.shape`; False entries
             read as absent.
+          **given: arrays in place of parameters, by name and of their shape, such as a `scale` that
+            another network makes.
         """
-        return self._normalize(x, parameters_of(self, x), *args, mask=mask)
+        return self._normalize(x, parameters_of(self, x, given), *args, mask=mask)
 
 
 class Running(Stateless):
@@ -79,7 +81,7 @@ class Running(Stateless):
         for name in ("mean", "var", "count", "steps"):
             setattr(self, name, nnx.BatchStat(start[name]) if name in kept else nnx.data(None))
 
-    def __call__(self, x, use_running_average=None, *, mask=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(self, x, use_running_average=None, *, mask=None, **given):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the normalized input; in training the running statistics move.
 
         Args:
@@ -87,10 +89,12 @@ class Running(Stateless):
           use_running_average: here, or as the module was told before.
           mask: booleans, or weights as in `moments`, that broadcast to `x.shape`; False entries
             read as absent.
+          **given: arrays in place of parameters, by name and of their shape, such as a `scale` that
+            another network makes.
         """
-        return self._run(x, use_running_average, mask)
+        return self._run(x, use_running_average, mask, given)
 
-    def _run(self, x, use_running_average, mask, *args):
+    def _run(self, x, use_running_average, mask, given, *args):
         use_running_average = first_from(
             use_running_average,
             self.use_running_average,
@@ -100,7 +104,7 @@ class Running(Stateless):
         masked = {} if mask is None else {"mask": mask}
         y, new = self._normalize_and_remember(
             x,
-            parameters_of(self, x),
+            parameters_of(self, x, given),
             state,
             *args,
             use_running_average=use_running_average,
@@ -124,7 +128,7 @@ class Running(Stateless):
 class RunningWith(Running):
     """The constructor of one that is told something else of each batch."""
 
-    def __call__(self, x, told, use_running_average=None, *, mask=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(self, x, told, use_running_average=None, *, mask=None, **given):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Returns the normalized input; in training the running statistics move.
 
         Args:
@@ -133,8 +137,10 @@ class RunningWith(Running):
           use_running_average: here, or as the module was told before.
           mask: booleans, or weights as in `moments`, that broadcast to `x.shape`; False entries
             read as absent.
+          **given: arrays in place of parameters, by name and of their shape, such as a `scale` that
+            another network makes.
         """
-        return self._run(x, use_running_average, mask, told)
+        return self._run(x, use_running_average, mask, given, told)
 
 
 class Sizeless(Stateless):

@@ -72,13 +72,15 @@ def create_parameters(module, features, rngs, metadata):
         setattr(module, name, nnx.Param(value, **metadata.get(name, NO_METADATA)))
 
 
-def parameters_of(module, x):
-    """Returns the arrays of a module's parameters by name, those it uses, in their shapes.
+def parameters_of(module, x, given):
+    """Returns the arrays of a module's parameters by name, those it uses, or what is given.
 
     Flax keeps those of several feature axes as one row where `num_features` is their product.
     """
-    found = {}
+    found = module._at_call(given)
     for name, _, shape in module._parameters(module._feature_shape(x)):
+        if name in found:
+            continue
         value = getattr(module, name)[...]
         one_row = value.ndim == 1 and value.size == math.prod(shape)
         found[name] = value.reshape(shape) if one_row else value

@@ -86,6 +86,11 @@ class Normalizer(Output):
             if getattr(self, f"use_{name}", True):
                 yield name, getattr(self, f"{name}_init"), () if name in self.scalars else features
 
+    def _at_call(self, given):
+        """Returns what a call gives in place of parameters; None is nothing."""
+        ax.check_learned(type(self).__name__, given, self.learned)
+        return {name: value for name, value in given.items() if value is not None}
+
     def _given(self, parameters):
         """Returns the parameters as the function is given them."""
         return jax.lax.stop_gradient(parameters) if self.freeze_affine else parameters
