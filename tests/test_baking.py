@@ -163,6 +163,8 @@ class Hard(nn.Module):
             return norm(wrapped(x)) * scale.sum()
         if self.way == "dilated":
             return norm(nn.Conv(3, (3,), input_dilation=2, padding=[(1, 1)])(x[None]))
+        if self.way == "given":
+            return norm(layer(x), scale=x[0], bias=x[1])
         if self.way == "keyword":
             norm = normax.linen.BatchNorm(name="other")
             return norm(use_running_average=True, x=layer(inputs=x))
@@ -174,7 +176,7 @@ def rounded(*args, dtype=None, **options):
     return [first, *(None if other is None else jnp.tanh(other) for other in others)]
 
 
-HARD = ["outside", "layer", "tied", "promoted", "cond", "reads", "dilated", "keyword"]
+HARD = ["outside", "layer", "tied", "promoted", "cond", "reads", "given", "dilated", "keyword"]
 
 
 @pytest.mark.parametrize("way", HARD)
@@ -298,6 +300,8 @@ class HardModel(nnx.Module):
             return self.norm(self.wrapper(x)) @ self.wrapper.layer_instance.kernel[...].T
         if self.way == "reads":
             return self.norm(self.wrapper(x)) * self.wrapper.scales["kernel",][...].sum()
+        if self.way == "given":
+            return self.norm(self.layer(x), scale=x[0])
         if self.way == "number":
             return self.norm(self.layer(x)) * self.norm.momentum
         return self.norm(self.layer(x))
@@ -307,7 +311,7 @@ def rounded_nnx(args, dtype=None, **options):
     return rounded(*args, dtype=dtype, **options)
 
 
-@pytest.mark.parametrize("way", ["changed", "tied", "reads", "number", "promoted"])
+@pytest.mark.parametrize("way", ["changed", "tied", "reads", "given", "number", "promoted"])
 def test_outputs_are_equal_whatever_is_folded_of_nnx(way):
     model = HardModel(way, nnx.Rngs(0))
     model.norm.mean[...] += 2

@@ -104,8 +104,9 @@ def _why_not(norm, x, args, kwargs) -> str:
     axes = (norm.axis,) if isinstance(norm.axis, int) else tuple(norm.axis)
     if not isinstance(mode, bool) or not mode:
         return "it normalizes by the batch"
-    if kwargs.get("mask") is not None:
-        return "it is given a mask"
+    for name in ("mask", "scale", "bias"):
+        if kwargs.get(name) is not None:
+            return f"it is given a {name}"
     if [axis % x.ndim for axis in axes] != [x.ndim - 1]:
         return "its features are not last"
     return ""
