@@ -139,7 +139,7 @@ MUTATIONS = [
     Mutation("fold: the mean forgotten", "interop/folding.py", " - factor * mean.astype(dtype)", "", "test_folding.py -k affine"),
     Mutation("fold: groups in another order", "interop/folding.py", "jnp.repeat(row.reshape(groups, size), width, axis=0)", "jnp.tile(row.reshape(groups, size), (width, 1))", "test_folding.py -k kernels"),
     Mutation("fold: a kernel changed on the way", "interop/graph.py", "set(owners) == {path} and number", "number", "test_baking.py -k whatever"),
-    Mutation("bake: a kernel read elsewhere", "interop/models.py", "or number > owners[layer]", "", "test_baking.py -k whatever"),
+    Mutation("bake: a kernel read elsewhere", "interop/graph.py", "(owners[path] if times is None", "(math.inf if times is None", "test_baking.py -k whatever"),
     Mutation("fold: through a padding of zeros", "interop/marking.py", "padding in _OF_THE_INPUT if isinstance(padding, str) else", "True if isinstance(padding, str) else", "test_folding.py -k a_model_of"),
     Mutation("fold: what is used elsewhere too", "interop/graph.py", "made.get(source) if used[source] == 1 else None", "made.get(source)", "test_folding.py -k a_model_of"),
     # Sample weights.

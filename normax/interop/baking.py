@@ -178,11 +178,7 @@ def _looking(kind, original, path, why_not):
 
     def call(self, *args, **kwargs):
         reason = ""
-        if kind not in OUR_NNX_WRAPPERS:
-            reason = "it is of another class"
-        elif jax.tree.map(jnp.shape, nnx.state(self)) != jax.tree.map(
-            jnp.shape, nnx.state(original)
-        ):
+        if jax.tree.map(jnp.shape, nnx.state(self)) != jax.tree.map(jnp.shape, nnx.state(original)):
             reason = "its variables are stacked"
         elif kwargs.get("update_stats"):
             reason = "it keeps its state"

@@ -100,10 +100,18 @@ def plan(
     return sorted(sites, key=lambda site: not site.is_behind), tuple(left)
 
 
-def belongs(jaxpr: core.Jaxpr, places: Sequence[int], path: str, times: float) -> bool:
-    """Returns whether some inputs are a module's own, unchanged, and read so often at most."""
+def belongs(
+    jaxpr: core.Jaxpr, places: Sequence[int], path: str, times: float | None = None
+) -> bool:
+    """Returns whether some inputs are a module's own, unchanged, and read so often at most.
+
+    None is as often as the module is called.
+    """
     found = [readers(jaxpr, jaxpr.invars[place]) for place in places]
-    return all(set(owners) == {path} and number <= times for number, owners in found)
+    return all(
+        set(owners) == {path} and number <= (owners[path] if times is None else times)
+        for number, owners in found
+    )
 
 
 def readers(

@@ -22,8 +22,6 @@ _PRODUCT_OPTIONS = ("dot_general", "conv_general_dilated")
 _PRODUCT_OPTIONS += tuple(f"{name}_cls" for name in _PRODUCT_OPTIONS)
 # Paddings that bring in no zeros.
 _OF_THE_INPUT = ("VALID", "CIRCULAR", "REFLECT")
-
-
 # How a layer brings its input and weights to one dtype unless it is told otherwise.
 _PROMOTIONS = (None, promote_dtype, promote_dtype_of_nnx)
 

@@ -22,7 +22,7 @@ from normax.interop.baking import (
     with_arrays,
 )
 from normax.interop.folding import affine_of, fold_into_next, fold_into_previous
-from normax.interop.graph import Seen, core, plan, readers
+from normax.interop.graph import Seen, belongs, core, plan
 from normax.interop.marking import LINEN_NORMS, inputs, is_known, marked_call, marking
 from normax.moments import RunningStats
 from normax.regularize import names_of
@@ -215,13 +215,8 @@ def _sound(look) -> Looked:
 
 def _is_alone(found, layer):
     """Returns whether the variables of a layer are its own at each call, and read by it alone."""
-    if layer not in found.seen or not found.own[layer]:
-        return False
-    for place in found.own[layer]:
-        number, owners = readers(found.jaxpr, found.jaxpr.invars[place])
-        if set(owners) != {layer} or number > owners[layer]:
-            return False
-    return True
+    own = found.own.get(layer)
+    return bool(own) and belongs(found.jaxpr, own, layer)
 
 
 def _identity(self, x, *args, **kwargs):
