@@ -35,6 +35,7 @@ from normax.checks import check_names as check_names
 from normax.checks import check_not_both as check_not_both
 from normax.checks import check_number as check_number
 from normax.checks import check_params as check_params
+from normax.checks import check_positive as check_positive
 from normax.checks import check_real as check_real
 from normax.checks import check_statistics as check_statistics
 from normax.checks import check_structure as check_structure

@@ -106,21 +106,21 @@ class BoundNNX:
     """An nnx model with its variables: call it, or use its attributes, as the model."""
 
     def __init__(self, model, dtype):
-        self._model, self._dtype = model, dtype
+        self.nnx_model, self._dtype = model, dtype
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Applies the model."""
         args, kwargs = cast((args, kwargs), self._dtype)
-        return cast_back(self._model(*args, **kwargs), self._dtype)
+        return cast_back(self.nnx_model(*args, **kwargs), self._dtype)
 
     def __getattr__(self, name):
-        return getattr(self._model, name)
+        return getattr(self.nnx_model, name)
 
     @property
     def model_state(self):
         """What the calls so far have left of the state that is not `nnx.Param`, nor sown."""
-        nnx.pop(self._model, nnx.Intermediate)
-        return nnx.split(self._model, nnx.Param, ...)[2]
+        nnx.pop(self.nnx_model, nnx.Intermediate)
+        return nnx.split(self.nnx_model, nnx.Param, ...)[2]
 
 
 def cast(tree: Any, dtype: DTypeLike | None) -> Any:

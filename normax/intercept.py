@@ -21,3 +21,22 @@ def intercepted(interceptor: Any) -> Iterator[None]:
     """
     with _listener(interceptor), linen.intercept_methods(interceptor):
         yield
+
+
+def as_if(kind: type, **values: Any) -> Any:
+    """Returns an interceptor that calls linen modules of a kind as if they had other options."""
+
+    def look(call, args, kwargs, context):
+        module = context.module
+        if not isinstance(module, kind):
+            return call(*args, **kwargs)
+        before = {name: getattr(module, name) for name in values}
+        for name, value in values.items():
+            object.__setattr__(module, name, value)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            for name, value in before.items():
+                object.__setattr__(module, name, value)
+
+    return look

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from normax import axes as ax
-from normax.intercept import intercepted
+from normax.intercept import as_if, intercepted
 from normax.nnx.activations import Running
 from normax.options.running import Remembering, RunningNormalizer
 
@@ -166,15 +166,10 @@ def _merging(call, args, kwargs, context):
     module = context.module
     if not isinstance(module, Remembering) or module.freeze_stats:
         return call(*args, **kwargs)
-    name, value = "freeze_stats", True
+    values: dict[str, Any] = {"freeze_stats": True}
     if isinstance(module, RunningNormalizer):
-        name, value = "momentum", None
-    before = getattr(module, name)
-    object.__setattr__(module, name, value)
-    try:
-        return call(*args, **kwargs)
-    finally:
-        object.__setattr__(module, name, before)
+        values = {"momentum": None}
+    return as_if(Remembering, **values)(call, args, kwargs, context)
 
 
 def _moving(apply, variables, batch):

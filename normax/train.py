@@ -165,8 +165,9 @@ def train_step(
     Args:
       loss: a function `loss(model, batch, train)` of the model bound to its variables, called as
         the model itself is, and of a batch, any pytree. It returns a scalar, or a scalar and a
-        dict of metrics; optimizers that ask for it are given its value and itself. Each call of
-        the model in it moves the running statistics once.
+        dict of metrics; optimizers that ask for it are given its value and itself, the state
+        before the step (`train_state`) and the batch. Each call of the model in it moves the
+        running statistics once.
       dtype: mixed precision: the model computes in this dtype, such as `jnp.bfloat16`. The
         parameters are kept, and the loss, gradients, optimizer and running statistics computed,
         in float32; the model is given all of them cast, scale and bias of normalizers too.
@@ -228,6 +229,8 @@ def train_step(
             value=value,
             grad=grads,
             value_fn=lambda params: objective(params)[1][0],
+            train_state=state,
+            batch=batch,
         )
         new = state.replace(
             step=state.step + 1,

@@ -1,5 +1,7 @@
 """The theory of batch normalization as functions: what its noise is, does and costs, in numbers."""
 
+from normax.theory.decay import GammaDecayState as GammaDecayState
+from normax.theory.decay import gamma_decay as gamma_decay
 from normax.theory.linear import batch_norm_error as batch_norm_error
 from normax.theory.linear import least_squares_error as least_squares_error
 from normax.theory.linear import resolvent_trace as resolvent_trace

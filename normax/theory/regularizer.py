@@ -141,10 +141,27 @@ def decay_coefficient(
     kurtosis = measure_kurtosis(x, axes, mask=mask)
     skewness = measure_skewness(x, axes, mask=mask)
     fisher, mu, slant = (mean(curvature * factor) for factor in (x * x, jnp.ones_like(x), x))
-    of_mean, of_variance = mu / (2 * batch_size), (kurtosis + 2) / (8 * batch_size) * fisher
-    of_both = skewness / (2 * batch_size) * slant if form == "corrected" else jnp.zeros_like(mu)
+    noise = {"batch_size": batch_size, "statistics": statistics, "form": form}
+    return coefficient(fisher, mu, slant, kurtosis, skewness, **noise)
+
+
+def coefficient(
+    fisher: jax.Array,
+    curvature: jax.Array,
+    slant: jax.Array,
+    excess_kurtosis: jax.Array,
+    skewness: jax.Array,
+    *,
+    batch_size: int,
+    statistics: str,
+    form: str,
+) -> Coefficient:
+    """Returns zeta of what it is made of; see `decay_coefficient`."""
+    of_mean = curvature / (2 * batch_size)
+    of_variance = (excess_kurtosis + 2) / (8 * batch_size) * fisher
+    of_both = skewness / (2 * batch_size) * slant if form == "corrected" else 0 * slant
     zeta = {"mean": of_mean, "variance": of_variance, "both": of_variance + of_mean + of_both}
-    return Coefficient(zeta[statistics], fisher, mu, slant, kurtosis, skewness)
+    return Coefficient(zeta[statistics], fisher, curvature, slant, excess_kurtosis, skewness)
 
 
 def first_order_gap(

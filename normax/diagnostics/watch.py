@@ -1,0 +1,156 @@
+"""Looks at what the layers of a model are given and give, without a change of its code."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen, nnx
+from flax.core.scope import union_filters
+from flax.traverse_util import flatten_dict
+
+from normax import axes as ax
+from normax.bind import BoundLinen, BoundNNX
+from normax.intercept import intercepted
+from normax.train import TrainState
+
+# The collection that brings what was noted out of a model, out of what it compiles or remats too.
+_NOTES = "notes of normax"
+_NOTE = "note"
+
+
+class _Note(nnx.Variable):
+    """The same for nnx."""
+
+
+class Call(NamedTuple):
+    """A call of a layer.
+
+    Attributes:
+      path: where the layer is in the model, such as "block/conv1".
+      module: the layer, of linen or nnx.
+      args: what it was called with.
+      kwargs: likewise.
+      output: what it returned.
+    """
+
+    path: str
+    module: Any
+    args: tuple
+    kwargs: dict
+    output: Any
+
+    @property
+    def input(self) -> Any:
+        """What it was called on."""
+        name = next((name for name in ("x", "inputs") if name in self.kwargs), None)
+        return self.args[0] if name is None else self.kwargs[name]
+
+
+def watched(
+    loss: Callable[[Any, Any, bool], Any],
+    state: TrainState,
+    batch: Any,
+    *,
+    train: bool,
+    note: Callable[[Call], Any] = lambda call: None,
+    change: Callable[[Call], Any] = lambda call: call.output,
+) -> tuple[jax.Array, dict[str, tuple]]:
+    """Evaluates a loss and notes something of each call of a layer: what holds variables itself.
+
+    Args:
+      loss: as in `normax.train.train_step`.
+      state: parameters and the rest; nothing of it moves.
+      batch: what the loss takes.
+      train: the mode.
+      note: returns what to keep of a call, a pytree of arrays, or None.
+      change: returns what a layer gives in place of its output.
+
+    Returns:
+      The loss, and by the path of each layer, in the order of their calls, what was kept of each.
+    """
+    model = state.bind(state.params, state.model_state, state.key, train=train, dtype=None)
+    if isinstance(model, BoundNNX):
+        value, notes = _watched_nnx(loss, model, batch, train, note, change)
+    else:
+        value, notes = _watched_linen(loss, model, batch, train, note, change)
+    ax.check_found("diagnostics", "a layer with variables of its own", bool(notes))
+    return value, {path: kept for path, kept in notes.items() if kept}
+
+
+def _watched_linen(loss, model, batch, train, note, change):
+    order: dict[str, None] = {}
+
+    def look(call, args, kwargs, context):
+        module, output = context.module, call(*args, **kwargs)
+        if context.method_name != "__call__" or not _holds_variables(module):
+            return output
+        seen = Call("/".join(module.path), module, args, kwargs, output)
+        order[seen.path] = None
+        # A collection that a lifted transformation was not told of does not get out of it.
+        if (kept := note(seen)) is not None and module.is_mutable_collection(_NOTES):
+            before = module.get_variable(_NOTES, _NOTE, default=())
+            module.put_variable(_NOTES, _NOTE, (*before, kept))
+        return change(seen)
+
+    watching = _Watching(model)
+    with intercepted(look):
+        value = _value(loss(watching, batch, train))
+    found = {"/".join(map(str, path[:-1])): kept for path, kept in watching.notes.items()}
+    return value, {path: found.get(path, ()) for path in order}
+
+
+class _Watching:
+    """A bound linen model that keeps what was noted of its calls."""
+
+    def __init__(self, model: BoundLinen):
+        self.model, self.notes = model, {}
+
+    def __call__(self, *args, **kwargs):
+        told, asked = "mutable" in kwargs, kwargs.pop("mutable", [])
+        out, extra = self.model(*args, mutable=union_filters(asked, [_NOTES]), **kwargs)
+        notes: dict[tuple, Any] = dict(flatten_dict(extra.pop(_NOTES, {})))
+        for path, kept in notes.items():
+            self.notes[path] = (*self.notes.get(path, ()), *kept)
+        return (out, extra) if told else out
+
+
+def _holds_variables(module: linen.Module) -> bool:
+    return any(
+        not isinstance(value, Mapping)
+        for name, collection in module.variables.items()
+        if name != _NOTES
+        for value in collection.values()
+    )
+
+
+def _watched_nnx(loss, model, batch, train, note, change):
+    layers = {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model.nnx_model)}
+    layers = {path: layer for path, layer in layers.items() if _is_layer(layer)}
+    order: dict[str, None] = {}
+    for path, layer in layers.items():
+        layer.__class__ = _watching(type(layer), path, order, note, change)
+    value = _value(loss(model, batch, train))
+    return value, {path: getattr(layers[path], _NOTE, _Note(())).get_value() for path in order}
+
+
+def _is_layer(module):
+    held = (nnx.Param, nnx.BatchStat)
+    return callable(module) and any(isinstance(v, held) for v in vars(module).values())
+
+
+def _watching(kind, path, order, note, change):
+    """Returns a class of nnx whose only instance is watched."""
+
+    def call(self, *args, **kwargs):
+        seen = Call(path, self, args, kwargs, kind.__call__(self, *args, **kwargs))
+        order[path] = None
+        if (kept := note(seen)) is not None:
+            before = getattr(self, _NOTE, _Note(())).get_value()
+            setattr(self, _NOTE, _Note((*before, kept)))
+        return change(seen)
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _value(result):
+    return result[0] if isinstance(result, tuple) else result

@@ -1,0 +1,124 @@
+"""Population normalization: training by the statistics of many examples, not of the batch."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from normax import axes as ax
+from normax.bind import BoundNNX, check_structure
+from normax.intercept import as_if, intercepted
+from normax.nnx.activations import Running
+from normax.options.running import Remembering, RunningNormalizer
+from normax.train import TrainState, train_step
+
+
+def population_step(
+    loss: Callable[[Any, Any, bool], Any],
+    *,
+    every: int = 1,
+    dtype: DTypeLike | None = None,
+    loss_scale: float = 1.0,
+    donate: bool = True,
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict]]:
+    r"""Builds a jitted training step whose batch norms use the population's statistics.
+
+    .. math:: \bar h = \gamma \frac{h - \mu_P}{\sigma_P} + \beta
+
+    The statistics are those of many examples at once, measured before a step and held constant in
+    it: no gradient flows through them, and no noise of a batch is in them. With
+    `normax.theory.gamma_decay` it is what batch norm amounts to in theory. Between measurements the
+    statistics are of older weights: too few of them, or too large a learning rate, and it diverges.
+
+    Args:
+      loss: as in `normax.train.train_step`. It is called with `train` True; only the statistics
+        are those of inference, whatever the mode of the layers.
+      every: how many steps the measured statistics serve; the first step measures.
+      dtype: as in `train_step`.
+      loss_scale: as in `train_step`.
+      donate: as in `train_step`.
+
+    Returns:
+      A function `step(state, batch, population)`, otherwise as of `train_step`, where `population`
+      is a batch of as many examples as can be afforded, as the loss takes it.
+
+    Raises:
+      ValueError: as `train_step`; an `every` below 1; when it is traced: a model without running
+        statistics of normax's that move.
+      TypeError: as `train_step`; an `every` that is no int.
+
+    Luo, Wang, Shao and Peng, "Towards Understanding Regularization in Batch Normalization", 2018,
+    https://arxiv.org/abs/1809.00846.
+
+    Example:
+      >>> import flax.linen as nn, jax, normax.linen, optax
+      >>> from normax import train
+      >>> from normax.population_training import population_step
+      >>> class Model(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x, train):
+      ...         x = normax.linen.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
+      ...         return nn.Dense(1)(nn.relu(x))
+      >>> def loss(model, batch, train):
+      ...     return optax.l2_loss(model(batch[0], train=train)[:, 0], batch[1]).mean()
+      >>> x = jax.random.normal(jax.random.key(0), (512, 3))
+      >>> state = train.TrainState.create(
+      ...     Model(), optax.sgd(0.1), jax.random.key(1), x, train=False
+      ... )
+      >>> step = population_step(loss, every=5)
+      >>> for start in range(0, 512, 8):
+      ...     some = slice(start, start + 8)
+      ...     state, metrics = step(state, (x[some], x[some, 0]), (x, x[:, 0]))
+      >>> bool(metrics["loss"] < 0.1)
+      True
+    """
+    every = ax.to_positive_int("population_step", "every", every)
+
+    def frozen(model, batch, train):
+        with _as_if(model, freeze_stats=True) as found:
+            result = loss(model, batch, train)
+        ax.check_found("population_step", "a model with running statistics of normax", any(found))
+        return result
+
+    take = train_step(frozen, dtype=dtype, loss_scale=loss_scale, donate=False)
+
+    def step(state, batch, population):
+        def measured(state):
+            key = jax.random.fold_in(state.key, state.step)
+            model = state.bind(state.params, state.model_state, key, train=True, dtype=dtype)
+            # With no weight on the past one update leaves the statistics of these examples.
+            with _as_if(model, momentum=0.0):
+                loss(model, population, True)
+            check_structure("the model's state", state.model_state, model.model_state)
+            return state.replace(model_state=model.model_state)
+
+        return take(jax.lax.cond(state.step % every == 0, measured, lambda s: s, state), batch)
+
+    return jax.jit(step, donate_argnums=(0,) if donate else ())
+
+
+@contextlib.contextmanager
+def _as_if(model, **values):
+    """Gives a bound model's normalizers other options; yields whether there are any, as found."""
+    kind = Remembering if "freeze_stats" in values else RunningNormalizer
+    found = []
+    if isinstance(model, BoundNNX):
+        layers = [m for _, m in nnx.iter_modules(model.nnx_model) if isinstance(m, Running)]
+        for layer in layers:
+            if isinstance(layer, kind):
+                found.append(True)
+                for name, value in values.items():
+                    setattr(layer, name, value)
+        yield found
+        return
+    told = as_if(kind, **values)
+
+    def look(call, args, kwargs, context):
+        found.append(isinstance(context.module, kind))
+        return told(call, args, kwargs, context)
+
+    with intercepted(look):
+        yield found
