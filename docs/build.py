@@ -9,8 +9,10 @@ import re
 import types
 
 import normax
+import normax.diagnostics
 import normax.interop
 import normax.linen
+import normax.population_training
 import normax.recalibrate
 import normax.theory
 
@@ -125,9 +127,24 @@ GROUPS = {
         "ridge_error": ("", ""),
         "least_squares_error": ("", ""),
         "batch_norm_error": ("", ""),
+        "gamma_decay": ("", "`GammaDecayState`"),
+        "population_step": ("", "`TrainState`"),
+    },
+    "Looking into a model (`normax.diagnostics`)": {
+        "layer_statistics": ("", "returns `LayerStatistics`"),
+        "activation_shift": ("", "returns `Shift`"),
+        "gradient_norms": ("", "returns `GradientNorms`"),
+        "decay_coefficients": ("", "returns `Coefficient`"),
+        "measured_decay": ("", "for `gamma_decay`"),
+        "objective": ("", ""),
+        "gradient_smoothness": ("", "returns `Smoothness`"),
+        "largest_learning_rate": ("", ""),
+        "hessian_spectrum": ("", "returns `Spectrum`"),
     },
 }
-ROOMS = (normax, normax.interop, normax.recalibrate, normax.theory)
+# Of these modules what they import is not theirs.
+SINGLE = (normax.recalibrate, normax.population_training)
+ROOMS = (normax, normax.interop, normax.theory, normax.diagnostics, *SINGLE)
 
 
 def public() -> dict[str, types.FunctionType]:
@@ -137,7 +154,7 @@ def public() -> dict[str, types.FunctionType]:
         for room in ROOMS
         for name, function in vars(room).items()
         if inspect.isfunction(function) and not name.startswith("_")
-        if room is not normax.recalibrate or function.__module__ == room.__name__
+        if room not in SINGLE or function.__module__ == room.__name__
     }
 
 

@@ -46,8 +46,8 @@ def decay_coefficients(
 
     L is the loss by the running statistics, in inference. The second derivatives are estimated by
     products of the Hessian with random signs (Hutchinson), layer by layer: without bias, and exact
-    where the features of a layer do not act on one another. What bends only at a point, as ReLU does, has no curvature there, so
-    that of a layer below one is of the layers above alone.
+    where the features of a layer do not act on one another. What bends only at a point, as ReLU
+    does, has no curvature there, so that of a layer below one is of the layers above alone.
 
     Args:
       loss: as in `normax.train.train_step`, an average over the batch.
