@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from normax.experiments import interrupt
 from normax.experiments.data import UsageError
+from normax.experiments.study import module_of
 
 # A study is a module of this package with `add_arguments` and `run`.
 STUDIES = {
@@ -14,6 +15,8 @@ STUDIES = {
     "noise": "how far the statistics of a batch stray from those of the population",
     "regularization": "what that noise does to a loss, against zeta gamma^2",
     "conditioning": "how unevenly least squares curves before and after scaling",
+    "gradients": "the gradient that reaches each layer of a deep network, with each normalizer",
+    "landscape": "how a loss curves as it is trained, and how far activations shift in a step",
 }
 NEEDED = ("matplotlib", "rich", "scipy", "sklearn")
 INTERRUPTED = 130
@@ -34,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with interrupt.deferred() as check:
             # Only now, so that a general --help does not wait for the libraries.
-            study = importlib.import_module(f"normax.experiments.{chosen}")
+            study = importlib.import_module(module_of(chosen))
             study.add_arguments(parsers[chosen])
             options = parsers[chosen].parse_args(arguments[1:])
             options.command = " ".join(["python -m normax.experiments", *arguments])

@@ -27,19 +27,27 @@ class Images(NamedTuple):
     label: np.ndarray
 
 
-def load(name: str, seed: int, home: str | None = None) -> tuple[Images, Images]:
-    """Returns training and test images; the same seed gives the same split of the digits."""
-    return _digits(seed) if name == "digits" else _openml(name, home)
+def load(name: str, seed: int, home: str | None = None, size: int = 28) -> tuple[Images, Images]:
+    """Returns training and test images; the same seed gives the same split of the digits.
+
+    Args:
+      name: one of `NAMES`.
+      seed: of the split of the digits; the others come with theirs.
+      home: folder of scikit-learn's cache.
+      size: height and width of the digits, which are shipped as 8x8; the others keep theirs.
+    """
+    return _digits(seed, size) if name == "digits" else _openml(name, home)
 
 
-def _digits(seed):
-    """The 1,797 handwritten digits that scikit-learn ships, resized from 8x8 to 28x28."""
+def _digits(seed, size):
+    """The 1,797 handwritten digits that scikit-learn ships, resized from 8x8."""
     from scipy import ndimage
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits: Any = load_digits()
-    image: Any = ndimage.zoom(digits.images / 16, (1, 3.5, 3.5), order=1)[..., None]
+    factor = size / 8  # of 1 leaves every pixel as it is
+    image: Any = ndimage.zoom(digits.images / 16, (1, factor, factor), order=1)[..., None]
     split: Any = train_test_split(
         image.astype(np.float32),
         digits.target.astype(np.int32),

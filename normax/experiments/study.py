@@ -131,12 +131,22 @@ def write(
     numbers.write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
+    draw_on(figure, draw, record)
+    figure.savefig(picture)
+    return [numbers, picture]
+
+
+def draw_on(figure: Any, draw: Callable[[Any, dict[str, Any]], None], record: Any) -> None:
+    """Draws a record on a figure of matplotlib, in the style of all studies."""
     draw(figure, record)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    figure.savefig(picture)
-    return [numbers, picture]
+
+
+def module_of(name: str) -> str:
+    """Returns the module of a study."""
+    return f"normax.experiments.{name.replace('-', '_')}"
 
 
 def _written(folder, name):
