@@ -7,7 +7,6 @@ from importlib.util import find_spec
 
 from normax.experiments import interrupt
 from normax.experiments.data import UsageError
-from normax.experiments.study import module_of
 
 # A study is a module of this package with `add_arguments` and `run`.
 STUDIES = {
@@ -47,6 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain(chosen, "interrupted")
         return INTERRUPTED
+
+
+def module_of(name: str) -> str:
+    """Returns the module of a study."""
+    return f"normax.experiments.{name.replace('-', '_')}"
 
 
 def _complain(study, sentence):

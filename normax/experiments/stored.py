@@ -6,7 +6,7 @@ import pathlib
 import tempfile
 from typing import Any
 
-from normax.experiments.__main__ import main
+from normax.experiments.__main__ import main, module_of
 
 FOLDER = pathlib.Path("docs") / "studies"
 
@@ -44,5 +44,5 @@ def figure(name: str, record: dict[str, Any]) -> Any:
     from normax.experiments import study
 
     drawn = plt.figure(figsize=(10, 4.2), layout="constrained")
-    study.draw_on(drawn, importlib.import_module(study.module_of(name)).draw, record)
+    study.draw_on(drawn, importlib.import_module(module_of(name)).draw, record)
     return drawn

@@ -144,11 +144,6 @@ def draw_on(figure: Any, draw: Callable[[Any, dict[str, Any]], None], record: An
         axes.grid(alpha=0.25)
 
 
-def module_of(name: str) -> str:
-    """Returns the module of a study."""
-    return f"normax.experiments.{name.replace('-', '_')}"
-
-
 def _written(folder, name):
     return folder / f"{name}.json", folder / f"{name}.png"
 
