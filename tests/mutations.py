@@ -8,16 +8,26 @@ named with it, which pass where nothing is broken: that is what the test run say
 of them it is checked here, so that an environment without JAX does not pass for a sharp eye.
 """
 
-import concurrent.futures
+import contextlib
+import io
+import multiprocessing
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 import tempfile
+import warnings
 from typing import NamedTuple
 
+import conftest
+import flax.linen
+import flax.nnx
+import pytest
+import scipy.stats
+
 ROOT = pathlib.Path(__file__).parents[1]
+# What takes seconds to import, and normax does not change: the processes of the mutations have it.
+IMPORTED = (conftest, flax.linen, flax.nnx, scipy.stats)
 WORKERS = 2
 
 
@@ -159,39 +169,54 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-def run(mutation: Mutation) -> bool:
-    """Returns whether a test fails where normax is broken."""
+def run(mutation: Mutation) -> tuple[int, str]:
+    """Returns pytest's exit status where normax is broken, and what it printed."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
         for name in ("normax", "tests"):
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, copy / name)  # with what Python has compiled
         shutil.copy(ROOT / "pyproject.toml", copy)
         path = copy / "normax" / mutation.file
         text = path.read_text()
         if mutation.old and text.count(mutation.old) != 1:
-            sys.exit(f"{mutation.name}: expected its text once in {path.name}: {mutation.old!r}")
-        path.write_text(text.replace(mutation.old, mutation.new) if mutation.old else text)
+            return -1, f"expected its text once in {path.name}: {mutation.old!r}"
+        if mutation.old:
+            path.write_text(text.replace(mutation.old, mutation.new))
         files, _, words = mutation.tests.partition(" -k ")
-        command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", "--no-header"]
-        command += [f"tests/{file}" for file in files.split()] + (["-k", words] if words else [])
-        environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    # 1: a test failed. 2 to 5: pytest did not run, which shows nothing.
-    if done.returncode not in (0, 1):
-        sys.exit(f"{mutation.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}")
-    return done.returncode == 1
+        arguments = ["-xq", "-p", "no:cacheprovider", "--no-header", f"--rootdir={copy}"]
+        arguments += [f"tests/{file}" for file in files.split()] + (["-k", words] if words else [])
+        os.chdir(copy)
+        sys.path[:0] = [str(copy), str(copy / "tests")]
+        del sys.modules["conftest"]
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            status = pytest.main(arguments)
+        import normax
+
+        # Where the tests saw another normax they show nothing.
+        where = pathlib.Path(normax.__file__).parents[1]
+        return (int(status) if where.samefile(copy) else -1), printed.getvalue()
 
 
 def main(words: list[str]) -> int:
     """Runs the mutations whose names have the words; returns an exit status."""
     chosen = [m for m in MUTATIONS if all(word in m.name for word in words)]
-    if chosen and run(Mutation("nothing", "axes.py", "", "", chosen[0].tests)):
-        sys.exit(f"expected {chosen[0].tests} to pass where nothing is broken")
     results = []
-    with concurrent.futures.ThreadPoolExecutor(WORKERS) as workers:
-        for mutation, noticed in zip(chosen, workers.map(run, chosen), strict=True):
-            results.append(noticed)
-            print(f"{'noticed ' if noticed else 'SURVIVED'}  {mutation.name}", flush=True)
+    # JAX warns of any fork; before its first array it has no threads that could be lost.
+    warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+    context = multiprocessing.get_context("fork")
+    first = [Mutation("nothing", "axes.py", "", "", chosen[0].tests)] if chosen else []
+    with context.Pool(WORKERS, maxtasksperchild=1) as pool:
+        done = pool.imap(run, first + chosen)
+        for mutation, (status, text) in zip(first + chosen, done, strict=True):
+            # 1: a test failed. Any other but 0: pytest did not run, which shows nothing.
+            if status not in (0, 1):
+                sys.exit(f"{mutation.name}: pytest ended with {status}\n{text[-2000:]}")
+            if mutation in first:
+                if status:
+                    sys.exit(f"expected {mutation.tests} to pass where nothing is broken")
+                continue
+            results.append(status == 1)
+            print(f"{'noticed ' if status else 'SURVIVED'}  {mutation.name}", flush=True)
     print(f"{sum(results)} of {len(results)} mutations noticed")
     return int(not all(results))
 
