@@ -19,6 +19,9 @@ def records(tmp_path_factory):
     def record(study):
         path = folder / f"{study}.json"
         if not path.exists():
+            # Most of this one is steps, not compiling; the fixture of all tests turns it back.
+            if study == "teacher-student":
+                jax.config.update("jax_disable_most_optimizations", False)
             # As from the command line, where JAX is not strict.
             with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
                 assert main([study, "--quick", "--seed", "1", "--out", str(folder)]) == 0
@@ -90,3 +93,46 @@ def test_a_folder_that_cannot_be_written_is_known_before(study, tmp_path, capsys
     with pytest.raises(SystemExit):
         main([study, "--seed", "-1"])
     assert "usage: python -m normax.experiments" in capsys.readouterr().err
+
+
+def test_batch_norm_trained_long_is_least_squares_made_shorter(records):
+    rows = of_teacher(records, "batch norm, long")
+    assert {0.25, 0.5, 0.75, 1.5, 2.0, 4.0} < rows.keys()
+    for alpha, row in rows.items():
+        assert row["batch_size"] == 32
+        if alpha != 1.0:
+            assert row["measured"] == pytest.approx(row["same_data"], rel=0.03)
+    assert rows[1.0]["theory"] is None  # there is no end
+    assert rows[1.0]["measured"] > 1.5
+
+
+def test_batch_norm_is_like_ridge_regression_at_its_stopping_time_only(records):
+    stopped = of_teacher(records, "batch norm, stopped")
+    for row in stopped.values():
+        assert row["measured"] == pytest.approx(row["same_data"], rel=0.15)
+        assert (row["batch_size"], row["steps"]) == (32, 2400)
+    trained = of_teacher(records, "batch norm, long")[1.0]
+    assert trained["measured"] > 1.5 * stopped[1.0]["measured"]
+    at_the_time = {
+        row["batch_size"]: row["measured"] / row["same_data"]
+        for row in records("teacher-student")[0]["results"]
+        if row["part"] == "in time" and row.get("steps") == 2400
+    }
+    assert at_the_time[8] > 1.15  # nor is it of other sizes
+    assert at_the_time[128] < 0.7
+
+
+def test_weight_norm_with_decay_and_what_is_solved(records):
+    rows = records("teacher-student")[0]["results"]
+    trained = [row for row in rows if row["part"] == "weight norm"]
+    assert {row["student"] for row in trained} == {"zeta = 1/(2M)", "z = 0.25"}
+    assert max(row["distance"] for row in trained) <= 1e-4
+    for row in rows:
+        if row["part"] == "solved":
+            assert abs(row["measured"] - row["theory"]) <= 4 * row["error"]
+
+
+def of_teacher(records, student):
+    """Returns the rows of a student by examples per dimension."""
+    rows = records("teacher-student")[0]["results"]
+    return {row["alpha"]: row for row in rows if row["student"] == student}

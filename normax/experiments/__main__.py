@@ -16,6 +16,7 @@ STUDIES = {
     "conditioning": "how unevenly least squares curves before and after scaling",
     "gradients": "the gradient that reaches each layer of a deep network, with each normalizer",
     "landscape": "how a loss curves as it is trained, and how far activations shift in a step",
+    "teacher-student": "what linear students with weight or batch norm learn of a linear teacher",
 }
 NEEDED = ("matplotlib", "rich", "scipy", "sklearn")
 INTERRUPTED = 130
