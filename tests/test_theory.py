@@ -378,6 +378,74 @@ def test_population_normalization_is_weight_normalization():
     assert jnp.abs(population(w, math.sqrt(a)) - weight(w)).max() > 0.1
 
 
+EPSILONS = (0.1, 1e-3, 1e-5)
+SIZES = (2, 4, 32, 1024)
+
+
+@jax.jit
+def pulled(x, scale, bias, dy, masks):
+    """Returns for each epsilon the gradients of each mask, of 32 rows, and of given statistics."""
+
+    def pull(epsilon, x, dy, mask=None):
+        norm = lambda *args: normax.normalize_batch(*args, epsilon=epsilon, mask=mask)[0]
+        return jax.vjp(norm, x, scale, bias)[1](dy)
+
+    def frozen(epsilon, x, dy):
+        m = normax.moments(x, 0)
+        given = normax.RunningStats(m.mean, m.var, m.count), scale, bias
+        norm = lambda x: normax.batch_norm(x, *given, use_running_average=True, epsilon=epsilon)[0]
+        return jax.vjp(norm, x)[1](dy)[0]
+
+    def every(epsilon):
+        masked = jax.vmap(lambda mask: pull(epsilon, x, jnp.where(mask, dy, 0), mask))(masks)
+        few = x[:32], dy[:32]
+        return masked, pull(epsilon, *few), frozen(epsilon, *few)
+
+    return [every(epsilon) for epsilon in EPSILONS]
+
+
+def printed(epsilon, x, scale, dy):
+    """Returns dx, dscale and dbias by the formula, what one term of each can be, and the rest."""
+    size, d = len(x), x - x.mean(0)
+    s = np.sqrt((d * d).mean(0) + epsilon)
+    xhat = d / s
+    dscale, dbias = (dy * xhat).sum(0), dy.sum(0)
+    dx = scale / (size * s) * (size * dy - dbias - xhat * dscale)
+    # At two entries the terms cancel but for epsilon's share.
+    terms = np.abs(scale * dy / s).max(0), np.abs(dy).sum(0), np.abs(dy).sum(0)
+    return (dx, dscale, dbias), terms, d, s
+
+
+@pytest.mark.parametrize(("dtype", "room"), [(np.float64, 1e-12), (np.float32, 1e-5)])
+def test_the_backward_pass_is_the_printed_one(dtype, room, x64):
+    rng = np.random.default_rng(0)
+    x, dy = 3 + 2 * rng.normal(size=(2, 1024, 4))
+    x[:, 3] = 0.75  # a column without a deviation
+    given = [v.astype(dtype) for v in (x, *(1 + 0.3 * rng.normal(size=(2, 4))), dy)]
+    masks = np.arange(1024)[:, None] < np.asarray(SIZES)[:, None, None]
+    x, scale, _, dy = (v.astype(np.float64) for v in given)
+    for epsilon, found in zip(
+        EPSILONS, jax.tree.map(np.asarray, pulled(*given, masks)), strict=True
+    ):
+        masked, few, frozen = found
+        each = [(size, [part[i] for part in masked]) for i, size in enumerate(SIZES)]
+        for size, gradients in [*each, (32, few)]:
+            exact, terms, d, s = printed(epsilon, x[:size], scale, dy[:size])
+            assert {part.dtype for part in gradients} == {np.dtype(dtype)}
+            dx = gradients[0][:size].astype(np.float64)
+            for ours, theirs, term in zip((dx, *gradients[1:]), exact, terms, strict=True):
+                assert (np.abs(ours - theirs) <= room * term).all()
+            assert (np.abs(dx.sum(0)) <= size * room * terms[0]).all()
+            along = scale * epsilon / s**3 * (dy[:size] * d).sum(0)
+            near = size * room * terms[0] * np.abs(d).max(0)
+            assert (np.abs((dx * d).sum(0) - along) <= near).all()
+        # With the statistics given, and only then, it is the first term.
+        (dx, *_), (term, *_), _, s = printed(epsilon, x[:32], scale, dy[:32])
+        first = scale * dy[:32] / s
+        assert (np.abs(frozen - first) <= room * term).all()
+        assert (np.abs(frozen - dx).max(0) >= 0.1 * term).all()
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

@@ -17,6 +17,7 @@ STUDIES = {
     "gradients": "the gradient that reaches each layer of a deep network, with each normalizer",
     "landscape": "how a loss curves as it is trained, and how far activations shift in a step",
     "teacher-student": "what linear students with weight or batch norm learn of a linear teacher",
+    "statements": "the small statements of the theory, each beside what it claims",
 }
 NEEDED = ("matplotlib", "rich", "scipy", "sklearn")
 INTERRUPTED = 130
