@@ -151,6 +151,7 @@ FIRST_ORDER = {
     "18": 0.15,
     "18-scale": 0.15,
     "16": 0.04,
+    "001-bounded": 0.01,
 }
 HOLD = [
     "2-mean-gaussian",
