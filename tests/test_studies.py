@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from normax import theory
-from normax.experiments import claims
 from normax.experiments.__main__ import STUDIES, main
+from normax.experiments.statements import verdict
 
 FORMULAS = sorted(set(STUDIES) - {"compare"})
 
@@ -96,7 +96,6 @@ def test_a_folder_that_cannot_be_written_is_known_before(study, tmp_path, capsys
     assert "usage: python -m normax.experiments" in capsys.readouterr().err
 
 
-<<<<<<< HEAD
 def test_batch_norm_trained_long_is_least_squares_made_shorter(records):
     rows = of_teacher(records, "batch norm, long")
     assert {0.25, 0.5, 0.75, 1.5, 2.0, 4.0} < rows.keys()
@@ -138,7 +137,8 @@ def of_teacher(records, student):
     """Returns the rows of a student by examples per dimension."""
     rows = records("teacher-student")[0]["results"]
     return {row["alpha"]: row for row in rows if row["student"] == student}
-=======
+
+
 # What a formula of the first order leaves out, as a share, where the corrected number is of one.
 FIRST_ORDER = {
     "3-mean-exponential": 0.01,
@@ -217,18 +217,17 @@ def test_statements(records):
 
 
 def test_verdicts():
-    assert claims.judged(1.5, 1.5) == "yes"
-    assert claims.judged(1.5, 1.5 + 1e-6) == "no"
-    assert claims.judged(1.5, 1.53, error=0.01) == "yes"
-    assert claims.judged(1.5, 1.55, error=0.01) == "no"
-    assert claims.judged(1.5, 1.55, error=0.01, room=0.01) == "to first order"
-    assert claims.judged(1.5, 1.57, error=0.01, room=0.01) == "no"
-    assert claims.judged(1.5, 1.6, error=0.1) == "undecided"
-    assert claims.judged(0.0, 0.1, error=0.1) == "yes"
-    assert claims.judged([1, 2], [1, 2]) == "yes"
-    assert claims.judged([1, 2], [1, 3]) == "no"
+    assert verdict.judged(1.5, 1.5) == "yes"
+    assert verdict.judged(1.5, 1.5 + 1e-6) == "no"
+    assert verdict.judged(1.5, 1.53, error=0.01) == "yes"
+    assert verdict.judged(1.5, 1.55, error=0.01) == "no"
+    assert verdict.judged(1.5, 1.55, error=0.01, room=0.01) == "to first order"
+    assert verdict.judged(1.5, 1.57, error=0.01, room=0.01) == "no"
+    assert verdict.judged(1.5, 1.6, error=0.1) == "undecided"
+    assert verdict.judged(0.0, 0.1, error=0.1) == "yes"
+    assert verdict.judged([1, 2], [1, 2]) == "yes"
+    assert verdict.judged([1, 2], [1, 3]) == "no"
     keys = jax.random.split(jax.random.key(0), 3)
-    mean, error = claims.estimated(lambda key: jax.random.key_data(key)[1] % 3, keys, lambda: None)
+    mean, error = verdict.estimated(lambda key: jax.random.key_data(key)[1] % 3, keys, lambda: None)
     assert error >= 0
     assert 0 <= mean <= 2
->>>>>>> 9907361 (Measure the small statements one by one, and hold the backward pass to the printed one)

@@ -9,36 +9,29 @@ from typing import Any
 
 import jax
 
-from normax.experiments import (
-    statements_of_features,
-    statements_of_gradients,
-    statements_of_heads,
-    statements_of_layers,
-    statements_of_noise,
-    statements_of_students,
-    study,
-)
+from normax.experiments import study
+from normax.experiments.statements import features, gradients, heads, layers, noise, students
 
 # Each returns the rows of some statements, given a key, how often to draw and `check`.
 MEASURE = [
-    statements_of_noise.statistics,
-    statements_of_noise.kurtosis,
-    statements_of_noise.expansion,
-    statements_of_noise.conditional,
-    statements_of_heads.softplus,
-    statements_of_heads.heads,
-    statements_of_students.weight_normalization,
-    statements_of_students.least_squares,
-    statements_of_students.ridge,
-    statements_of_layers.slopes,
-    statements_of_layers.outputs,
-    statements_of_gradients.backward,
-    statements_of_gradients.epsilon,
-    statements_of_layers.sizes,
-    statements_of_features.scaling,
-    statements_of_features.hessians,
-    statements_of_features.running,
-    statements_of_features.absorbed,
+    noise.statistics,
+    noise.kurtosis,
+    noise.expansion,
+    noise.conditional,
+    heads.softplus,
+    heads.heads,
+    students.weight_normalization,
+    students.least_squares,
+    students.ridge,
+    layers.slopes,
+    layers.outputs,
+    gradients.backward,
+    gradients.epsilon,
+    layers.sizes,
+    features.scaling,
+    features.hessians,
+    features.running,
+    features.absorbed,
 ]
 COLORS = {"to first order": study.COLORS[0], "no": study.COLORS[1]}
 WORDS = {"to first order": "which holds to first order", "no": "which does not hold"}

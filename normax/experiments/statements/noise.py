@@ -10,7 +10,7 @@ import scipy.special
 
 import normax
 from normax import theory
-from normax.experiments.claims import estimated, generator, row
+from normax.experiments.statements.verdict import estimated, generator, row
 from normax.experiments.laws import LAWS
 
 SIZE = 32

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normax import theory
-from normax.experiments.claims import estimated, row
+from normax.experiments.statements.verdict import estimated, row
 
 ENTRIES = 2**17  # that are drawn at once
 NOISE = 0.25  # delta^2, of the labels of the squared loss

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import normax
-from normax.experiments.claims import generator, row
+from normax.experiments.statements.verdict import generator, row
 
 
 def backward(key, draws, check) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from threadpoolctl import threadpool_limits
 
 import normax
 from normax import theory
-from normax.experiments.claims import generator, row
+from normax.experiments.statements.verdict import generator, row
 
 NOISE = 0.25  # delta^2
 DIMENSIONS = 100

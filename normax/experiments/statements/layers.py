@@ -11,7 +11,7 @@ import numpy as np
 import normax
 import normax.linen
 from normax import theory
-from normax.experiments.claims import estimated, generator, row
+from normax.experiments.statements.verdict import estimated, generator, row
 from normax.experiments.network import Network, count_parameters
 
 ROWS, COLUMNS = 256, 512  # of a batch, and features

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 import normax
-from normax.experiments.claims import generator, row
+from normax.experiments.statements.verdict import generator, row
 from normax.experiments.conditioning import DEVIATION, MEAN
 
 PEOPLE = 1000
