@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 import normax
-from normax.experiments.statements.verdict import generator, row
 from normax.experiments.conditioning import DEVIATION, MEAN
+from normax.experiments.statements.verdict import generator, row
 
 PEOPLE = 1000
 BATCH = 32

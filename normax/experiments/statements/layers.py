@@ -11,8 +11,8 @@ import numpy as np
 import normax
 import normax.linen
 from normax import theory
-from normax.experiments.statements.verdict import estimated, generator, row
 from normax.experiments.network import Network, count_parameters
+from normax.experiments.statements.verdict import estimated, generator, row
 
 ROWS, COLUMNS = 256, 512  # of a batch, and features
 WIDE = 5.0  # deviation of pre-activations without batch norm

@@ -10,8 +10,8 @@ import scipy.special
 
 import normax
 from normax import theory
-from normax.experiments.statements.verdict import estimated, generator, row
 from normax.experiments.laws import LAWS
+from normax.experiments.statements.verdict import estimated, generator, row
 
 SIZE = 32
 MEAN, DEVIATION = 3.0, 5.0
