@@ -131,17 +131,14 @@ def draw(figure: Any, record: dict[str, Any]) -> None:
     """Draws the length of the gradient of each layer's weights, a panel for each case."""
     results = record["results"]
     activations = list(dict.fromkeys(row["activation"] for row in results))
-    norms = list(dict.fromkeys(row["norm"] for row in results))
     figure.set_size_inches(10, 8)
     panels = figure.subplots(len(GAINS), len(activations), sharex=True, sharey=True, squeeze=False)
     for line, (gain, title) in zip(panels, GAINS.items(), strict=True):
         for axes, activation in zip(line, activations, strict=True):
             for row in results:
                 if (row["activation"], row["gain"]) == (activation, gain):
-                    place = norms.index(row["norm"])
                     lengths = np.array(row["weights"], float)
-                    style = {"color": COLORS[row["norm"]], "linewidth": 1.8}
-                    style["linestyle"] = ("-", (0, (5, 1.5)), (0, (2, 1)))[place % 3]
+                    style = dict(zip(STYLED, STYLES[row["norm"]], strict=True))
                     layers = range(1, len(lengths) + 1)
                     axes.semilogy(layers, np.clip(lengths, 1e-30, 1e30), label=row["norm"], **style)
             axes.axhline(1, color="black", linewidth=0.8, alpha=0.4)
@@ -155,3 +152,13 @@ def draw(figure: Any, record: dict[str, Any]) -> None:
 
 
 COLORS = dict(zip(NORMS, ("#777777", *study.COLORS[:5]), strict=True))
+STYLED = ("color", "linestyle", "linewidth")
+# Three of them are all but one line.
+STYLES = {
+    "none": (COLORS["none"], "-", 1.8),
+    "batch": (COLORS["batch"], "-", 1.8),
+    "layer": (COLORS["layer"], "-", 4.5),
+    "rms": (COLORS["rms"], "-", 2.2),
+    "group": (COLORS["group"], (0, (3, 3)), 1.6),
+    "weight": (COLORS["weight"], (0, (2, 1)), 1.8),
+}

@@ -27,7 +27,7 @@ MEASURES = {
     "largest_rate": "largest step along the gradient",
     "smoothness": "change of the gradient over the step",
     "curvature": "largest eigenvalue of the Hessian",
-    "shift": "shift of layers' inputs in a step, deviations",
+    "shift": "shift of layers' inputs in a step",
 }
 
 
@@ -143,8 +143,12 @@ def show(results: list[dict[str, Any]]) -> None:
 
 def draw(figure: Any, record: dict[str, Any]) -> None:
     """Draws each measure against the steps taken."""
+    from matplotlib.ticker import LogLocator
+
     rows = averaged(record["results"])
-    panels = figure.subplots(1, len(MEASURES))
+    figure.set_size_inches(10, 6.4)
+    panels = list(figure.subplots(2, 2, sharex=True).flat)
+    last = max(row["step"] for row in rows)
     for axes, (name, title) in zip(panels, MEASURES.items(), strict=True):
         for norm in dict.fromkeys(row["norm"] for row in rows):
             mine = [row for row in rows if row["norm"] == norm]
@@ -160,8 +164,19 @@ def draw(figure: Any, record: dict[str, Any]) -> None:
                 capsize=2,
                 label=norm,
             )
-        axes.set(yscale="log", xlabel="steps taken")
+        axes.set(yscale="log")
         axes.set_xscale("symlog", linthresh=10)
-        axes.set_title(title, fontsize=9)
+        axes.set_xlim(-1, 1.2 * last)
+        axes.set_xticks(sorted({row["step"] for row in rows}))
+        axes.get_xaxis().set_major_formatter("{x:.0f}")
+        axes.minorticks_off()
+        axes.get_yaxis().set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axes.get_yaxis().set_major_formatter("{x:g}")
+        axes.set_title(title, fontsize=10)
+    for axes in panels[2:]:
+        axes.set(xlabel="steps taken")
     panels[0].legend(frameon=False, fontsize=9)
-    figure.suptitle(f"eight layers with ReLU on the digits, SGD at {RATE:g}", fontsize=11)
+    figure.suptitle(
+        f"a network with ReLU on the digits, SGD at {RATE:g}: geometric means over seeds, 2 errors",
+        fontsize=11,
+    )
