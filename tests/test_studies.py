@@ -96,6 +96,7 @@ def test_a_folder_that_cannot_be_written_is_known_before(study, tmp_path, capsys
     assert "usage: python -m normax.experiments" in capsys.readouterr().err
 
 
+<<<<<<< HEAD
 def test_batch_norm_trained_long_is_least_squares_made_shorter(records):
     rows = of_teacher(records, "batch norm, long")
     assert {0.25, 0.5, 0.75, 1.5, 2.0, 4.0} < rows.keys()
@@ -231,3 +232,31 @@ def test_verdicts():
     mean, error = verdict.estimated(lambda key: jax.random.key_data(key)[1] % 3, keys, lambda: None)
     assert error >= 0
     assert 0 <= mean <= 2
+=======
+def test_convergence(records):
+    rows = records("convergence")[0]["results"]
+    summary = rows.pop()
+    cells = {(row["net"], row["scale"], row["learning_rate"]): row for row in rows}
+    assert len(cells) == len(rows) == 8
+    for row in rows:
+        reached = [epochs for epochs in row["each"] if epochs is not None]
+        assert len(row["each"]) == row["runs"]
+        assert len(reached) == row["reached"] <= row["runs"] - row["diverged"]
+        assert all(0 < epochs <= 8 for epochs in reached)
+    # A rate of 1 and kernels of ten times the size are too much for the network without.
+    assert cells["none", 1.0, 1.0]["reached"] == 0
+    assert cells["none", 10.0, 0.1]["diverged"] == 1
+    assert all(row["reached"] == 1 for row in rows if row["net"] == "batch")
+    assert summary["largest_usable_rate"] == {"batch": 1.0, "none": 0.1}
+    assert summary["ratio_at_equal_rate"]["0.1"][0] > 1.5
+    assert summary["ratio_at_equal_rate"]["1"] is None
+    epochs = [
+        cells[net, 1.0, summary["rate_of_choice"][net]]["epochs"] for net in ("none", "batch")
+    ]
+    assert summary["ratio_of_best"][0] == pytest.approx(epochs[0] / epochs[1])
+
+
+def test_a_batch_of_more_images_than_there_are_is_refused(tmp_path, capsys):
+    assert main(["convergence", "--batch-size", "5000", "--out", str(tmp_path)]) == 2
+    assert "--batch-size 5000 is more than the 1437 images" in capsys.readouterr().err
+>>>>>>> 5ee925d (Count the epochs to an accuracy with and without batch norm: the seeds' claims of speed and initialization)
