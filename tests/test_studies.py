@@ -3,9 +3,11 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from normax import theory
+from normax.experiments import batch_size
 from normax.experiments.__main__ import STUDIES, main
 from normax.experiments.statements import verdict
 
@@ -259,4 +261,43 @@ def test_convergence(records):
 def test_a_batch_of_more_images_than_there_are_is_refused(tmp_path, capsys):
     assert main(["convergence", "--batch-size", "5000", "--out", str(tmp_path)]) == 2
     assert "--batch-size 5000 is more than the 1437 images" in capsys.readouterr().err
+<<<<<<< HEAD
 >>>>>>> 5ee925d (Count the epochs to an accuracy with and without batch norm: the seeds' claims of speed and initialization)
+=======
+
+
+def test_batch_size(records):
+    rows = records("batch-size")[0]["results"]
+    cells = {(r["control"], r["batch_size"]): r for r in rows if r["part"] == "training"}
+    steps = {key: row["steps"] for key, row in cells.items()}
+    assert steps == {
+        ("epochs", 8): 3 * 179,
+        ("epochs", 64): 3 * 22,
+        **{(control, size): 60 for control in ("steps", "ghosts") for size in (8, 64)},
+    }
+    # A ghost of the whole batch is the batch, one of a part of it is not.
+    measured = ("gamma2 norm3", "test_error", "test_loss", "train_loss")
+    for name in measured:
+        assert cells["ghosts", 64][name] == cells["steps", 64][name]
+        assert cells["ghosts", 8]["train_loss"] != cells["ghosts", 64]["train_loss"]
+    # More updates take gamma further, and as many of small batches learn less.
+    assert cells["epochs", 8]["gamma2 norm3"][0] > cells["epochs", 64]["gamma2 norm3"][0] > 1
+    assert cells["steps", 8]["test_loss"][0] > cells["steps", 64]["test_loss"][0]
+    trends = {row["control"]: row for row in rows if row["part"] == "trend"}
+    for control, trend in trends.items():
+        for name in measured:
+            low, high = (cells[control, size][name][0] for size in (8, 64))
+            assert trend[name][0] == pytest.approx((high - low) / 3)
+
+
+def test_ghosts_of_a_whole_batch_are_batch_norm():
+    image = jax.random.normal(jax.random.key(0), (8, 16, 16, 1))
+    plain = batch_size.LayerByLayer(layers=("norm3",))
+    variables = plain.init(jax.random.key(1), image, train=False)
+    assert set(variables["batch_stats"]) == {"norm3"}
+    expected, _ = plain.apply(variables, image, train=True, mutable=["batch_stats"])
+    for size, same in ((8, True), (4, False)):
+        ghosts = plain.copy(ghost_size=size)
+        found, _ = ghosts.apply(variables, image, train=True, mutable=["batch_stats"])
+        assert np.allclose(found, expected, atol=1e-5) == same
+>>>>>>> 754c748 (Measure gamma^2 and the test error by size of batch, layer by layer: epochs, steps and statistics apart)
