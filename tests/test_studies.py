@@ -98,7 +98,6 @@ def test_a_folder_that_cannot_be_written_is_known_before(study, tmp_path, capsys
     assert "usage: python -m normax.experiments" in capsys.readouterr().err
 
 
-<<<<<<< HEAD
 def test_batch_norm_trained_long_is_least_squares_made_shorter(records):
     rows = of_teacher(records, "batch norm, long")
     assert {0.25, 0.5, 0.75, 1.5, 2.0, 4.0} < rows.keys()
@@ -234,7 +233,8 @@ def test_verdicts():
     mean, error = verdict.estimated(lambda key: jax.random.key_data(key)[1] % 3, keys, lambda: None)
     assert error >= 0
     assert 0 <= mean <= 2
-=======
+
+
 def test_convergence(records):
     rows = records("convergence")[0]["results"]
     summary = rows.pop()
@@ -261,9 +261,6 @@ def test_convergence(records):
 def test_a_batch_of_more_images_than_there_are_is_refused(tmp_path, capsys):
     assert main(["convergence", "--batch-size", "5000", "--out", str(tmp_path)]) == 2
     assert "--batch-size 5000 is more than the 1437 images" in capsys.readouterr().err
-<<<<<<< HEAD
->>>>>>> 5ee925d (Count the epochs to an accuracy with and without batch norm: the seeds' claims of speed and initialization)
-=======
 
 
 def test_batch_size(records):
@@ -300,4 +297,3 @@ def test_ghosts_of_a_whole_batch_are_batch_norm():
         ghosts = plain.copy(ghost_size=size)
         found, _ = ghosts.apply(variables, image, train=True, mutable=["batch_stats"])
         assert np.allclose(found, expected, atol=1e-5) == same
->>>>>>> 754c748 (Measure gamma^2 and the test error by size of batch, layer by layer: epochs, steps and statistics apart)

@@ -13,10 +13,13 @@ STUDIES = {
     "compare": "train one network on images, plain and with five normalizers",
     "noise": "how far the statistics of a batch stray from those of the population",
     "regularization": "what that noise does to a loss, against zeta gamma^2",
-    "conditioning": "how unevenly least squares curves before and after scaling",
+    "teacher-student": "what linear students with weight or batch norm learn of a linear teacher",
     "gradients": "the gradient that reaches each layer of a deep network, with each normalizer",
     "landscape": "how a loss curves as it is trained, and how far activations shift in a step",
-    "teacher-student": "what linear students with weight or batch norm learn of a linear teacher",
+    "convergence": "epochs to an accuracy, with and without batch norm, by learning rate",
+    "generalization": "validation minus training loss, with batch norm, weight norm and dropout",
+    "batch-size": "gamma^2 and test error by size of batch, batch norm layer by layer",
+    "conditioning": "how unevenly least squares curves before and after scaling",
     "statements": "the small statements of the theory, each beside what it claims",
 }
 NEEDED = ("matplotlib", "rich", "scipy", "sklearn")
