@@ -11,6 +11,12 @@ from normax.experiments import batch_size
 from normax.experiments.__main__ import STUDIES, main
 from normax.experiments.statements import verdict
 
+
+from normax.experiments import claims, data, generalization
+from normax.experiments.__main__ import STUDIES, main
+from normax.experiments.variants import VARIANTS, Network, Variant, standardized
+from normax.intercept import intercepted
+
 FORMULAS = sorted(set(STUDIES) - {"compare"})
 
 
@@ -297,3 +303,94 @@ def test_ghosts_of_a_whole_batch_are_batch_norm():
         ghosts = plain.copy(ghost_size=size)
         found, _ = ghosts.apply(variables, image, train=True, mutable=["batch_stats"])
         assert np.allclose(found, expected, atol=1e-5) == same
+
+
+def test_generalization(records):
+    record, _ = records("generalization")
+    rows = {row["variant"]: row for row in record["results"] if "variant" in row}
+    assert list(rows) == list(generalization.QUICK)
+    assert set(rows) < set(VARIANTS)
+    for name, row in rows.items():
+        assert {key: row[key] for key in Variant._fields} == VARIANTS[name]._asdict()
+        assert [run["seed"] for run in row["runs"]] == [1, 2]
+        for run in row["runs"]:
+            assert run["gap"] == run["validation_loss"] - run["train_loss"]
+            assert run["train_loss"] < run["first_batch_loss"]
+            assert 0 < run["accuracy"] <= 1
+        gaps = [run["gap"] for run in row["runs"]]
+        assert row["gap"] == pytest.approx(sum(gaps) / 2)
+        assert row["gap_error"] == pytest.approx(abs(gaps[0] - gaps[1]) / 2)
+    judged = [row for row in record["results"] if "claim" in row]
+    assert judged
+    for claim in judged:
+        means = [rows[claim[place]][claim["of"]] for place in ("first", "second")]
+        assert claim["difference"] == pytest.approx(means[0] - means[1])
+        assert claim["verdict"] == claims.verdict(claim["sign"], claim["difference"], claim["room"])
+
+
+def test_every_claim_is_about_variants_and_a_score():
+    for claim in claims.CLAIMS:
+        assert {claim.first, claim.second} <= set(VARIANTS)
+        assert claim.of in generalization.SCORES
+    found = [claims.verdict(-1, *at) for at in ((-2.0, 1.0), (2.0, 1.0), (0.5, 1.0))]
+    assert found == ["holds", "the opposite", "not told apart"]
+    assert claims.verdict(0, 2.0, 1.0) == "differ"
+
+
+@pytest.mark.parametrize(
+    ("variant", "noisy"),
+    [(Variant(before=0.5), True), (Variant(after=0.5), True), (Variant(), False)],
+)
+def test_dropout_is_of_training_alone(variant, noisy):
+    model = Network(variant)
+    image = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    variables = model.init(jax.random.key(1), image, train=False)
+
+    def logits(train, key):
+        rngs = {"dropout": jax.random.key(key)}
+        return np.asarray(model.apply(variables, image, train=train, rngs=rngs))
+
+    assert np.array_equal(logits(False, 2), logits(False, 3))
+    assert np.array_equal(logits(True, 2), logits(True, 3)) is not noisy
+
+
+@pytest.mark.parametrize("norm", [None, "mean", "variance"])
+def test_layers_of_normalized_weights_start_standardized(norm):
+    model = Network(Variant(norm, weight_norm=True))
+    image = jax.random.uniform(jax.random.key(0), (64, 8, 8, 1))
+    variables = model.init(jax.random.key(1), image, train=False)
+    variables = {**variables, "params": standardized(model, variables, image)}
+    owner, seen = ("norm" if norm else "weights"), []
+
+    def look(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        if context.method_name == "__call__" and (context.module.name or "").startswith(owner):
+            seen.append(out)
+        return out
+
+    with intercepted(look):
+        model.apply(variables, image, train=norm is not None, mutable=["batch_stats"])
+    assert len(seen) == 5
+    for x in seen:
+        axes = tuple(range(x.ndim - 1))
+        assert float(abs(x.mean(axes)).max()) < 1e-3
+        assert float(abs(x.var(axes) - 1).max()) < 2e-3
+
+
+def test_the_digits_come_as_shipped_too():
+    training, _ = data.load("digits", 3, size=8)
+    assert training.image.shape[1:] == (8, 8, 1)
+    large, _ = data.load("digits", 3)
+    assert large.image.shape[1:] == (28, 28, 1)
+    assert (large.label == training.label).all()
+    assert float(training.image.max()) == 1.0
+    assert ((training.image * 16) % 1 == 0).all()  # no pixel is interpolated
+
+
+def test_more_images_to_train_on_than_there_are_is_refused(tmp_path, capsys):
+    arguments = ["generalization", "--out", str(tmp_path), "--train-images"]
+    assert main([*arguments, "100"]) == 2
+    assert main([*arguments, "2000"]) == 2
+    said = capsys.readouterr().err
+    assert "--train-images 100 is not from 256" in said
+    assert "--train-images 2000 is not from 256" in said

@@ -26,7 +26,7 @@ class Claim(NamedTuple):
     sign: int
 
 
-LARGE = "BN, M = 256"
+LARGE, DECAYED = "BN, M = 256", "PN, gamma decay, rate / 5"
 CLAIMS = (
     Claim("BN below SGD", "gap", "BN", "SGD", -1),
     Claim("BN below WN", "gap", "BN", "WN", -1),
@@ -48,6 +48,9 @@ CLAIMS = (
     ),
     Claim("WN, dropout above WN", "accuracy", "WN, dropout", "WN", 1),
     Claim("WN, dropout as BN", "accuracy", "WN, dropout", "BN", 0),
+    Claim("PN, gamma decay below BN", "gap", DECAYED, "BN, rate / 5", -1),
+    Claim("PN, gamma decay above BN", "accuracy", DECAYED, "BN, rate / 5", 1),
+    Claim("PN, gamma decay below PN", "gap", DECAYED, "PN, rate / 5", -1),
 )
 
 

@@ -13,11 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from normax import train
+from normax import diagnostics, theory, train
 from normax.experiments import claims, compare, data, study
 from normax.experiments.variants import VARIANTS, Network, standardized
+from normax.population_training import population_step
 
 QUICK = ("BN", "WN, mean-only BN", "BN, M = 256, dropout after")
+# How many steps measured statistics and coefficients of decay serve, and the probes of these.
+POPULATION_EVERY, DECAY_EVERY, PROBES = 2, 20, 4
 SCORES = ("train_loss", "validation_loss", "gap", "accuracy")
 
 
@@ -31,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train-images", type=study.positive_int, default=512, help="256 or more")
     add("--validation-images", type=study.positive_int, default=10_000, help="at most")
     add("--seeds", type=study.positive_int, default=4, help="how many, from --seed on")
-    add("--epochs", type=study.positive_int, default=20)
+    add("--epochs", type=study.positive_int, default=16)
     text = "at a batch of 64, in proportion at others; falls to 0 as a cosine"
     add("--learning-rate", type=study.positive_float, default=0.01, help=text)
 
@@ -69,6 +72,21 @@ def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
     return study.finish(options, "generalization", results, interrupted, draw)
 
 
+def optimizer_and_step(variant, options):
+    """Returns the optimizer of a variant, and how it takes a step."""
+    size = variant.batch_size
+    steps = options.train_images // size * options.epochs
+    rate = options.learning_rate * variant.rate * size / 64
+    tx = optax.sgd(optax.cosine_decay_schedule(rate, steps), momentum=0.9)
+    if variant.decay:
+        zeta = diagnostics.measured_decay(compare.loss, batch_size=size, probes=PROBES)
+        tx = optax.chain(theory.gamma_decay(zeta, every=DECAY_EVERY), tx)
+    if variant.population:
+        return tx, population_step(compare.loss, every=POPULATION_EVERY)
+    step = train.train_step(compare.loss)
+    return tx, lambda state, batch, population: step(state, batch)
+
+
 def split(pool: data.Images, test: data.Images, seed: int, options: argparse.Namespace):
     """Returns images to train on, and others to validate on: what is left, and the test images."""
     order = np.random.default_rng(seed).permutation(len(pool.label))
@@ -84,11 +102,8 @@ def split(pool: data.Images, test: data.Images, seed: int, options: argparse.Nam
 
 def fits(name, pool, test, options, check):
     """Yields what networks of one variant reach, one for each seed."""
-    model, size = Network(VARIANTS[name]), VARIANTS[name].batch_size
-    steps = options.train_images // size * options.epochs
-    rate = options.learning_rate * size / 64
-    tx = optax.sgd(optax.cosine_decay_schedule(rate, steps), momentum=0.9)
-    step, evaluate = train.train_step(compare.loss), train.eval_step(compare.loss)
+    model, evaluate = Network(VARIANTS[name]), train.eval_step(compare.loss)
+    tx, step = optimizer_and_step(VARIANTS[name], options)
 
     for seed in range(options.seed, options.seed + options.seeds):
         training, validation = split(pool, test, seed, options)
@@ -98,9 +113,10 @@ def fits(name, pool, test, options, check):
         if model.variant.weight_norm:
             state = state.replace(params=standardized(model, state.variables, image))
         rng, losses = np.random.default_rng(seed), []
+        everything = next(compare.shuffled(training, options.train_images, rng))
         for _ in range(options.epochs):
-            for batch in compare.shuffled(training, size, rng):
-                state, metrics = step(state, batch)
+            for batch in compare.shuffled(training, model.variant.batch_size, rng):
+                state, metrics = step(state, batch, everything)
                 losses.append(metrics["loss"])
                 jax.block_until_ready(metrics)
                 check()
@@ -109,7 +125,7 @@ def fits(name, pool, test, options, check):
         )
         yield {
             "seed": seed,
-            "steps": steps,
+            "steps": len(losses),
             "first_batch_loss": float(losses[0]),
             "train_loss": seen["loss"],
             "validation_loss": others["loss"],
@@ -125,27 +141,27 @@ def show(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
     rows = [row for row in results if "variant" in row]
     study.table(
         "training and validation loss, in inference mode",
-        ("variant", "M", "training", "validation", "gap", "accuracy"),
+        ("variant", "M", "training", "validation", "gap", "se", "accuracy", "se"),
         [
             (
                 row["variant"],
                 str(row["batch_size"]),
-                *(f"{row[n]:.4f} ± {row[n + '_error']:.4f}" for n in SCORES),
+                *(f"{row[name]:.4f}" for name in (*SCORES[:3], "gap_error")),
+                *(f"{row[name]:.4f}" for name in ("accuracy", "accuracy_error")),
             )
             for row in rows
         ],
-        f"mean ± standard error over {options.seeds} seeds; {options.train_images} images of "
+        f"mean and standard error over {options.seeds} seeds; {options.train_images} images of "
         f"{options.dataset}, {options.epochs} epochs; gap: validation minus training",
     )
     study.table(
         "the claims",
-        ("claim", "of", "difference", "±", ""),
+        ("claim", "of", "difference", ""),
         [
             (
                 row["claim"],
                 row["of"],
-                f"{row['difference']:+.4f}",
-                f"{row['room']:.4f}",
+                f"{row['difference']:+.4f} ± {row['room']:.4f}",
                 row["verdict"],
             )
             for row in results
