@@ -21,6 +21,7 @@ from normax.population_training import population_step
 QUICK = ("BN", "WN, mean-only BN", "BN, M = 256, dropout after")
 # How many steps measured statistics and coefficients of decay serve, and the probes of these.
 POPULATION_EVERY, DECAY_EVERY, PROBES = 2, 20, 4
+POPULATION = 10_000  # images at most that population statistics are of
 SCORES = ("train_loss", "validation_loss", "gap", "accuracy")
 
 
@@ -113,7 +114,8 @@ def fits(name, pool, test, options, check):
         if model.variant.weight_norm:
             state = state.replace(params=standardized(model, state.variables, image))
         rng, losses = np.random.default_rng(seed), []
-        everything = next(compare.shuffled(training, options.train_images, rng))
+        most = min(options.train_images, POPULATION)
+        everything = jax.device_put(next(compare.shuffled(training, most, rng)))
         for _ in range(options.epochs):
             for batch in compare.shuffled(training, model.variant.batch_size, rng):
                 state, metrics = step(state, batch, everything)
@@ -189,6 +191,7 @@ def draw(figure: Any, record: dict[str, Any]) -> None:
         axes.set(xlabel=title)
     panels[0].set_yticks(range(len(rows)), [row["variant"] for row in rows], fontsize=9)
     panels[1].set(xscale="log")
+    panels[1].get_xaxis().set_minor_formatter("")
     number, images = len(rows[0]["runs"]), record["arguments"]["train_images"]
     figure.suptitle(
         f"four convolutions on {images} images of {record['arguments']['dataset']}: mean and "
