@@ -35,7 +35,7 @@ CLAIMS = (
     Claim("WN, mean-only BN below WN", "gap", "WN, mean-only BN", "WN", -1),
     Claim("WN, variance-only BN below WN", "gap", "WN, variance-only BN", "WN", -1),
     Claim("M = 64 below M = 256, BN", "gap", "BN", LARGE, -1),
-    Claim("M = 64 below M = 256, SGD (control)", "gap", "SGD", "SGD, M = 256", -1),
+    Claim("M = 64 below M = 256, SGD", "gap", "SGD", "SGD, M = 256", -1),
     Claim("dropout after BN below none", "gap", f"{LARGE}, dropout after", LARGE, -1),
     Claim("dropout after BN above none", "accuracy", f"{LARGE}, dropout after", LARGE, 1),
     Claim("dropout after BN above M = 64", "accuracy", f"{LARGE}, dropout after", "BN", 1),

@@ -143,18 +143,18 @@ def show(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
     rows = [row for row in results if "variant" in row]
     study.table(
         "training and validation loss, in inference mode",
-        ("variant", "M", "training", "validation", "gap", "se", "accuracy", "se"),
+        ("variant", "train", "valid", "gap", "se", "accuracy", "se"),
         [
             (
                 row["variant"],
-                str(row["batch_size"]),
-                *(f"{row[name]:.4f}" for name in (*SCORES[:3], "gap_error")),
+                *(f"{row[name]:.3f}" for name in SCORES[:2]),
+                *(f"{row[name]:.4f}" for name in ("gap", "gap_error")),
                 *(f"{row[name]:.4f}" for name in ("accuracy", "accuracy_error")),
             )
             for row in rows
         ],
         f"mean and standard error over {options.seeds} seeds; {options.train_images} images of "
-        f"{options.dataset}, {options.epochs} epochs; gap: validation minus training",
+        f"{options.dataset}, {options.epochs} epochs; M = 64 but where named; gap: validation minus training",
     )
     study.table(
         "the claims",
@@ -169,7 +169,7 @@ def show(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
             for row in results
             if "claim" in row
         ],
-        "difference: of the first minus the second, seed by seed; ±: 95 % by Student's t",
+        "difference: the first minus the second, seed by seed, with its 95 % interval",
     )
 
 

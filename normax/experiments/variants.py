@@ -51,7 +51,7 @@ VARIANTS = {
     "BN, M = 256": Variant("batch", batch_size=256),
     "BN, M = 256, dropout after": Variant("batch", after=0.125, batch_size=256),
     "BN, M = 256, dropout before": Variant("batch", before=0.125, batch_size=256),
-    # Statistics that are held constant bear no more: at the whole rate the loss rises again.
+    # Statistics that are held constant bear no more: at the whole rate the loss ends above 1.
     "BN, rate / 5": Variant("batch", rate=0.2),
     "PN, rate / 5": Variant("batch", population=True, rate=0.2),
     "PN, gamma decay, rate / 5": Variant("batch", population=True, decay=True, rate=0.2),
