@@ -7,13 +7,10 @@ import numpy as np
 import pytest
 
 from normax import theory
-from normax.experiments import batch_size
+from normax.experiments import batch_size, data, generalization
+from normax.experiments import generalization_claims as claims
 from normax.experiments.__main__ import STUDIES, main
 from normax.experiments.statements import verdict
-
-
-from normax.experiments import claims, data, generalization
-from normax.experiments.__main__ import STUDIES, main
 from normax.experiments.variants import VARIANTS, Network, Variant, standardized
 from normax.intercept import intercepted
 

@@ -14,7 +14,8 @@ import numpy as np
 import optax
 
 from normax import diagnostics, theory, train
-from normax.experiments import claims, compare, data, study
+from normax.experiments import compare, data, study
+from normax.experiments import generalization_claims as claims
 from normax.experiments.variants import VARIANTS, Network, standardized
 from normax.population_training import population_step
 
