@@ -23,7 +23,7 @@ def intercepted(interceptor: Any) -> Iterator[None]:
         yield
 
 
-def as_if(kind: type, **values: Any) -> Any:
+def as_if(kind: type | tuple[type, ...], **values: Any) -> Any:
     """Returns an interceptor that calls linen modules of a kind as if they had other options."""
 
     def look(call, args, kwargs, context):

@@ -5,14 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+import normax.linen
+import normax.nnx
 from normax import axes as ax
 from normax.bind import BoundNNX, check_structure
 from normax.intercept import as_if, intercepted
-from normax.nnx.activations import Running
 from normax.options.running import Remembering, RunningNormalizer
+from normax.renorm import batch_renorm
 from normax.train import TrainState, train_step
 
 
@@ -20,6 +23,7 @@ def population_step(
     loss: Callable[[Any, Any, bool], Any],
     *,
     every: int = 1,
+    gradient: str = "none",
     dtype: DTypeLike | None = None,
     loss_scale: float = 1.0,
     donate: bool = True,
@@ -28,15 +32,18 @@ def population_step(
 
     .. math:: \bar h = \gamma \frac{h - \mu_P}{\sigma_P} + \beta
 
-    The statistics are those of many examples at once, measured before a step and held constant in
-    it: no gradient flows through them, and no noise of a batch is in them. With
-    `normax.theory.gamma_decay` it is what batch norm amounts to in theory. Between measurements the
-    statistics are of older weights: too few of them, or too large a learning rate, and it diverges.
+    The statistics are those of many examples at once, measured before a step and held in it: no
+    noise of a batch is in them. With `normax.theory.gamma_decay` it is what batch norm amounts to
+    in theory. Without a gradient through the statistics a step makes weights longer to no avail,
+    which bears a fraction of batch norm's learning rate; with the batch's own it does not.
 
     Args:
       loss: as in `normax.train.train_step`. It is called with `train` True; only the statistics
         are those of inference, whatever the mode of the layers.
       every: how many steps the measured statistics serve; the first step measures.
+      gradient: what flows through the statistics: "none", as they are held; or "batch", in
+        `BatchNorm`, what flows through the batch's own in batch norm, as in `batch_renorm` without
+        limits.
       dtype: as in `train_step`.
       loss_scale: as in `train_step`.
       donate: as in `train_step`.
@@ -46,7 +53,7 @@ def population_step(
       is a batch of as many examples as can be afforded, as the loss takes it.
 
     Raises:
-      ValueError: as `train_step`; an `every` below 1; when it is traced: a model without running
+      ValueError: as `train_step`; an `every` below 1; another word; when it is traced: a model without running
         statistics of normax's that move.
       TypeError: as `train_step`; an `every` that is no int.
 
@@ -76,21 +83,26 @@ def population_step(
       True
     """
     every = ax.to_positive_int("population_step", "every", every)
+    ax.check_choice("population_step", "gradient", gradient, ("none", "batch"))
 
-    def frozen(model, batch, train):
-        with _as_if(model, freeze_stats=True) as found:
+    def by_population(model, batch, train):
+        held = _as_if(model, Remembering, freeze_stats=True)
+        through = contextlib.nullcontext()
+        if gradient == "batch":
+            through = _as_if(model, _NORMS, freeze_stats=False, _function=_by_population)
+        with held as found, through:
             result = loss(model, batch, train)
         ax.check_found("population_step", "a model with running statistics of normax", any(found))
         return result
 
-    take = train_step(frozen, dtype=dtype, loss_scale=loss_scale, donate=False)
+    take = train_step(by_population, dtype=dtype, loss_scale=loss_scale, donate=False)
 
     def step(state, batch, population):
         def measured(state):
             key = jax.random.fold_in(state.key, state.step)
             model = state.bind(state.params, state.model_state, key, train=True, dtype=dtype)
             # With no weight on the past one update leaves the statistics of these examples.
-            with _as_if(model, momentum=0.0):
+            with _as_if(model, RunningNormalizer, momentum=0.0):
                 loss(model, population, True)
             check_structure("the model's state", state.model_state, model.model_state)
             return state.replace(model_state=model.model_state)
@@ -100,14 +112,49 @@ def population_step(
     return jax.jit(step, donate_argnums=(0,) if donate else ())
 
 
+_NORMS = (normax.linen.BatchNorm, normax.nnx.BatchNorm)
+
+
+def _by_population(
+    x,
+    stats,
+    scale=None,
+    bias=None,
+    *,
+    use_running_average,
+    momentum,
+    feature_axes=-1,
+    epsilon=1e-5,
+    mask=None,
+    axis_name=None,
+    axis_index_groups=None,
+    dtype=None,
+):
+    """Returns the input normalized by the statistics, with a gradient as batch norm's; and them."""
+    y, _ = batch_renorm(
+        x,
+        stats,
+        scale,
+        bias,
+        use_running_average=use_running_average,
+        r_max=jnp.asarray(jnp.inf),
+        d_max=jnp.asarray(jnp.inf),
+        feature_axes=feature_axes,
+        epsilon=epsilon,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
+    )
+    return y, stats
+
+
 @contextlib.contextmanager
-def _as_if(model, **values):
-    """Gives a bound model's normalizers other options; yields whether there are any, as found."""
-    kind = Remembering if "freeze_stats" in values else RunningNormalizer
+def _as_if(model, kind, **values):
+    """Gives a bound model's normalizers of a kind other options; yields one True for each."""
     found = []
     if isinstance(model, BoundNNX):
-        layers = [m for _, m in nnx.iter_modules(model.nnx_model) if isinstance(m, Running)]
-        for layer in layers:
+        for _, layer in nnx.iter_modules(model.nnx_model):
             if isinstance(layer, kind):
                 found.append(True)
                 for name, value in values.items():

@@ -482,6 +482,29 @@ def test_population_training_by_hand():
     np.testing.assert_allclose(mean, stats[0][0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_population_training_with_the_gradient_of_batch_norm(framework):
+    # One batch that is the population: the value is the same, and so the gradient is batch norm's.
+    batch = data(64)
+    ours, metrics = population_step(loss, gradient="batch", donate=False)(
+        states()[framework], batch, batch
+    )
+    plain, expected = train.train_step(loss, donate=False)(states()[framework], batch)
+    held, _ = population_step(loss, donate=False)(states()[framework], batch, batch)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, ours.params, plain.params)
+    first = lambda state: np.asarray(jax.tree.leaves(state.params)[1])
+    assert abs(first(held) - first(plain)).max() > 1e-3
+    # Of another batch the value is the population's all the same.
+    other = data(8, 5)
+    _, far = population_step(loss, gradient="batch", donate=False)(
+        states()[framework], other, batch
+    )
+    _, value = population_step(loss, donate=False)(states()[framework], other, batch)
+    np.testing.assert_allclose(far["loss"], value["loss"], rtol=1e-5)
+
+
 def test_population_training_needs_statistics_that_move():
     state = train.TrainState.create(nn.Dense(1), optax.sgd(0.1), KEY, jnp.ones((1, 4)))
     step = population_step(lambda model, batch, train: jnp.mean(model(batch[0]) ** 2))
@@ -495,6 +518,7 @@ def test_population_training_needs_statistics_that_move():
     ("call", "error", "words"),
     [
         (lambda: population_step(loss, every=0), ValueError, "population_step: expected every"),
+        (lambda: population_step(loss, gradient="all"), ValueError, "population_step: expected gradient to be one of"),
         (lambda: theory.gamma_decay(0.1, every=1.5), TypeError, "gamma_decay: expected every"),
         (lambda: theory.gamma_decay("0.1"), TypeError, "gamma_decay: expected zeta"),
         (lambda: theory.gamma_decay(0.1).update({}, theory.gamma_decay(0.1).init({})), ValueError, "gamma_decay: expected params"),
