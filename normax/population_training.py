@@ -53,8 +53,8 @@ def population_step(
       is a batch of as many examples as can be afforded, as the loss takes it.
 
     Raises:
-      ValueError: as `train_step`; an `every` below 1; another word; when it is traced: a model without running
-        statistics of normax's that move.
+      ValueError: as `train_step`; an `every` below 1; another word; when it is traced: a model
+        without running statistics of normax's that move.
       TypeError: as `train_step`; an `every` that is no int.
 
     Luo, Wang, Shao and Peng, "Towards Understanding Regularization in Batch Normalization", 2018,

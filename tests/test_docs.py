@@ -1,6 +1,7 @@
 """The page of all functions is whole and in step with the docstrings; its recipes run."""
 
 import importlib.util
+import json
 import pathlib
 import re
 
@@ -11,11 +12,20 @@ import pytest
 import normax
 import normax.linen
 import normax.nnx
+from normax.experiments.__main__ import STUDIES
 
 ROOT = pathlib.Path(normax.__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location("build", ROOT / "docs" / "build.py")
-build = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(build)
+
+
+def script(name):
+    """Returns a script of the docs as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build, claims = script("build"), script("claims")
 LISTED = {name: facts for group in build.GROUPS.values() for name, facts in group.items()}
 
 
@@ -54,3 +64,28 @@ def test_the_recipes_run():
     np.testing.assert_array_equal(names["back"]["fc.weight"], 1)
     assert dict(names["folded"]) == {"norm": "dense"}
     assert abs(names["logits"]).max() <= 4.01
+
+
+def test_the_claims_are_what_the_studies_found():
+    page = (ROOT / "docs" / "claims.md").read_text()
+    assert page == claims.page()
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    assert all(len(row) in (5, 6) for row in rows)
+    verdicts = {row[0].strip("| "): row[4].strip("*") for row in rows if len(row) == 6}
+    assert [n for n in verdicts if n.isdigit()] == [str(n) for n in range(1, 24)]
+    # What THEORY calls right holds, and what it calls wrong does not.
+    assert verdicts["4"] == "holds"
+    for number in ("3", "5", "7", "8", "10", "12", "13", "14", "15", "16", "19", "20", "21", "22"):
+        assert verdicts[number] not in ("holds", "holds to the first order"), number
+
+
+def test_every_study_is_stored_and_told():
+    studies = ROOT / "docs" / "studies"
+    told = (studies / "README.md").read_text()
+    for name in set(STUDIES) - {"compare"}:
+        record = json.loads((studies / f"{name}.json").read_text())
+        assert record["command"] == f"python -m normax.experiments {name} --out docs/studies"
+        assert not record["interrupted"]
+        assert f"`python -m normax.experiments {name}`" in told
+        assert f"({name}.png)" in told
+        assert (studies / f"{name}.png").exists()

@@ -1,11 +1,14 @@
 """The studies of the theory in their quick form: what they find is what the theory says."""
 
+import argparse
 import json
 
 import jax
 import numpy as np
 import pytest
+from flax import linen
 
+import normax.linen
 from normax import theory
 from normax.experiments import batch_size, data, generalization
 from normax.experiments import generalization_claims as claims
@@ -13,6 +16,7 @@ from normax.experiments.__main__ import STUDIES, main
 from normax.experiments.statements import verdict
 from normax.experiments.variants import VARIANTS, Network, Variant, standardized
 from normax.intercept import intercepted
+from normax.train import TrainState
 
 FORMULAS = sorted(set(STUDIES) - {"compare"})
 
@@ -391,3 +395,30 @@ def test_more_images_to_train_on_than_there_are_is_refused(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "--train-images 100 is not from 256" in said
     assert "--train-images 2000 is not from 256" in said
+
+
+def test_population_norm_and_gamma_decay_are_what_a_variant_trains_with():
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, x, train):
+            x = linen.Dense(8, use_bias=False)(x.reshape(len(x), -1))
+            x = normax.linen.BatchNorm(use_running_average=not train)(x)
+            return linen.Dense(10)(linen.relu(x))
+
+    options = argparse.Namespace(train_images=128, epochs=1, learning_rate=0.01)
+    variant = Variant("batch", population="batch", decay=True)
+    tx, step = generalization.optimizer_and_step(variant, options)
+    image = jax.random.normal(jax.random.key(0), (128, 2, 2, 1))
+    label = jax.numpy.arange(128) % 10
+    population = {"image": image, "label": label, "weight": jax.numpy.ones(128)}
+    batch = jax.tree.map(lambda leaf: leaf[:64], population)
+    state = TrainState.create(Model(), tx, jax.random.key(1), image, train=False)
+    h = np.asarray(image.reshape(128, -1) @ state.params["Dense_0"]["kernel"])
+    with jax.numpy_dtype_promotion("standard"):  # optax's schedule counts steps as int32
+        state, _ = step(state, batch, population)
+    mean = state.batch_stats["BatchNorm_0"]["mean"]
+    np.testing.assert_allclose(mean, h.mean(0), atol=1e-5)  # of all, not of the batch
+    assert abs(h[:64].mean(0) - h.mean(0)).max() > 1e-3
+    zeta = state.opt_state[0].zeta["BatchNorm_0"]["scale"]
+    assert zeta.shape == (8,)
+    assert float(zeta.max()) > 0

@@ -19,7 +19,7 @@ from normax.experiments import generalization_claims as claims
 from normax.experiments.variants import VARIANTS, Network, standardized
 from normax.population_training import population_step
 
-QUICK = ("BN", "WN, mean-only BN", "BN, M = 256, dropout after")
+QUICK = ("SGD", "BN", "WN, dropout")
 # How many steps measured statistics and coefficients of decay serve, and the probes of these.
 POPULATION_EVERY, DECAY_EVERY, PROBES = 2, 20, 4
 POPULATION = 10_000  # images at most that population statistics are of
@@ -45,7 +45,8 @@ def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
     """Trains, reports, and returns the exit status; an interruption keeps what was measured."""
     study.prepare(options.out, "generalization")
     if options.quick:
-        options.train_images, options.seeds, options.epochs = 256, 2, 3
+        options.train_images, options.validation_images = 256, 256
+        options.seeds, options.epochs = 2, 3
     names = QUICK if options.quick else tuple(VARIANTS)
     pool, test = data.load(options.dataset, options.seed, options.data_home, size=8)
     least = max(VARIANTS[name].batch_size for name in names)
@@ -84,7 +85,8 @@ def optimizer_and_step(variant, options):
         zeta = diagnostics.measured_decay(compare.loss, batch_size=size, probes=PROBES)
         tx = optax.chain(theory.gamma_decay(zeta, every=DECAY_EVERY), tx)
     if variant.population:
-        return tx, population_step(compare.loss, every=POPULATION_EVERY)
+        gradient = variant.population
+        return tx, population_step(compare.loss, every=POPULATION_EVERY, gradient=gradient)
     step = train.train_step(compare.loss)
     return tx, lambda state, batch, population: step(state, batch)
 
@@ -144,18 +146,18 @@ def show(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
     rows = [row for row in results if "variant" in row]
     study.table(
         "training and validation loss, in inference mode",
-        ("variant", "train", "valid", "gap", "se", "accuracy", "se"),
+        ("variant", "train", "valid", "gap", "se", "right", "se"),
         [
             (
                 row["variant"],
-                *(f"{row[name]:.3f}" for name in SCORES[:2]),
-                *(f"{row[name]:.4f}" for name in ("gap", "gap_error")),
-                *(f"{row[name]:.4f}" for name in ("accuracy", "accuracy_error")),
+                *(f"{row[name]:.3f}" for name in (*SCORES[:3], "gap_error")),
+                *(f"{row[name]:.3f}" for name in ("accuracy", "accuracy_error")),
             )
             for row in rows
         ],
         f"mean and standard error over {options.seeds} seeds; {options.train_images} images of "
-        f"{options.dataset}, {options.epochs} epochs; M = 64 but where named; gap: validation minus training",
+        f"{options.dataset}, {options.epochs} epochs; M = 64 but "
+        "where named; gap: validation minus training; right: accuracy",
     )
     study.table(
         "the claims",

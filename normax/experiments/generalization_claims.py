@@ -26,7 +26,7 @@ class Claim(NamedTuple):
     sign: int
 
 
-LARGE, DECAYED = "BN, M = 256", "PN, gamma decay, rate / 5"
+LARGE, DECAYED = "BN, M = 256", "PN, gamma decay"
 CLAIMS = (
     Claim("BN below SGD", "gap", "BN", "SGD", -1),
     Claim("BN below WN", "gap", "BN", "WN", -1),
@@ -48,9 +48,10 @@ CLAIMS = (
     ),
     Claim("WN, dropout above WN", "accuracy", "WN, dropout", "WN", 1),
     Claim("WN, dropout as BN", "accuracy", "WN, dropout", "BN", 0),
-    Claim("PN, gamma decay below BN", "gap", DECAYED, "BN, rate / 5", -1),
-    Claim("PN, gamma decay above BN", "accuracy", DECAYED, "BN, rate / 5", 1),
-    Claim("PN, gamma decay below PN", "gap", DECAYED, "PN, rate / 5", -1),
+    Claim("PN, gamma decay below BN", "gap", DECAYED, "BN", -1),
+    Claim("PN, gamma decay above BN", "accuracy", DECAYED, "BN", 1),
+    Claim("PN, gamma decay below PN", "gap", DECAYED, "PN", -1),
+    Claim("BN below PN", "gap", "BN", "PN", -1),
 )
 
 

@@ -19,7 +19,8 @@ class Variant(NamedTuple):
       weight_norm: whether the weights of the layer are normalized.
       before: rate of a dropout in front of the norm.
       after: rate of a dropout behind the norm, and before the ReLU.
-      population: whether the norm goes by the statistics of all training images, held constant.
+      population: whether the norm goes by the statistics of all training images, and what flows
+        through them: "none" or "batch", as `population_step` has it.
       decay: whether the scales of the norm decay as the noise of a batch would have it.
       rate: factor of the learning rate.
       batch_size: of training.
@@ -29,7 +30,7 @@ class Variant(NamedTuple):
     weight_norm: bool = False
     before: float = 0.0
     after: float = 0.0
-    population: bool = False
+    population: str | None = None
     decay: bool = False
     rate: float = 1.0
     batch_size: int = 64
@@ -51,10 +52,10 @@ VARIANTS = {
     "BN, M = 256": Variant("batch", batch_size=256),
     "BN, M = 256, dropout after": Variant("batch", after=0.125, batch_size=256),
     "BN, M = 256, dropout before": Variant("batch", before=0.125, batch_size=256),
+    "PN": Variant("batch", population="batch"),
+    "PN, gamma decay": Variant("batch", population="batch", decay=True),
     # Statistics that are held constant bear no more: at the whole rate the loss ends above 1.
-    "BN, rate / 5": Variant("batch", rate=0.2),
-    "PN, rate / 5": Variant("batch", population=True, rate=0.2),
-    "PN, gamma decay, rate / 5": Variant("batch", population=True, decay=True, rate=0.2),
+    "PN held, rate / 5": Variant("batch", population="none", rate=0.2),
 }
 
 
