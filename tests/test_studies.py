@@ -18,6 +18,8 @@ from normax.experiments.variants import VARIANTS, Network, Variant, standardized
 from normax.intercept import intercepted
 from normax.train import TrainState
 
+# Most of these is steps, not compiling.
+LONG = {"teacher-student", "convergence", "batch-size"}
 FORMULAS = sorted(set(STUDIES) - {"compare"})
 
 
@@ -29,8 +31,8 @@ def records(tmp_path_factory):
     def record(study):
         path = folder / f"{study}.json"
         if not path.exists():
-            # Most of this one is steps, not compiling; the fixture of all tests turns it back.
-            if study == "teacher-student":
+            # The fixture of all tests turns it back.
+            if study in LONG:
                 jax.config.update("jax_disable_most_optimizations", False)
             # As from the command line, where JAX is not strict.
             with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     study.add_common(parser, "convergence")
     add = parser.add_argument
     add("--dataset", choices=data.NAMES, default="digits")
-    add("--size", type=int, choices=(16, 28), default=16, help="of the digits, height and width")
+    text = "of the digits, height and width; 28, the network's own, or 16 with --quick"
+    add("--size", type=int, choices=(16, 28), help=text)
     add("--data-home", help="folder of scikit-learn's cache, for mnist and cifar10")
     add("--optimizer", choices=tuple(OPTIMIZERS), default="sgd")
     add("--batch-size", type=study.batch_size, default=64)
@@ -62,6 +63,7 @@ def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
     """Trains, reports, and returns the exit status; an interruption keeps what was measured."""
     study.prepare(options.out, "convergence")
     scope = QUICK if options.quick else FULL
+    options.size = options.size or (16 if options.quick else 28)
     options.epochs = options.epochs or scope.epochs
     options.target = options.target or scope.target
     trainer, runs, interrupted = Trainer(options, check), [], False
