@@ -1,4 +1,4 @@
-"""The README's code runs: the first block on inputs of these names, the second as it stands."""
+"""The README's code runs: the first block on inputs of these names, the others as they stand."""
 
 import pathlib
 import re
@@ -11,7 +11,7 @@ import pytest
 import normax
 
 README = (pathlib.Path(normax.__file__).parents[1] / "README.md").read_text()
-FUNCTIONS, TRAINING = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+FUNCTIONS, TRAINING, LOOKING = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_functions():
@@ -50,3 +50,9 @@ def test_the_training_loop_of_25_lines():
     state, metrics = names["fit"](batches, batches[0])
     assert int(state.step) == 3
     assert np.isfinite(metrics["loss"])
+    names |= {"state": state, "batch": batches[0]}
+    exec(LOOKING, names)
+    assert set(names["norms"]) == {"Conv_0", "BatchNorm_0", "Dense_0"}
+    for layer in names["norms"].values():
+        assert layer.weights > 0
+        assert layer.output > 0
