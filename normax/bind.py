@@ -1,5 +1,6 @@
 """Models bound to their variables, which a loss calls: linen's and nnx's in one way."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 from flax import linen, nnx
 from flax.core.tracers import current_trace
 from jax.typing import DTypeLike
+
+from normax.intercept import intercepted
 
 
 class LinenBinding:
@@ -35,9 +38,17 @@ class BoundLinen:
         self.binding, self.params, self.model_state = binding, params, model_state
         self.key, self.train, self.dtype = key, train, dtype
         self.calls, self.trace = 0, current_trace()
+        self.interceptor: Any = None  # listens to the modules of this model, and to no other's
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Applies the model."""
+        listening = contextlib.nullcontext()
+        if self.interceptor is not None:
+            listening = intercepted(self.interceptor)
+        with listening:
+            return self._call(*args, **kwargs)
+
+    def _call(self, *args, **kwargs):
         args, kwargs = cast((args, kwargs), self.dtype)
         variables = {"params": cast(self.params, self.dtype), **self.model_state}
         if not self.train:

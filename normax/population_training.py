@@ -1,19 +1,19 @@
 """Population normalization: training by the statistics of many examples, not of the batch."""
 
-import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import linen, nnx
 from jax.typing import DTypeLike
 
 import normax.linen
 import normax.nnx
 from normax import axes as ax
 from normax.bind import BoundNNX, check_structure
-from normax.intercept import as_if, intercepted
+from normax.intercept import as_if
 from normax.options.running import Remembering, RunningNormalizer
 from normax.renorm import batch_renorm
 from normax.train import TrainState, train_step
@@ -35,7 +35,9 @@ def population_step(
     The statistics are those of many examples at once, measured before a step and held in it: no
     noise of a batch is in them. With `normax.theory.gamma_decay` it is what batch norm amounts to
     in theory. Without a gradient through the statistics a step makes weights longer to no avail,
-    which bears a fraction of batch norm's learning rate; with the batch's own it does not.
+    which bears a fraction of batch norm's learning rate; with the batch's own it does not. A norm
+    that is called several times keeps the statistics of its last call, and one with a momentum of
+    None no count of them. Frozen norms stay as they are.
 
     Args:
       loss: as in `normax.train.train_step`. It is called with `train` True; only the statistics
@@ -54,7 +56,9 @@ def population_step(
 
     Raises:
       ValueError: as `train_step`; an `every` below 1; another word; when it is traced: a model
-        without running statistics of normax's that move.
+        without running statistics of normax's that move, or with norms that do not normalize by
+        the batch alone (`BatchRenorm`, `PowerNorm`) or are Flax's own; with the gradient of the
+        batch, an `epsilon_on` other than the variance.
       TypeError: as `train_step`; an `every` that is no int.
 
     Luo, Wang, Shao and Peng, "Towards Understanding Regularization in Batch Normalization", 2018,
@@ -86,13 +90,9 @@ def population_step(
     ax.check_choice("population_step", "gradient", gradient, ("none", "batch"))
 
     def by_population(model, batch, train):
-        held = _as_if(model, Remembering, freeze_stats=True)
-        through = contextlib.nullcontext()
-        if gradient == "batch":
-            through = _as_if(model, _NORMS, freeze_stats=False, _function=_by_population)
-        with held as found, through:
-            result = loss(model, batch, train)
-        ax.check_found("population_step", "a model with running statistics of normax", any(found))
+        found = _told(model, functools.partial(_held, gradient))
+        result = loss(model, batch, train)
+        ax.check_found("population_step", _MOVES, any(found))
         return result
 
     take = train_step(by_population, dtype=dtype, loss_scale=loss_scale, donate=False)
@@ -101,17 +101,21 @@ def population_step(
         def measured(state):
             key = jax.random.fold_in(state.key, state.step)
             model = state.bind(state.params, state.model_state, key, train=True, dtype=dtype)
-            # With no weight on the past one update leaves the statistics of these examples.
-            with _as_if(model, RunningNormalizer, momentum=0.0):
-                loss(model, population, True)
+            found = _told(model, _measuring)
+            loss(model, population, True)
+            ax.check_found("population_step", _MOVES, any(found))
             check_structure("the model's state", state.model_state, model.model_state)
-            return state.replace(model_state=model.model_state)
+            return state.replace(model_state=_statistics_of(model.model_state, state.model_state))
 
         return take(jax.lax.cond(state.step % every == 0, measured, lambda s: s, state), batch)
 
     return jax.jit(step, donate_argnums=(0,) if donate else ())
 
 
+_MOVES = "a model with running statistics of normax that move"
+_FLAX = (linen.BatchNorm, nnx.BatchNorm)
+_OTHERS = (normax.linen.BatchRenorm, normax.nnx.BatchRenorm)
+_OTHERS += (normax.linen.PowerNorm, normax.nnx.PowerNorm)
 _NORMS = (normax.linen.BatchNorm, normax.nnx.BatchNorm)
 
 
@@ -149,23 +153,59 @@ def _by_population(
     return y, stats
 
 
-@contextlib.contextmanager
-def _as_if(model, kind, **values):
-    """Gives a bound model's normalizers of a kind other options; yields one True for each."""
+def _held(gradient, norm) -> dict[str, Any]:
+    """Returns the options of a norm that normalizes by what it remembers, and remembers nothing."""
+    if gradient == "batch" and isinstance(norm, _NORMS):
+        variance = norm.epsilon_on == "variance"
+        ax.check_found("population_step", "epsilon_on='variance'", variance)
+        return {"_function": _by_population}
+    return {"freeze_stats": True}
+
+
+def _measuring(norm) -> dict[str, Any]:
+    """Returns the options of a norm that one call leaves with the statistics of that call."""
+    known = isinstance(norm, RunningNormalizer) and not isinstance(norm, _OTHERS)
+    ax.check_found("population_step", "norms that normalize by the batch alone", known)
+    return {"momentum": 0.0}
+
+
+def _told(model, options) -> list[bool]:
+    """Gives a bound model's norms whose statistics move other options; returns one True for each.
+
+    Of linen the list fills as the model is called.
+    """
     found = []
+
+    def options_of(module):
+        ax.check_found("population_step", "norms of normax, not Flax's", not _is_flax(module))
+        if not isinstance(module, Remembering) or module.freeze_stats:
+            return {}
+        found.append(True)
+        return options(module)
+
     if isinstance(model, BoundNNX):
         for _, layer in nnx.iter_modules(model.nnx_model):
-            if isinstance(layer, kind):
-                found.append(True)
-                for name, value in values.items():
-                    setattr(layer, name, value)
-        yield found
-        return
-    told = as_if(kind, **values)
+            for name, value in options_of(layer).items():
+                setattr(layer, name, value)
+        return found
 
     def look(call, args, kwargs, context):
-        found.append(isinstance(context.module, kind))
-        return told(call, args, kwargs, context)
+        return as_if(type(context.module), **options_of(context.module))(
+            call, args, kwargs, context
+        )
 
-    with intercepted(look):
-        yield found
+    model.interceptor = look
+    return found
+
+
+def _is_flax(module):
+    return isinstance(module, _FLAX) and not isinstance(module, Remembering)
+
+
+def _statistics_of(new, old):
+    """Returns the state of a model with the running statistics of another."""
+    if not isinstance(old, nnx.State):
+        return {**old, "batch_stats": new["batch_stats"]}
+    statistics, _ = nnx.split_state(new, nnx.BatchStat, ...)
+    _, rest = nnx.split_state(old, nnx.BatchStat, ...)
+    return nnx.merge_state(statistics, rest)

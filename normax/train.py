@@ -165,8 +165,8 @@ def train_step(
     Args:
       loss: a function `loss(model, batch, train)` of the model bound to its variables, called as
         the model itself is, and of a batch, any pytree. It returns a scalar, or a scalar and a
-        dict of metrics; optimizers that ask for it are given its value and itself, the state
-        before the step (`train_state`) and the batch. Each call of the model in it moves the
+        dict of metrics; optimizers that take extra arguments are given its value and itself, the
+        state before the step (`train_state`) and the batch. Each call of the model in it moves the
         running statistics once.
       dtype: mixed precision: the model computes in this dtype, such as `jnp.bfloat16`. The
         parameters are kept, and the loss, gradients, optimizer and running statistics computed,
@@ -220,6 +220,10 @@ def train_step(
             value, metrics = _value_and_metrics(loss(model, batch, True))
             return value * loss_scale, (value, metrics, _state_after(model, state.model_state))
 
+        # A line search hands on what it is given beside the parameters, where it is named.
+        def value_fn(params, train_state=None, batch=None):
+            return objective(params)[1][0]
+
         grads, (value, metrics, model_state) = jax.grad(objective, has_aux=True)(state.params)
         grads = jax.tree.map(lambda grad: grad / loss_scale, grads)
         updates, opt_state = optax.with_extra_args_support(state.tx).update(
@@ -228,7 +232,7 @@ def train_step(
             state.params,
             value=value,
             grad=grads,
-            value_fn=lambda params: objective(params)[1][0],
+            value_fn=value_fn,
             train_state=state,
             batch=batch,
         )

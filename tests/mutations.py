@@ -8,6 +8,7 @@ named with it, which pass where nothing is broken: that is what the test run say
 of them it is checked here, so that an environment without JAX does not pass for a sharp eye.
 """
 
+import concurrent.futures
 import contextlib
 import io
 import multiprocessing
@@ -161,6 +162,13 @@ MUTATIONS = [
     Mutation("weights: the running count drifts to a float", "moments.py", "return jnp.where(full, me.MAX_COUNT, jnp.round(jnp.where(full, 0, count)).astype(dtype))", "return count", "test_sample_weights.py -k int"),
     Mutation("weights: a segment counts rows", "segment.py", "counted = there.astype(jnp.int32) if weights is None else counted", "counted = there.astype(jnp.int32)", "test_sample_weights.py -k segment"),
     Mutation("weights: power norm's gradient by the mask", "power.py", "(g - each * old * xhat)", "(g - old * xhat)", "test_sample_weights.py -k power"),
+    # Diagnostics and population training.
+    Mutation("diagnostics: skewed inputs forgotten", "diagnostics/decay.py", "return times(of_scale[0]), times(of_shift[1]), times(of_scale[1])", "return times(of_scale[0]), times(of_shift[1]), zeros", "test_diagnostics.py -k skewed"),
+    Mutation("diagnostics: other models too", "diagnostics/watch.py", "watching.interceptor = look\n    value = _value(loss(watching, batch, train))", "from normax.intercept import intercepted\n    with intercepted(look):\n        value = _value(loss(watching, batch, train))", "test_diagnostics.py -k another_model"),
+    Mutation("diagnostics: not orthogonal", "diagnostics/landscape.py", "w = _orthogonal(w - alpha * v - beta * v_before, basis)", "w = w - alpha * v - beta * v_before", "test_diagnostics.py -k decades"),
+    Mutation("gamma decay: half a gradient", "theory/decay.py", "(2 * coefficient * leaf", "(coefficient * leaf", "test_diagnostics.py -k gradient_of_its_penalty"),
+    Mutation("gamma decay: measured once", "theory/decay.py", "state.steps % every == 0", "state.steps == 0", "test_diagnostics.py -k on_a_schedule and linen"),
+    Mutation("population: the past has a weight", "population_training.py", 'return {"momentum": 0.0}', 'return {"momentum": 0.5}', "test_diagnostics.py -k population_training_by_hand"),
     # Weights.
     Mutation("the length is a root mean square", "weight.py", "/ math.sqrt(size),", "/ 1.0,", "test_weights.py"),
     Mutation("no power iteration", "weight.py", "first if n_steps == 1 else", "first if n_steps else", "test_weights.py"),
@@ -197,16 +205,30 @@ def run(mutation: Mutation) -> tuple[int, str]:
         return (int(status) if where.samefile(copy) else -1), printed.getvalue()
 
 
+def forked(mutation: Mutation) -> tuple[int, str]:
+    """Returns what `run` does, in a process of its own, or how that process ended."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: there.send(run(mutation)))
+    process.start()
+    there.close()  # so that a process that dies ends the wait
+    try:
+        found = here.recv()
+    except EOFError:
+        found = None
+    process.join()
+    return found or (process.exitcode or -1, "its process ended")
+
+
 def main(words: list[str]) -> int:
     """Runs the mutations whose names have the words; returns an exit status."""
     chosen = [m for m in MUTATIONS if all(word in m.name for word in words)]
     results = []
     # JAX warns of any fork; before its first array it has no threads that could be lost.
     warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
-    context = multiprocessing.get_context("fork")
     first = [Mutation("nothing", "axes.py", "", "", chosen[0].tests)] if chosen else []
-    with context.Pool(WORKERS, maxtasksperchild=1) as pool:
-        done = pool.imap(run, first + chosen)
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as workers:
+        done = workers.map(forked, first + chosen)
         for mutation, (status, text) in zip(first + chosen, done, strict=True):
             # 1: a test failed. Any other but 0: pytest did not run, which shows nothing.
             if status not in (0, 1):

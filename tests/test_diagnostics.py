@@ -99,8 +99,8 @@ def test_layers_come_in_the_order_of_their_calls():
         assert list(diagnostics.layer_statistics(loss, state, data(8))) == ["first", "norm", "last"]
 
 
-@pytest.mark.parametrize("framework", ["linen", "nnx"])
-def test_looking_changes_nothing(framework):
+def test_looking_changes_nothing():
+    framework = "nnx"  # in linen nothing can change
     state, batch = states()[framework], data(64)
     before = jax.tree.map(np.asarray, (state.params, state.model_state))
     diagnostics.layer_statistics(loss, state, batch)
@@ -198,6 +198,79 @@ def test_gradient_norms_are_those_of_the_model_written_out():
             np.testing.assert_allclose(norm.output, np.linalg.norm(of_outputs[path]), rtol=1e-4)
 
 
+def test_another_model_in_the_loss_is_none_of_this_one_s():
+    state, batch = states()["linen"], data(16)
+    variables = {"params": jax.tree.map(lambda leaf: leaf + 1, state.params), **state.model_state}
+
+    def distilled(model, batch, train):
+        teacher = Linen().apply(variables, batch[0], train=False)
+        return jnp.mean((model(batch[0], train=train) - teacher) ** 2)
+
+    target = Linen().apply(variables, batch[0], train=False)
+    plain = lambda model, batch, train: jnp.mean((model(batch[0], train=train) - target) ** 2)
+    for measure in (diagnostics.gradient_norms, diagnostics.layer_statistics):
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+        jax.tree.map(close, measure(distilled, state, batch), measure(plain, state, batch))
+
+
+def test_layers_of_many_kinds():
+    class Odd(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            def token():
+                return self.param("token", nn.initializers.ones, (4,))
+
+            class Pair(nn.Module):
+                @nn.compact
+                def __call__(self, *, value):
+                    return value * self.param("factor", nn.initializers.ones, (4,))[None], 1.0
+
+            return Pair(name="pair")(value=x + token()[None])[0]
+
+    x = data(8)[0]
+    weigh = lambda model, x, train: jnp.sum(model(x)) + 0.5 * jnp.sum(model.params["token"] ** 2)
+    state = train.TrainState.create(Odd(), optax.sgd(0.1), KEY, x)
+    norms = diagnostics.gradient_norms(weigh, state, x)
+    assert set(norms) == {"", "pair"}
+    np.testing.assert_allclose(norms[""].weights, np.linalg.norm([8 + 1.0] * 4), rtol=1e-6)
+    np.testing.assert_allclose(norms["pair"].weights, np.linalg.norm((x + 1).sum(0)), rtol=1e-5)
+    assert norms["pair"].output == 0
+    assert set(diagnostics.layer_statistics(weigh, state, x)) == {""}
+    outside = lambda model, x, train: jnp.sum(jax.checkpoint(lambda x: model(x))(x))
+    with pytest.raises(ValueError, match="outside transformations of JAX"):
+        diagnostics.layer_statistics(outside, state, x)
+    assert set(diagnostics.gradient_norms(outside, state, x)) == {"", "pair"}
+
+
+@pytest.mark.parametrize("wrapper", ["WeightNorm", "SpectralNorm", "WeightStandardization"])
+def test_normalized_weights_of_nnx(wrapper):
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = getattr(normax.nnx, wrapper)(nnx.Linear(4, 3, rngs=rngs), rngs=rngs)
+
+        def __call__(self, x, train):
+            return self.layer(x)
+
+    state = train.TrainState.from_nnx(Model(nnx.Rngs(0)), optax.sgd(0.1))
+    found = diagnostics.layer_statistics(loss, state, data(8))
+    assert "layer/layer_instance" in found
+    norms = diagnostics.gradient_norms(loss, state, data(8))
+    assert norms["layer/layer_instance"].weights > 0
+
+
+def test_a_recurrent_network_of_nnx():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.rnn = nnx.RNN(nnx.SimpleCell(4, 3, rngs=rngs))
+
+        def __call__(self, x, train):
+            return self.rnn(x[None])[0]
+
+    state = train.TrainState.from_nnx(Model(nnx.Rngs(0)), optax.sgd(0.1))
+    norms = diagnostics.gradient_norms(loss, state, data(6))
+    assert any(layer.weights > 0 for layer in norms.values())
+
+
 def test_gradients_far_from_one_keep_their_length():
     class Deep(nn.Module):
         @nn.compact
@@ -267,6 +340,15 @@ def test_the_spectrum_of_eigenvalues_that_repeat():
     found = diagnostics.hessian_spectrum(bowl, jnp.ones(6), key=KEY, steps=6)
     np.testing.assert_allclose(found.values, [-2, 1, 1, 1, 5, 5], rtol=1e-10)
     assert float(found.condition_number) == pytest.approx(5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_spectrum_of_many_decades():
+    # Without care vectors come again once the largest values are found.
+    values = jnp.logspace(0, 4, 40)
+    valley = lambda x: jnp.sum(values * x**2) / 2
+    found = diagnostics.hessian_spectrum(valley, jnp.ones(40), key=KEY, steps=40)
+    np.testing.assert_allclose(found.values, values, rtol=1e-6)
 
 
 def test_the_largest_learning_rate_and_smoothness():
@@ -401,6 +483,58 @@ def test_norms_without_a_bias_and_with_a_variance_only():
     np.testing.assert_allclose(found["variance"].zeta, 1 / (4 * 32), rtol=0.03)
 
 
+def test_zeta_of_a_skewed_input_and_of_a_masked_one():
+    logistic = lambda h, mean: jax.nn.softplus(h) - mean * h
+    x = jax.random.exponential(KEY, (50_000, 1)) - 1
+
+    class Head(nn.Module):
+        @nn.compact
+        def __call__(self, x, train, mask=None):
+            return normax.linen.BatchNorm(use_running_average=not train, name="norm")(x, mask=mask)
+
+    state = train.TrainState.create(Head(), optax.sgd(0.1), KEY, x, train=False)
+    state = with_stats(state, {"mean": np.asarray(x.mean(0)), "var": np.asarray(x.var(0))})
+    of = lambda model, x, train: jnp.mean(
+        logistic(model(x, train=train), jax.nn.sigmoid(2 * x + 0.5))
+    )
+    (found,) = diagnostics.decay_coefficients(
+        of, state, x, batch_size=64, key=KEY, probes=1
+    ).values()
+    standard = (x - x.mean(0, keepdims=True)) / x.std(0, keepdims=True)
+    _, curvature = theory.loss_derivatives(logistic, standard, jax.nn.sigmoid(2 * x + 0.5))
+    expected = theory.decay_coefficient(curvature, standard, 64)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-3), found, expected)
+    assert abs(found.slant * found.skewness / 128) > 0.1 * found.zeta  # which is held by this alone
+
+    mask = jnp.arange(60_000)[:, None] < 50_000
+    padded = jnp.concatenate([x, jnp.full((10_000, 1), 1e3)])
+    masked = lambda model, x, train: jnp.mean(model(x, train=train, mask=mask) ** 2)
+    (found,) = diagnostics.decay_coefficients(
+        masked, state, padded, batch_size=64, key=KEY, probes=1
+    ).values()
+    np.testing.assert_allclose(found.skewness, expected.skewness, rtol=1e-4)
+
+
+def test_frozen_norms_have_no_noise():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            plain = {"use_running_average": not train}
+            x = normax.linen.BatchNorm(**plain, freeze_stats=True, name="frozen")(x)
+            return normax.linen.BatchNorm(**plain, name="norm")(x)
+
+    x = data(64)[0]
+    square = lambda model, x, train: jnp.mean(jnp.sum(model(x, train=train) ** 2, 1) * x[:, 0])
+    state = train.TrainState.create(Model(), optax.sgd(0.1), KEY, x, train=False)
+    found = diagnostics.decay_coefficients(square, state, x, batch_size=8, key=KEY, probes=1)
+    assert set(found) == {"norm"}
+    ours, _ = population_step(square, gradient="batch", donate=False)(state, x, x)
+    expected, _ = train.train_step(square, donate=False)(state, x)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, ours.params, expected.params)
+    np.testing.assert_array_equal(ours.batch_stats["frozen"]["mean"], 0)
+
+
 @pytest.mark.parametrize("zeta", [0.25, "tree"])
 def test_gamma_decay_is_the_gradient_of_its_penalty(zeta):
     params = {"norm": {"scale": jnp.array([1.0, -2.0]), "bias": jnp.ones(2)}, "kernel": jnp.ones(3)}
@@ -451,6 +585,19 @@ def test_gamma_decay_is_measured_on_a_schedule(framework):
     assert (kept[0] >= 0).all()
     assert kept[0].any()
     assert (kept[3] != kept[0]).any()
+
+
+@pytest.mark.usefixtures("optax_promotes")
+def test_measured_decay_of_masked_parameters():
+    measure = diagnostics.measured_decay(loss, batch_size=32, probes=1)
+    labels = lambda params: jax.tree.map_with_path(lambda path, _: "norm" in str(path[0]), params)
+    tx = optax.chain(optax.masked(theory.gamma_decay(measure), labels), optax.sgd(0.1))
+    state, _ = train.train_step(loss, donate=False)(states(tx)["linen"], data(32))
+    zeta = state.opt_state[0].inner_state.zeta["norm"]["scale"]
+    assert zeta.shape == (6,)
+    assert zeta.any()
+    with pytest.raises(TypeError, match="measured_decay: expected a train_state"):
+        measure(state.params)
 
 
 def test_population_training_by_hand():
@@ -505,6 +652,35 @@ def test_population_training_with_the_gradient_of_batch_norm(framework):
     np.testing.assert_allclose(far["loss"], value["loss"], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("norm", "options", "words"),
+    [
+        (normax.linen.BatchRenorm, {}, "that normalize by the batch alone"),
+        (nn.BatchNorm, {}, "norms of normax, not Flax's"),
+        (normax.linen.BatchNorm, {"epsilon_on": "deviation"}, "epsilon_on='variance'"),
+    ],
+)
+def test_population_training_refuses_what_it_cannot_do(norm, options, words):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return norm(use_running_average=not train, **options)(x)
+
+    state = train.TrainState.create(Model(), optax.sgd(0.1), KEY, data(8)[0], train=False)
+    with pytest.raises(ValueError, match=f"population_step: expected .*{words}"):
+        population_step(loss, gradient="batch")(state, data(8), data(8))
+
+
+def test_curvature_of_half_precision():
+    bowl = lambda x: jnp.sum(jnp.array([1.0, 2.0, 4.0], jnp.bfloat16) * x**2) / 2
+    found = diagnostics.hessian_spectrum(bowl, jnp.ones(3, jnp.bfloat16), key=KEY, steps=3)
+    np.testing.assert_allclose(found.values, [1, 2, 4], rtol=0.02)
+    rate = diagnostics.largest_learning_rate(bowl, jnp.ones(3, jnp.bfloat16))
+    np.testing.assert_allclose(rate, 2 * 21 / (1 + 8 + 64), rtol=0.05)
+    concave = diagnostics.hessian_spectrum(lambda x: -jnp.sum(x**2), jnp.ones(2), key=KEY)
+    assert concave.stable_rate == math.inf
+
+
 def test_population_training_needs_statistics_that_move():
     state = train.TrainState.create(nn.Dense(1), optax.sgd(0.1), KEY, jnp.ones((1, 4)))
     step = population_step(lambda model, batch, train: jnp.mean(model(batch[0]) ** 2))
@@ -521,6 +697,8 @@ def test_population_training_needs_statistics_that_move():
         (lambda: population_step(loss, gradient="all"), ValueError, "population_step: expected gradient to be one of"),
         (lambda: theory.gamma_decay(0.1, every=1.5), TypeError, "gamma_decay: expected every"),
         (lambda: theory.gamma_decay("0.1"), TypeError, "gamma_decay: expected zeta"),
+        (lambda: theory.gamma_decay(None), TypeError, "gamma_decay: expected a zeta"),
+        (lambda: theory.gamma_decay([0.1]).init({"scale": jnp.ones(2)}), TypeError, "gamma_decay: expected zeta of the structure"),
         (lambda: theory.gamma_decay(0.1).update({}, theory.gamma_decay(0.1).init({})), ValueError, "gamma_decay: expected params"),
         (lambda: diagnostics.decay_coefficients(loss, states()["linen"], data(8), batch_size=1, key=KEY), ValueError, "expected batch_size in"),
         (lambda: diagnostics.decay_coefficients(loss, states()["linen"], data(8), batch_size=8, key=KEY, form="new"), ValueError, "expected form to be one of"),

@@ -244,6 +244,37 @@ def test_verdicts():
     assert 0 <= mean <= 2
 
 
+def test_gradients(records):
+    rows = {(row["norm"], row["gain"]): row for row in records("gradients")[0]["results"]}
+    assert {norm for norm, _ in rows} == {"none", "batch"}
+    plain = [rows["none", gain]["factor"] for gain in (0.3, 1.0, 3.0)]
+    # Without a norm sigmoids leave a quarter at most, times what the weights do.
+    assert plain[0] < 0.1 < plain[1] < 0.25 < plain[2]
+    assert plain[0] / plain[1] == pytest.approx(0.3, rel=0.1)
+    # With batch norm the scale of the weights does not count.
+    factors = [rows["batch", gain]["factor"] for gain in (0.3, 1.0, 3.0)]
+    assert all(0.9 < factor < 1.1 for factor in factors)
+    assert factors == pytest.approx([factors[0]] * 3, rel=1e-2)
+    for row in rows.values():
+        assert len(row["weights"]) == len(row["outputs"]) == 8
+        ends = row["outputs"][1] / row["outputs"][-1]
+        assert row["factor"] == pytest.approx(ends ** (1 / 6))
+
+
+def test_landscape(records):
+    rows = {(row["norm"], row["step"]): row for row in records("landscape")[0]["results"]}
+    assert set(rows) == {(norm, step) for norm in ("none", "batch") for step in (0, 10)}
+    for row in rows.values():
+        assert row["shift"] == pytest.approx(np.mean(row["shifts"]))
+        # Along the gradient a quadratic bowl of the largest curvature bears 2 over it, at least.
+        assert row["largest_rate"] > 1.5 / row["curvature"]
+        assert row["lowest"] < row["curvature"]
+    for step in (0, 10):
+        assert rows["none", step]["shift"] > 10 * rows["batch", step]["shift"]
+        assert rows["none", step]["largest_rate"] < rows["batch", step]["largest_rate"]
+    assert rows["batch", 10]["loss"] < rows["batch", 0]["loss"]
+
+
 def test_convergence(records):
     rows = records("convergence")[0]["results"]
     summary = rows.pop()

@@ -60,8 +60,10 @@ def decay_coefficients(
       form: "corrected" or "published": without the term of skewed inputs.
 
     Returns:
-      `Coefficient` by the path of each `BatchNorm` and `VarianceOnlyBatchNorm` that has a scale,
-      normax's or Flax's, each leaf of the shape of the scale.
+      `Coefficient` by the path of each `BatchNorm` and `VarianceOnlyBatchNorm` that has a scale and
+      is not frozen, normax's or Flax's, each leaf of the shape of the scale. Those within `nn.scan`
+      or `nn.vmap` are left out. Of one that is called several times kurtosis and skewness are those
+      of the first call.
 
     Raises:
       ValueError: a batch of one, no probe, another form; a model without batch norms.
@@ -170,10 +172,12 @@ def measured_decay(
     """
     given = batch
 
-    def measure(params, *, train_state, batch, **_):
+    def measure(params, *, train_state: Any = None, batch: Any = None, **_):
+        # Of masked parameters only some are given; the state has all.
+        ax.check_given("measured_decay", "train_state by the update's extra arguments", train_state)
         found = decay_coefficients(
             loss,
-            train_state.replace(params=params),
+            train_state,
             batch if given is None else given,
             batch_size=batch_size,
             key=jax.random.fold_in(train_state.key, train_state.step),
@@ -191,13 +195,18 @@ def _shapes(loss, state, batch):
     statistics = {}
 
     def note(call):
-        if not isinstance(call.module, _BOTH + _VARIANCE):
+        # A frozen one has no noise of a batch; Flax's own cannot be frozen.
+        if not isinstance(call.module, _BOTH + _VARIANCE) or is_frozen(call.module):
             return None
         statistics[call.path] = "both" if isinstance(call.module, _BOTH) else "variance"
         x = call.input
         axes = ax.sorted_axes("decay_coefficients", "axis", call.module.axis, x.ndim)
         entries = ax.other_axes(axes, x.ndim)
-        return excess_kurtosis(x, entries), skewness(x, entries)
+        mask = call.kwargs.get("mask")
+        return excess_kurtosis(x, entries, mask=mask), skewness(x, entries, mask=mask)
+
+    def is_frozen(module):
+        return getattr(module, "freeze_stats", False)
 
     notes = watched(loss, state, batch, train=False, note=note)[1]
     return {path: calls[0] for path, calls in notes.items()}, statistics

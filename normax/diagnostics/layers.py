@@ -32,7 +32,8 @@ class GradientNorms(NamedTuple):
 
     Attributes:
       weights: of the loss with respect to the layer's own parameters; 0 where it has none.
-      output: of the loss with respect to what it gives, all entries together.
+      output: of the loss with respect to what it gives, all entries together; 0 where that is no
+        array.
     """
 
     weights: jax.Array
@@ -72,10 +73,11 @@ def layer_statistics(
     Returns:
       `LayerStatistics` by the path of each layer, in the order of their calls; of several calls all
       together. What is no floating-point array, such as the ids of an embedding, has none, and is
-      left out with its layer.
+      left out with its layer; so is what is called within `nn.scan` or `nn.vmap`.
 
     Raises:
-      ValueError: a model without layers.
+      ValueError: a model without layers, or one that the loss calls inside `jax.checkpoint`,
+        `jax.jit` or the like: use Flax's own `nn.remat` and `nn.jit` in the model.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -114,7 +116,7 @@ def gradient_norms(
 
     Returns:
       `GradientNorms` by the path of each layer, in the order of their calls; of a layer that is
-      called several times the lengths at its outputs are added.
+      called several times, or under `jax.vmap`, the lengths at its outputs are added.
 
     Raises:
       ValueError: a model without layers.
@@ -130,14 +132,13 @@ def gradient_norms(
       >>> bool(found["layers_0"].weights < 0.01 * found["layers_10"].weights)  # it vanishes
       True
     """
-    paths: dict[str, None] = {}
+    arrays: dict[str, bool] = {}
 
-    def note(call):
-        if _is_float(call.output):
-            paths[call.path] = None
-        return jnp.zeros(())
+    def look(call):
+        arrays[call.path] = _is_float(call.output)
+        return call.output
 
-    jax.eval_shape(lambda state: watched(loss, state, batch, train=train, note=note)[0], state)
+    jax.eval_shape(lambda state: watched(loss, state, batch, train=train, change=look)[0], state)
 
     def value(params, sinks):
         def change(call):
@@ -145,15 +146,19 @@ def gradient_norms(
 
         return watched(loss, state.replace(params=params), batch, train=train, change=change)[0]
 
-    sinks = dict.fromkeys(paths, jnp.zeros(()))
+    sinks = {path: jnp.zeros((), jnp.float32) for path, is_one in arrays.items() if is_one}
     grads, lengths = jax.grad(value, (0, 1))(state.params, sinks)
-    own: dict[str, list] = {path: [] for path in paths}
+    own: dict[str, list] = {path: [] for path in arrays}
     for keys, leaf in jax.tree.leaves_with_path(grads):
         path = "/".join(names_of(keys))
         holders = [layer for layer in own if path.startswith(f"{layer}/") or not layer]
         if holders:
             own[max(holders, key=len)].append(leaf)
-    return {path: GradientNorms(_length(leaves), lengths[path]) for path, leaves in own.items()}
+    zero = jnp.zeros((), jnp.float32)
+    return {
+        path: GradientNorms(_length(leaves), lengths.get(path, zero))
+        for path, leaves in own.items()
+    }
 
 
 def activation_shift(
@@ -207,6 +212,7 @@ def _is_float(value):
 
 
 def _by_feature(x):
+    x = x[None] if x.ndim == 1 else x  # of one example, under jax.vmap
     return moments(x, tuple(range(x.ndim - 1)))
 
 
@@ -219,11 +225,13 @@ def _merged(calls):
 
 def _length(leaves):
     """Returns the length of all leaves together, which may be far from 1 in a deep network."""
-    leaves = [leaf.astype(jnp.float32) for leaf in leaves]
-    largest = jnp.max(jnp.stack([jnp.zeros(()), *(jnp.abs(leaf).max() for leaf in leaves)]))
+    dtype = ax.promote(jnp.float32, *leaves)
+    leaves, zero = [leaf.astype(dtype) for leaf in leaves], jnp.zeros((), dtype)
+    largest = jnp.max(jnp.stack([zero, *(jnp.abs(leaf).max() for leaf in leaves)]))
     unit = jnp.where(largest > 0, largest, 1)
     squares = [jnp.sum(jnp.square(leaf / unit)) for leaf in leaves]
-    return unit * jnp.sqrt(sum(squares, start=jnp.zeros(())))
+    length = unit * jnp.sqrt(sum(squares, start=zero))
+    return jnp.where(jnp.isinf(largest), largest, length).astype(jnp.float32)
 
 
 @jax.custom_vjp

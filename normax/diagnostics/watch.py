@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import jax
 from flax import linen, nnx
 from flax.core.scope import union_filters
+from flax.core.tracers import current_trace
 from flax.traverse_util import flatten_dict
 
 from normax import axes as ax
 from normax.bind import BoundLinen, BoundNNX
-from normax.intercept import intercepted
 from normax.train import TrainState
 
 # The collection that brings what was noted out of a model, out of what it compiles or remats too.
@@ -41,9 +41,11 @@ class Call(NamedTuple):
 
     @property
     def input(self) -> Any:
-        """What it was called on."""
+        """What it was called on; None where that cannot be told."""
         name = next((name for name in ("x", "inputs") if name in self.kwargs), None)
-        return self.args[0] if name is None else self.kwargs[name]
+        if name is not None:
+            return self.kwargs[name]
+        return self.args[0] if self.args else None
 
 
 def watched(
@@ -52,8 +54,8 @@ def watched(
     batch: Any,
     *,
     train: bool,
-    note: Callable[[Call], Any] = lambda call: None,
-    change: Callable[[Call], Any] = lambda call: call.output,
+    note: Callable[[Call], Any] | None = None,
+    change: Callable[[Call], Any] | None = None,
 ) -> tuple[jax.Array, dict[str, tuple]]:
     """Evaluates a loss and notes something of each call of a layer: what holds variables itself.
 
@@ -62,17 +64,20 @@ def watched(
       state: parameters and the rest; nothing of it moves.
       batch: what the loss takes.
       train: the mode.
-      note: returns what to keep of a call, a pytree of arrays, or None.
+      note: returns what to keep of a call, a pytree of arrays, or None. What is noted within
+        `nn.scan`, `nn.vmap` and their like stays there.
       change: returns what a layer gives in place of its output.
 
     Returns:
       The loss, and by the path of each layer, in the order of their calls, what was kept of each.
+
+    Raises:
+      ValueError: a model without layers, or one that notes are to come out of inside a
+        transformation of JAX.
     """
     model = state.bind(state.params, state.model_state, state.key, train=train, dtype=None)
-    if isinstance(model, BoundNNX):
-        value, notes = _watched_nnx(loss, model, batch, train, note, change)
-    else:
-        value, notes = _watched_linen(loss, model, batch, train, note, change)
+    watch = _watched_nnx if isinstance(model, BoundNNX) else _watched_linen
+    value, notes = watch(loss, model, batch, train, note, change)
     ax.check_found("diagnostics", "a layer with variables of its own", bool(notes))
     return value, {path: kept for path, kept in notes.items() if kept}
 
@@ -86,29 +91,38 @@ def _watched_linen(loss, model, batch, train, note, change):
             return output
         seen = Call("/".join(module.path), module, args, kwargs, output)
         order[seen.path] = None
+        kept = None if note is None else note(seen)
         # A collection that a lifted transformation was not told of does not get out of it.
-        if (kept := note(seen)) is not None and module.is_mutable_collection(_NOTES):
+        if kept is not None and module.is_mutable_collection(_NOTES):
             before = module.get_variable(_NOTES, _NOTE, default=())
             module.put_variable(_NOTES, _NOTE, (*before, kept))
-        return change(seen)
+        return output if change is None else change(seen)
 
-    watching = _Watching(model)
-    with intercepted(look):
-        value = _value(loss(watching, batch, train))
+    watching = _Watching.of(model)
+    watching.interceptor = look
+    value = _value(loss(watching, batch, train))
     found = {"/".join(map(str, path[:-1])): kept for path, kept in watching.notes.items()}
     return value, {path: found.get(path, ()) for path in order}
 
 
-class _Watching:
+class _Watching(BoundLinen):
     """A bound linen model that keeps what was noted of its calls."""
 
-    def __init__(self, model: BoundLinen):
-        self.model, self.notes = model, {}
+    notes: dict[tuple, Any]
+
+    @classmethod
+    def of(cls, model: BoundLinen) -> "_Watching":
+        """Returns another of a bound model, which watches."""
+        new = object.__new__(cls)
+        new.__dict__ = {**vars(model), "notes": {}}
+        return new
 
     def __call__(self, *args, **kwargs):
         told, asked = "mutable" in kwargs, kwargs.pop("mutable", [])
-        out, extra = self.model(*args, mutable=union_filters(asked, [_NOTES]), **kwargs)
+        out, extra = super().__call__(*args, mutable=union_filters(asked, [_NOTES]), **kwargs)
         notes: dict[tuple, Any] = dict(flatten_dict(extra.pop(_NOTES, {})))
+        within = bool(notes) and current_trace() != self.trace
+        ax.check_found("diagnostics", "a model called outside transformations of JAX", not within)
         for path, kept in notes.items():
             self.notes[path] = (*self.notes.get(path, ()), *kept)
         return (out, extra) if told else out
@@ -129,8 +143,12 @@ def _watched_nnx(loss, model, batch, train, note, change):
     order: dict[str, None] = {}
     for path, layer in layers.items():
         layer.__class__ = _watching(type(layer), path, order, note, change)
+        if note is not None:
+            setattr(layer, _NOTE, _Note(()))
     value = _value(loss(model, batch, train))
-    return value, {path: getattr(layers[path], _NOTE, _Note(())).get_value() for path in order}
+    if note is None:
+        return value, dict.fromkeys(order, ())
+    return value, {path: getattr(layers[path], _NOTE).get_value() for path in order}
 
 
 def _is_layer(module):
@@ -144,10 +162,10 @@ def _watching(kind, path, order, note, change):
     def call(self, *args, **kwargs):
         seen = Call(path, self, args, kwargs, kind.__call__(self, *args, **kwargs))
         order[path] = None
-        if (kept := note(seen)) is not None:
-            before = getattr(self, _NOTE, _Note(())).get_value()
-            setattr(self, _NOTE, _Note((*before, kept)))
-        return change(seen)
+        if note is not None and (kept := note(seen)) is not None:
+            variable = getattr(self, _NOTE)
+            variable.set_value((*variable.get_value(), kept))
+        return seen.output if change is None else change(seen)
 
     return type(kind.__name__, (kind,), {"__call__": call})
 

@@ -65,7 +65,7 @@ def summary(runs: Sequence[dict[str, Any]], scores: Sequence[str]) -> dict[str, 
     return found
 
 
-def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def judge(rows: Sequence[dict[str, Any]], claims: Sequence[Claim] = CLAIMS) -> list[dict[str, Any]]:
     """Returns what the seeds say of each claim whose variants were measured.
 
     Both variants of a claim have the same seeds, that is the same images: the difference is taken
@@ -73,7 +73,7 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     runs = {row["variant"]: {run["seed"]: run for run in row["runs"]} for row in rows}
     judged = []
-    for claim in CLAIMS:
+    for claim in claims:
         if not {claim.first, claim.second} <= set(runs):
             continue
         first, second = runs[claim.first], runs[claim.second]

@@ -79,8 +79,9 @@ def measured(norm, activation, depth, seeds, seed, batch, check):
             check()
         with np.errstate(divide="ignore"):  # what float32 cannot hold is written as null
             logs = np.log10(np.array(found))
-        # By what a gradient is multiplied in a layer on its way back.
-        factors = 10 ** ((logs[:, 0, 1] - logs[:, -1, 1]) / (depth - 1))
+        # By what a gradient is multiplied in a layer on its way back; the first layer is left out,
+        # whose inputs are pixels of a scale of their own.
+        factors = 10 ** ((logs[:, 1, 1] - logs[:, -1, 1]) / (depth - 2))
         yield {
             "norm": norm,
             "activation": activation,
@@ -118,8 +119,8 @@ def show(results: list[dict[str, Any]]) -> None:
         ("layers", *(f"x{gain:g}" for gain in GAINS), *(f"ends x{gain:g}" for gain in GAINS)),
         rows,
         "x0.3, x1, x3: by what the gradient at a layer's output is multiplied on its way back "
-        "through a layer, the weights at first the usual ones times this; 1 neither vanishes nor "
-        "explodes; ends: gradient of the first layer's weights over that of the last's",
+        "through a layer, but for the first, the weights the usual ones times this; 1 neither "
+        "vanishes nor explodes; ends: gradient of the first layer's weights over the last's",
     )
 
 

@@ -82,7 +82,7 @@ def programs(depth: int, vectors: int):
             "curvature": spectrum.values[-1],
             "lowest": spectrum.values[0],
             "shift": jnp.stack(moved).mean(),
-            "shift_of_the_last": moved[-1],
+            "shifts": moved,
         }
 
     return look, step
@@ -101,7 +101,7 @@ def trained(model, seed, moments, look, step, check):
             batch = next(batches)
         if number in moments:
             seen = look(state, held, batch, jax.random.fold_in(key, number))
-            yield {"step": number, **{name: float(value) for name, value in seen.items()}}
+            yield {"step": number, **jax.tree.map(float, seen)}
         state, _ = step(state, batch)
         check()
 

@@ -35,7 +35,7 @@ def _set(layer, values):
 def _others(layer):
     """Returns the values of a layer that are no parameters, by their path."""
     flat = nnx.to_flat_state(nnx.state(layer, nnx.Not(nnx.Param)))
-    return {path: variable[...] for path, variable in flat}
+    return {path: variable.get_value() for path, variable in flat}
 
 
 def _parameters(layer):

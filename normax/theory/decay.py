@@ -67,8 +67,10 @@ def gamma_decay(
     every = ax.to_positive_int(name, "every", every)
 
     measure = zeta if callable(zeta) else None
-    is_one = measure is None and jax.tree.structure(zeta) == jax.tree.structure(0.0)
-    if is_one:
+    is_one = isinstance(zeta, int | float)
+    if measure is None and jax.tree.structure(zeta) == jax.tree.structure(None):
+        ax.check_given(name, "zeta", None)
+    if is_one or isinstance(zeta, str):
         ax.check_number(name, "zeta", zeta)
 
     def init(params):
@@ -102,6 +104,7 @@ def gamma_decay(
 
 def _at_scales(labels, zeta, params):
     """Returns coefficients of one shape for each scale, and a 0 for any other parameter."""
+    ax.check_structure("gamma_decay", "zeta", zeta, params)
 
     def leaf(label, value, like):
         shape = jnp.shape(like) if label == "scale" else ()
