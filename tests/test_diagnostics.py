@@ -258,6 +258,14 @@ def test_normalized_weights_of_nnx(wrapper):
     assert norms["layer/layer_instance"].weights > 0
 
 
+def test_watching_makes_one_class_for_all():
+    measure = lambda: diagnostics.gradient_norms(loss, states()["nnx"], data(8))
+    measure()
+    before = len(nnx.Linear.__subclasses__())
+    measure()
+    assert len(nnx.Linear.__subclasses__()) == before
+
+
 def test_a_recurrent_network_of_nnx():
     class Model(nnx.Module):
         def __init__(self, rngs):

@@ -1,5 +1,6 @@
 """Looks at what the layers of a model are given and give, without a change of its code."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -138,11 +139,12 @@ def _holds_variables(module: linen.Module) -> bool:
 
 
 def _watched_nnx(loss, model, batch, train, note, change):
-    layers = {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model.nnx_model)}
-    layers = {path: layer for path, layer in layers.items() if _is_layer(layer)}
+    found = {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model.nnx_model)}
+    layers: dict[str, Any] = {path: layer for path, layer in found.items() if _is_layer(layer)}
     order: dict[str, None] = {}
     for path, layer in layers.items():
-        layer.__class__ = _watching(type(layer), path, order, note, change)
+        layer.watcher = functools.partial(_watch, path, order, note, change)
+        layer.__class__ = _watched_kind(type(layer))
         if note is not None:
             setattr(layer, _NOTE, _Note(()))
     value = _value(loss(model, batch, train))
@@ -156,18 +158,24 @@ def _is_layer(module):
     return callable(module) and any(isinstance(v, held) for v in vars(module).values())
 
 
-def _watching(kind, path, order, note, change):
-    """Returns a class of nnx whose only instance is watched."""
+@functools.cache  # JAX keeps every class that it has seen
+def _watched_kind(kind):
+    """Returns the class of the layers of a class that are watched."""
 
     def call(self, *args, **kwargs):
-        seen = Call(path, self, args, kwargs, kind.__call__(self, *args, **kwargs))
-        order[path] = None
-        if note is not None and (kept := note(seen)) is not None:
-            variable = getattr(self, _NOTE)
-            variable.set_value((*variable.get_value(), kept))
-        return seen.output if change is None else change(seen)
+        return self.watcher(self, args, kwargs, kind.__call__(self, *args, **kwargs))
 
     return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _watch(path, order, note, change, layer, args, kwargs, output):
+    """Notes and changes what a layer of nnx gave."""
+    seen = Call(path, layer, args, kwargs, output)
+    order[path] = None
+    if note is not None and (kept := note(seen)) is not None:
+        variable = getattr(layer, _NOTE)
+        variable.set_value((*variable.get_value(), kept))
+    return output if change is None else change(seen)
 
 
 def _value(result):
