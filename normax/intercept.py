@@ -1,7 +1,7 @@
 """Interceptors of linen that no compiled part of a model remembers."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,15 +23,17 @@ def intercepted(interceptor: Any) -> Iterator[None]:
         yield
 
 
-def as_if(kind: type | tuple[type, ...], **values: Any) -> Any:
-    """Returns an interceptor that calls linen modules of a kind as if they had other options."""
+def as_if(options_of: Callable[[linen.Module], dict[str, Any]]) -> Any:
+    """Returns an interceptor that calls linen modules as if they had other options.
+
+    Args:
+      options_of: returns the other options of a module by name; of most there are none.
+    """
 
     def look(call, args, kwargs, context):
-        module = context.module
-        if not isinstance(module, kind):
-            return call(*args, **kwargs)
-        before = {name: getattr(module, name) for name in values}
-        for name, value in values.items():
+        module, options = context.module, options_of(context.module)
+        before = {name: getattr(module, name) for name in options}
+        for name, value in options.items():
             object.__setattr__(module, name, value)
         try:
             return call(*args, **kwargs)

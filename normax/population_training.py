@@ -189,12 +189,7 @@ def _told(model, options) -> list[bool]:
                 setattr(layer, name, value)
         return found
 
-    def look(call, args, kwargs, context):
-        return as_if(type(context.module), **options_of(context.module))(
-            call, args, kwargs, context
-        )
-
-    model.interceptor = look
+    model.interceptor = as_if(options_of)
     return found
 
 

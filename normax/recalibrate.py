@@ -69,7 +69,7 @@ def recalibrate(
 
     @jax.jit
     def measure(stats, batch):
-        with intercepted(_merging):
+        with intercepted(as_if(_merging)):
             updates = apply({**variables, "batch_stats": stats}, batch)
         return updates["batch_stats"]
 
@@ -158,18 +158,14 @@ def recalibrate_nnx(
     return copy
 
 
-def _merging(call, args, kwargs, context):
-    """Calls a module that keeps running statistics as if its momentum were None.
+def _merging(module) -> dict[str, Any]:
+    """Returns the options of a module that merges: no momentum, where it keeps running statistics.
 
     One that remembers no moments of its input, such as a power norm, is called as if frozen.
     """
-    module = context.module
     if not isinstance(module, Remembering) or module.freeze_stats:
-        return call(*args, **kwargs)
-    values: dict[str, Any] = {"freeze_stats": True}
-    if isinstance(module, RunningNormalizer):
-        values = {"momentum": None}
-    return as_if(Remembering, **values)(call, args, kwargs, context)
+        return {}
+    return {"momentum": None} if isinstance(module, RunningNormalizer) else {"freeze_stats": True}
 
 
 def _moving(apply, variables, batch):

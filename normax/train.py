@@ -217,7 +217,7 @@ def train_step(
         def objective(params):
             key = jax.random.fold_in(state.key, state.step)
             model = state.bind(params, state.model_state, key, train=True, dtype=dtype)
-            value, metrics = _value_and_metrics(loss(model, batch, True))
+            value, metrics = value_and_metrics(loss(model, batch, True))
             return value * loss_scale, (value, metrics, _state_after(model, state.model_state))
 
         # A line search hands on what it is given beside the parameters, where it is named.
@@ -283,12 +283,12 @@ def eval_step(
 
     def evaluate(state, batch):
         model = state.bind(state.params, state.model_state, state.key, train=False, dtype=dtype)
-        return _value_and_metrics(loss(model, batch, False))[1]
+        return value_and_metrics(loss(model, batch, False))[1]
 
     return jax.jit(evaluate)
 
 
-def _value_and_metrics(result):
+def value_and_metrics(result):
     """Returns the loss, and the metrics with the loss among them."""
     value, metrics = result if isinstance(result, tuple) else (result, {})
     if not isinstance(metrics, dict) or "loss" in metrics:

@@ -164,7 +164,7 @@ MUTATIONS = [
     Mutation("weights: power norm's gradient by the mask", "power.py", "(g - each * old * xhat)", "(g - old * xhat)", "test_sample_weights.py -k power"),
     # Diagnostics and population training.
     Mutation("diagnostics: skewed inputs forgotten", "diagnostics/decay.py", "return times(of_scale[0]), times(of_shift[1]), times(of_scale[1])", "return times(of_scale[0]), times(of_shift[1]), zeros", "test_diagnostics.py -k skewed"),
-    Mutation("diagnostics: other models too", "diagnostics/watch.py", "watching.interceptor = look\n    value = _value(loss(watching, batch, train))", "from normax.intercept import intercepted\n    with intercepted(look):\n        value = _value(loss(watching, batch, train))", "test_diagnostics.py -k another_model"),
+    Mutation("diagnostics: other models too", "diagnostics/watch.py", "watching.interceptor = look\n    value, _ = value_and_metrics(loss(watching, batch, train))", "from normax.intercept import intercepted\n    with intercepted(look):\n        value, _ = value_and_metrics(loss(watching, batch, train))", "test_diagnostics.py -k another_model"),
     Mutation("diagnostics: not orthogonal", "diagnostics/landscape.py", "w = _orthogonal(w - alpha * v - beta * v_before, basis)", "w = w - alpha * v - beta * v_before", "test_diagnostics.py -k decades"),
     Mutation("gamma decay: half a gradient", "theory/decay.py", "(2 * coefficient * leaf", "(coefficient * leaf", "test_diagnostics.py -k gradient_of_its_penalty"),
     Mutation("gamma decay: measured once", "theory/decay.py", "state.steps % every == 0", "state.steps == 0", "test_diagnostics.py -k on_a_schedule and linen"),

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from normax import axes as ax
-from normax.train import TrainState
+from normax.train import TrainState, value_and_metrics
 
 Objective = Callable[[Any], jax.Array]
 
@@ -91,8 +91,7 @@ def objective(
 
     def of_params(params):
         model = state.bind(params, state.model_state, state.key, train=train, dtype=None)
-        result = loss(model, batch, train)
-        return result[0] if isinstance(result, tuple) else result
+        return value_and_metrics(loss(model, batch, train))[0]
 
     return of_params
 

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from normax import axes as ax
 from normax.bind import BoundLinen, BoundNNX
-from normax.train import TrainState
+from normax.train import TrainState, value_and_metrics
 
 # The collection that brings what was noted out of a model, out of what it compiles or remats too.
 _NOTES = "notes of normax"
@@ -101,7 +101,7 @@ def _watched_linen(loss, model, batch, train, note, change):
 
     watching = _Watching.of(model)
     watching.interceptor = look
-    value = _value(loss(watching, batch, train))
+    value, _ = value_and_metrics(loss(watching, batch, train))
     found = {"/".join(map(str, path[:-1])): kept for path, kept in watching.notes.items()}
     return value, {path: found.get(path, ()) for path in order}
 
@@ -147,7 +147,7 @@ def _watched_nnx(loss, model, batch, train, note, change):
         layer.__class__ = _watched_kind(type(layer))
         if note is not None:
             setattr(layer, _NOTE, _Note(()))
-    value = _value(loss(model, batch, train))
+    value, _ = value_and_metrics(loss(model, batch, train))
     if note is None:
         return value, dict.fromkeys(order, ())
     return value, {path: getattr(layers[path], _NOTE).get_value() for path in order}
@@ -176,7 +176,3 @@ def _watch(path, order, note, change, layer, args, kwargs, output):
         variable = getattr(layer, _NOTE)
         variable.set_value((*variable.get_value(), kept))
     return output if change is None else change(seen)
-
-
-def _value(result):
-    return result[0] if isinstance(result, tuple) else result

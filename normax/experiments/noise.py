@@ -16,10 +16,10 @@ import optax
 import normax
 import normax.linen
 from normax import theory, train
+from normax.diagnostics.watch import watched
 from normax.experiments import compare, data, study
 from normax.experiments.laws import LAWS
 from normax.experiments.network import Network
-from normax.intercept import intercepted
 
 ENTRIES = 2**21  # that are drawn at once
 LAYERS = "trained network"
@@ -89,7 +89,7 @@ def in_a_network(options, sizes, key, check):
             state, _ = step(state, batch)
             check()
     image = jnp.asarray(training.image[: 64 if options.quick else 512])
-    layers = [x.reshape(-1, x.shape[-1]) for x in inputs_of_norms(model, state.variables, image)]
+    layers = [x.reshape(-1, x.shape[-1]) for x in inputs_of_norms(state, image)]
     shapes = [(theory.excess_kurtosis(x, 0), theory.skewness(x, 0)) for x in layers]
     kurtosis, skewness = (np.concatenate(values) for values in zip(*shapes, strict=True))
     for size in sizes:
@@ -123,18 +123,17 @@ def _noise_of_drawn(key, xhat, size, batches):
     return jax.lax.scan(of_feature, 0, xhat.T)[1]
 
 
-def inputs_of_norms(model, variables, image) -> list[jax.Array]:
+def inputs_of_norms(state, image) -> list[jax.Array]:
     """Returns what each batch norm of a model is given."""
-    seen = []
 
-    def look(call, args, kwargs, context):
-        if isinstance(context.module, normax.linen.BatchNorm) and context.method_name == "__call__":
-            seen.append(args[0])
-        return call(*args, **kwargs)
+    def note(call):
+        return call.input if isinstance(call.module, normax.linen.BatchNorm) else None
 
-    with intercepted(look):
-        model.apply(variables, image, train=False)
-    return seen
+    def call_it(model, image, train):
+        return jnp.sum(model(image, train=train))
+
+    _, notes = watched(call_it, state, image, train=False, note=note)
+    return [x for calls in notes.values() for x in calls]
 
 
 def show(results: list[dict[str, Any]]) -> None:
