@@ -1,0 +1,232 @@
+"""Primitives made of functions: evaluated, typed and lowered by what a Python function does.
+
+The functions are parameters of the primitive, so they are compared and hashed: equal ones share
+what was traced and compiled.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir, partial_eval
+
+
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """A `functools.partial` that equals another of the same function and arguments."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    keywords: tuple[tuple[str, Any], ...]
+
+    def __call__(self, *args, **keywords):
+        """Calls the function with its arguments and these."""
+        return self.function(*self.args, *args, **{**dict(self.keywords), **keywords})
+
+
+def frozen(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function in a form that is compared by value; refuses what cannot be hashed."""
+    if isinstance(function, functools.partial):
+        args = tuple(frozen(arg) if callable(arg) else arg for arg in function.args)
+        keywords = tuple(sorted(function.keywords.items()))
+        function = Partial(frozen(function.func), args, keywords)
+    try:
+        hash(function)
+    except TypeError as error:
+        raise TypeError(
+            f"expected static arguments that can be hashed, got one of {error}: "
+            "arrays go in as operands"
+        ) from error
+    return function
+
+
+_call = jax.jit(lambda function, *operands: function(*operands), static_argnums=0)
+
+
+def traced(function: Callable[..., Any], *operands: Any) -> Any:
+    """Returns what tracing the function gives, `jaxpr` and `out_info`; remembered."""
+    return _call.trace(function, *operands)
+
+
+def leaves_as(
+    tree: Any, types: Any, wanted: Any, outputs: Any, refuse: Callable[[Any, Any], Exception]
+) -> list[Any]:
+    """Returns the leaves of the outputs that are wanted, None where a leaf is; checks their types.
+
+    Args:
+      tree: what the outputs should be.
+      types: shapes and dtypes, one for each leaf.
+      wanted: a bool for each leaf.
+      outputs: what a function returned.
+      refuse: makes an error of what was expected and what came.
+    """
+    try:
+        leaves = tree.flatten_up_to(outputs)
+    except ValueError as error:
+        raise refuse(tree, jax.tree.structure(outputs)) from error
+    kept = []
+    for leaf, type_, keep in zip(leaves, types, wanted, strict=True):
+        if keep:
+            if leaf is not None and not jax.tree_util.all_leaves([leaf]):
+                raise refuse(tree, jax.tree.structure(outputs))
+            if leaf is not None and type_of(leaf) != type_:
+                raise refuse(type_, type_of(leaf))
+            kept.append(leaf)
+    return kept
+
+
+def type_of(x: Any) -> tuple[Any, Any]:
+    """Returns shape and dtype."""
+    return jax.typeof(x).shape, jax.typeof(x).dtype
+
+
+def define(name: str, body: Callable[..., Any], platforms: tuple[str, ...] = ()) -> core.Primitive:
+    """Returns a primitive that does what `body(platform, **params)`, a function of lists, does.
+
+    Args:
+      name: its name in a jaxpr.
+      body: takes one of `platforms`, None for any other, and the parameters; returns a function
+        that can be hashed. The one for None also gives the shapes.
+      platforms: those to ask the body for; a platform's function is traced where it is lowered for
+        that platform, and nowhere else.
+    """
+    primitive = core.Primitive(name)
+    primitive.multiple_results = True
+    run = jax.jit(lambda params, *args: primitive.bind(*args, **dict(params)), static_argnums=0)
+
+    def impl(*args, **params):
+        with jax.disable_jit(False):
+            return run(tuple(params.items()), *args)
+
+    def abstract(*avals, **params):
+        jaxpr = traced(body(None, **params), *avals).jaxpr
+        return list(jaxpr.out_avals), jaxpr.effects
+
+    def rule(platform, ctx, *args, **params):
+        def function(*args):
+            outputs = body(platform, **params)(*args)
+            return [typed_as(out, aval) for out, aval in zip(outputs, ctx.avals_out, strict=True)]
+
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
+
+    primitive.def_impl(impl)
+    primitive.def_effectful_abstract_eval(abstract)
+    for platform in (None, *platforms):
+        mlir.register_lowering(primitive, functools.partial(rule, platform), platform=platform)
+    partial_eval.dce_rules[primitive] = _drop_unused
+    return primitive
+
+
+def _drop_unused(used, *rest):
+    """Binds again with the outputs that are used, where the primitive has a parameter `used`."""
+    eqn = rest[-1]  # newer JAX says before it which inputs are live
+    if not any(used):
+        return [False] * len(eqn.invars), None
+    if "used" in eqn.params and not all(used):
+        params = eqn.params | {"used": narrowed(eqn.params["used"], used)}
+        outvars = [var for var, keep in zip(eqn.outvars, used, strict=True) if keep]
+        eqn = eqn.replace(params=params, outvars=outvars)
+    return [True] * len(eqn.invars), eqn
+
+
+def narrowed(mask: tuple[bool, ...], keep: Any) -> tuple[bool, ...]:
+    """Returns the mask with those of its true entries that `keep`, one for each, keeps."""
+    keep = iter(keep)
+    return tuple(entry and bool(next(keep)) for entry in mask)
+
+
+def without_dead_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function of arrays, returning a list, less what its outputs do not need."""
+
+    def run(*args):
+        closed = jax.make_jaxpr(function)(*args)
+        jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals), True)
+        return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, closed.consts))(*args)
+
+    return run
+
+
+def typed_as(x: jax.Array, aval: Any) -> jax.Array:
+    """Returns `x` varying over the manual axes, and sharded over the explicit ones, of a type."""
+    x = varying(x, aval.manual_axis_type.varying)
+    same = jax.typeof(x).sharding.spec == aval.sharding.spec
+    return x if same else jax.reshard(x, aval.sharding)
+
+
+def varying(x: jax.Array, axes: Any) -> jax.Array:
+    """Returns `x`, of a type that may differ along manual mesh axes."""
+    more = tuple(sorted(set(axes) - set(axes_of(x))))
+    return jax.lax.pcast(x, more, to="varying") if more else x
+
+
+def axes_of(x: Any) -> frozenset[str]:
+    """Returns the manual mesh axes that `x` may differ along."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def tangent_of_part(function: Callable[..., Any], primals: Any, tangents: Any) -> list[Any]:
+    """Returns the tangents of the function's outputs; tangents may be symbolic zeros."""
+    moved = [not isinstance(tangent, ad.Zero) for tangent in tangents]
+
+    def partly(*some):
+        some = iter(some)
+        args = [next(some) if move else x for x, move in zip(primals, moved, strict=True)]
+        return function(*args)
+
+    pairs = [(x, t) for x, t, move in zip(primals, tangents, moved, strict=True) if move]
+    _, moves = jax.jvp(partly, [x for x, _ in pairs], [t for _, t in pairs])
+    return [
+        ad.Zero(jax.typeof(move)) if move.dtype == jax.dtypes.float0 else move for move in moves
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """An axis that is mapped over, as `vmap` was told."""
+
+    size: Any
+    name: Any
+    spmd_name: Any
+
+    @classmethod
+    def of(cls, data: Any) -> "Axis":
+        """Returns the axis of a batching rule."""
+        return cls(data.size, data.name, data.spmd_name)
+
+    def map(self, function: Callable[..., Any], in_axes: Any, out_axes: Any = 0) -> Any:
+        """Returns the function mapped over the axis."""
+        return jax.vmap(
+            function,
+            in_axes,
+            out_axes,
+            axis_name=self.name,
+            axis_size=self.size,
+            spmd_axis_name=self.spmd_name,
+        )
+
+
+def on_batching(
+    primitive: core.Primitive,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a batching rule `(axis, dims, **params) -> params`; all outputs lead with it.
+
+    Where nothing is batched, and no collective names the axis, the primitive is bound as it was.
+    """
+
+    def register(batched):
+        def rule(data, args, dims, **params):
+            if all(dim is None for dim in dims):
+                _, effects = primitive.abstract_eval(*map(jax.typeof, args), **params)
+                if all(getattr(effect, "name", None) != data.name for effect in effects):
+                    outputs = primitive.bind(*args, **params)
+                    return outputs, [None] * len(outputs)
+            outputs = primitive.bind(*args, **batched(Axis.of(data), dims, **params))
+            return outputs, [0] * len(outputs)
+
+        batching.fancy_primitive_batchers[primitive] = rule
+        return batched
+
+    return register
