@@ -60,7 +60,11 @@ def by_platform(
             for name, function in functions.items()
         )
         used = (True,) * len(outputs)
-        return out_tree.unflatten(_primitive(names).bind(*leaves, branches=branches, used=used))
+        # A branch that is not traced here may hold a kernel that is sharded.
+        results = _primitive(names).bind(
+            *leaves, branches=branches, used=used, devices=pr.devices()
+        )
+        return out_tree.unflatten(results)
 
     return chosen
 
@@ -114,7 +118,8 @@ class Mapped:
         return self.axis.map(functools.partial(self.branch, used), self.dims)(*leaves)
 
 
-def _body(platform, branches, used):
+def _body(platform, branches, used, devices):
+    del devices
     branches = dict(branches)
     return pr.Partial(branches.get(platform, branches[DEFAULT]), (used,), ())
 
@@ -146,8 +151,8 @@ def _primitive(names: tuple[str, ...]) -> core.Primitive:
     ad.primitive_transposes[primitive] = transpose
 
     @pr.on_batching(primitive)
-    def batched(axis, dims, branches, used):
+    def batched(axis, dims, branches, **params):
         branches = tuple((name, Mapped(branch, axis, tuple(dims))) for name, branch in branches)
-        return {"branches": branches, "used": used}
+        return {"branches": branches, **params}
 
     return primitive

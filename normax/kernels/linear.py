@@ -166,8 +166,8 @@ def _filled(present, leaves):
     return [next(leaves) if there else None for there in present]
 
 
-def _body(platform, function, transposed, count, present, used):
-    del platform, transposed
+def _body(platform, function, transposed, count, present, used, devices):
+    del platform, transposed, devices
     return Applied(function, count, present, used)
 
 
@@ -177,11 +177,13 @@ linear_p = pr.define("linear", _body)
 def _bind(known, leaves, **params):
     # As if all differed among devices: then JAX sums the cotangents of those that do not.
     axes = frozenset[str]().union(*map(pr.axes_of, [*known, *leaves]))
-    return linear_p.bind(*known, *(pr.varying(leaf, axes) for leaf in leaves), **params)
+    args = [*known, *(pr.varying(leaf, axes) for leaf in leaves)]
+    jaxpr = pr.traced(_body(None, **params, devices=None), *args).jaxpr
+    return linear_p.bind(*args, **params, devices=pr.devices() if pr.need_devices(jaxpr) else None)
 
 
-def _jvp(primals, tangents, *, count, present, **params):
-    outputs = linear_p.bind(*primals, count=count, present=present, **params)
+def _jvp(primals, tangents, *, count, present, devices, **params):
+    outputs = linear_p.bind(*primals, count=count, present=present, devices=devices, **params)
     known, leaves = primals[:count], primals[count:]
     moves = []
     there = [not isinstance(tangent, ad.Zero) for tangent in tangents[count:]]
@@ -190,14 +192,15 @@ def _jvp(primals, tangents, *, count, present, **params):
         left = pr.narrowed(present, there)
         moves.append(_bind(known, moving, count=count, present=left, **params))
     if not all(isinstance(tangent, ad.Zero) for tangent in tangents[:count]):
-        applied = _body(None, count=count, present=present, **params)
+        applied = _body(None, count=count, present=present, devices=devices, **params)
         moves.append(
             pr.tangent_of_part(lambda *known: applied(*known, *leaves), known, tangents[:count])
         )
     return outputs, [functools.reduce(ad.add_tangents, pair) for pair in zip(*moves, strict=True)]
 
 
-def _transpose(cotangents, *args, function, transposed, count, present, used):
+def _transpose(cotangents, *args, function, transposed, count, present, used, devices):
+    del devices
     known, leaves = args[:count], args[count:]
     there = [not isinstance(cotangent, ad.Zero) for cotangent in cotangents]
     if not any(there):
@@ -220,7 +223,7 @@ ad.primitive_transposes[linear_p] = _transpose
 
 
 @pr.on_batching(linear_p)
-def _batched(axis, dims, *, function, transposed, count, present, used):
+def _batched(axis, dims, *, function, transposed, count, present, used, devices):
     known, dims = tuple(dims[:count]), tuple(_filled(present, dims[count:]))
     # All outputs lead with the axis, those too that `used` leaves out.
     leading = (0,) * len(used)
@@ -230,4 +233,5 @@ def _batched(axis, dims, *, function, transposed, count, present, used):
         "count": count,
         "present": present,
         "used": used,
+        "devices": devices,
     }

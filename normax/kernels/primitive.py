@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir, partial_eval
 
@@ -81,6 +83,22 @@ def leaves_as(
 def type_of(x: Any) -> tuple[Any, Any]:
     """Returns shape and dtype."""
     return jax.typeof(x).shape, jax.typeof(x).dtype
+
+
+@functools.cache
+def devices() -> Any:
+    """Returns a jaxpr for a primitive to carry whose lowering may have to know the devices.
+
+    JAX looks for `custom_partitioning` in a program to see whether it must say which they are.
+    """
+    function = custom_partitioning(lambda x: x)
+    function.def_partition(None, sharding_rule="i -> i")
+    return jax.make_jaxpr(function)(jax.ShapeDtypeStruct((1,), jnp.float32)).jaxpr
+
+
+def need_devices(jaxpr: Any) -> bool:
+    """Returns whether a primitive within the jaxpr carries `devices()`."""
+    return jaxpr is devices() or any(map(need_devices, core.subjaxprs(jaxpr)))
 
 
 def define(name: str, body: Callable[..., Any], platforms: tuple[str, ...] = ()) -> core.Primitive:
