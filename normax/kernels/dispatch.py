@@ -31,9 +31,9 @@ def by_platform(
       default: function of arrays, in pytrees, that any platform can run. It and the others must
         not close over traced arrays. Static arguments go in by `functools.partial`, and can be
         hashed; partials of the same function and arguments are compiled once.
-      tell_used: where some outputs are not used, call the functions with a keyword `used`, a bool
-        for each array of the output, so that a kernel need not write them all. They may return
-        None for the others.
+      tell_used: where some outputs are not used, call the other functions with a keyword `used`,
+        a bool for each array of the output, so that a kernel need not write them all. They may
+        return None for the rest.
       **others: functions by platform: "cpu", "cuda", "rocm" or "tpu". Each returns what `default`
         returns: the same tree, shapes and dtypes.
 
@@ -54,9 +54,9 @@ def by_platform(
         leaves, tree = jax.tree.flatten(operands)
         shapes = pr.traced(_OfLeaves(default, tree), *leaves).out_info
         outputs, out_tree = jax.tree.flatten(shapes)
-        types = tuple(map(pr.type_of, outputs))
+        types = tuple((out.shape, out.dtype) for out in outputs)
         branches = tuple(
-            (name, Branch(name, function, tree, out_tree, types, tell_used))
+            (name, Branch(name, function, tree, out_tree, types, tell_used and name != DEFAULT))
             for name, function in functions.items()
         )
         used = (True,) * len(outputs)

@@ -58,7 +58,7 @@ def linear(
         known,
         leaves,
         function=dataclasses.replace(
-            forward, out_tree=out_tree, types=tuple(map(pr.type_of, outputs))
+            forward, out_tree=out_tree, types=tuple((out.shape, out.dtype) for out in outputs)
         ),
         transposed=Half(
             "transposed",

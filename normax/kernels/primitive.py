@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.core import ShapedArray
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir, partial_eval
 
@@ -126,9 +127,12 @@ def define(name: str, body: Callable[..., Any], platforms: tuple[str, ...] = ())
     def rule(platform, ctx, *args, **params):
         def function(*args):
             outputs = body(platform, **params)(*args)
-            return [typed_as(out, aval) for out, aval in zip(outputs, ctx.avals_out, strict=True)]
+            return [sharded_as(out, aval) for out, aval in zip(outputs, ctx.avals_out, strict=True)]
 
-        return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
+        # What varies along manual axes was checked when traced; a kernel that is interpreted
+        # loops over buffers that have no such type.
+        plain = ctx.replace(avals_in=[_without_variation(aval) for aval in ctx.avals_in])
+        return mlir.lower_fun(function, multiple_results=True)(plain, *args)
 
     primitive.def_impl(impl)
     primitive.def_effectful_abstract_eval(abstract)
@@ -167,9 +171,17 @@ def without_dead_code(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _without_variation(aval):
+    return ShapedArray(aval.shape, aval.dtype, aval.weak_type, sharding=aval.sharding)
+
+
 def typed_as(x: jax.Array, aval: Any) -> jax.Array:
     """Returns `x` varying over the manual axes, and sharded over the explicit ones, of a type."""
-    x = varying(x, aval.manual_axis_type.varying)
+    return sharded_as(varying(x, aval.manual_axis_type.varying), aval)
+
+
+def sharded_as(x: jax.Array, aval: Any) -> jax.Array:
+    """Returns `x` sharded over the explicit axes of a type."""
     same = jax.typeof(x).sharding.spec == aval.sharding.spec
     return x if same else jax.reshard(x, aval.sharding)
 

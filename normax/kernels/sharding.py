@@ -69,11 +69,12 @@ class Sharded:
             if len(names) != x.ndim:
                 shapes = [x.shape for x in operands]
                 raise ValueError(f"sharded: expected operands {self.rule}, got shapes {shapes}")
-        placement = Placement(
-            tuple(placed), tuple(_expanded(names, rows) for names in outputs), self.whole
-        )
+        results = [_expanded(names, rows) for names in outputs]
         results = sharded_p.bind(
-            *operands, kernel=_Listed(self.kernel), placement=placement, devices=pr.devices()
+            *operands,
+            kernel=_Listed(self.kernel, self.rule, tuple(map(len, results))),
+            placement=Placement(tuple(placed), tuple(results), self.whole),
+            devices=pr.devices(),
         )
         return results[0] if len(results) == 1 else tuple(results)
 
@@ -86,9 +87,15 @@ def _expanded(names, rows):
 @dataclasses.dataclass(frozen=True)
 class _Listed:
     kernel: Callable[..., Any]
+    rule: str
+    ranks: tuple[int, ...]
 
     def __call__(self, *operands):
-        return jax.tree.leaves(self.kernel(*operands))
+        outputs = jax.tree.leaves(self.kernel(*operands))
+        if tuple(out.ndim for out in outputs) != self.ranks:
+            shapes = [out.shape for out in outputs]
+            raise ValueError(f"sharded: expected outputs {self.rule}, got shapes {shapes}")
+        return outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +158,10 @@ class _Placed:
         kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
         free = {axis for axis, kind in kinds.items() if kind != AxisType.Manual}
         if kinds and not free:
-            return self.kernel(*operands)
+            # A kernel's operands, and so its outputs, vary along the same axes.
+            axes = frozenset[str]().union(*map(pr.axes_of, operands))
+            outputs = self.kernel(*(pr.varying(x, axes) for x in operands))
+            return [pr.varying(out, axes) for out in outputs]
         if not meshes and len(free) == len(kinds):
             return _partitioned(self.kernel, self.placement)(*operands)
         # Explicit axes have a type that says how they are sharded. Automatic ones beside manual
