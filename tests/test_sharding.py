@@ -1,0 +1,162 @@
+"""Kernels keep a batch sharded: nothing is gathered, sums are added up."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import waves
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from waves import (
+    WAVES,
+    backward_kernel,
+    backward_sharded,
+    close,
+    forward_kernel,
+    kernel,
+    kernel_wave,
+    plain,
+)
+
+from normax.kernels.sharding import sharded
+
+
+@pytest.fixture
+def arrays():
+    return waves.arrays()
+
+
+SPECS = [P(), P("a"), P(("a", "b")), P("b", "a"), P(None, "a"), P("a", None, "b")]
+
+
+def loss_and_gradients(function, x, scale):
+    loss = lambda x, scale: (jnp.cos(function(x, scale)) * x).sum()
+    return function(x, scale), jax.grad(loss, (0, 1))(x, scale)
+
+
+def collectives(text):
+    names = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+    return {name: len(re.findall(rf"{name}(?:-start)?\(", text)) for name in names}
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def mesh(request):
+    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(request.param,) * 2)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_nothing_is_gathered(arrays, mesh, spec):
+    x, scale = arrays
+    wanted = loss_and_gradients(plain, x, scale)
+    x = jax.device_put(x, NamedSharding(mesh, spec))
+    scale = jax.device_put(scale, NamedSharding(mesh, P()))
+    run = jax.jit(functools.partial(loss_and_gradients, kernel_wave))
+    compiled = run.lower(x, scale).compile()
+    close(compiled(x, scale), wanted, 1e-4)
+    with jax.set_mesh(mesh):
+        close(loss_and_gradients(kernel_wave, x, scale), wanted, 1e-4)
+        close(run(x, scale), wanted, 1e-4)
+    counts = collectives(compiled.as_text())
+    whole = len(spec) < 3
+    assert counts.pop("all-reduce") == (1 if len(spec) else 0)
+    assert any(counts.values()) != whole
+    y, (dx, _) = compiled(x, scale)
+    if whole:
+        assert y.sharding.is_equivalent_to(x.sharding, 3)
+        assert dx.sharding.is_equivalent_to(x.sharding, 3)
+
+
+def test_a_mapped_axis_stays_sharded(arrays, mesh):
+    x, scale = arrays
+    wanted = loss_and_gradients(plain, x, scale)
+    x = jax.device_put(x, NamedSharding(mesh, P("b", "a")))
+    scale = jax.device_put(scale, NamedSharding(mesh, P()))
+    for axis in (0, 1):
+        mapped = jax.vmap(kernel_wave, (axis, None), axis)
+        run = jax.jit(functools.partial(loss_and_gradients, mapped))
+        compiled = run.lower(x, scale).compile()
+        close(compiled(x, scale), wanted, 1e-4)
+        counts = collectives(compiled.as_text())
+        assert not any(n for name, n in counts.items() if name != "all-reduce")
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("manual", ["a", "ab"])
+@pytest.mark.parametrize("which", ["wave", "kernel_wave"])
+def test_within_shard_map(arrays, mesh, check_vma, manual, which):
+    x, scale = arrays
+    wanted = loss_and_gradients(plain, x, scale)
+    spec = P(tuple(manual))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, spec))
+        how = {"out_specs": spec, "axis_names": set(manual), "check_vma": check_vma}
+        mapped = jax.shard_map(WAVES[which], in_specs=(spec, P()), **how)
+        compiled = jax.jit(functools.partial(loss_and_gradients, mapped)).lower(x, scale).compile()
+        close(compiled(x, scale), wanted, 1e-4)
+        counts = collectives(compiled.as_text())
+        if len(manual) == 2:
+            assert counts.pop("all-reduce") == 1
+            assert not any(counts.values())
+
+        def inside(x, scale):
+            loss = lambda x, scale: (jnp.cos(WAVES[which](x, scale)) * x).sum()
+            dx, dscale = jax.grad(loss, (0, 1))(x, scale)
+            # Where types say what varies, JAX has added up the cotangents of what does not.
+            return dx, dscale if check_vma else jax.lax.psum(dscale, tuple(manual))
+
+        how["out_specs"] = (spec, P())
+        close(
+            jax.jit(jax.shard_map(inside, in_specs=(spec, P()), **how))(x, scale), wanted[1], 1e-4
+        )
+
+
+def test_second_derivatives_where_sharded(arrays, mesh):
+    def second(function, x, scale):
+        gradient = jax.grad(lambda *args: (function(*args) ** 2).sum(), (0, 1))
+        return jax.grad(lambda *args: sum((g**2).sum() for g in gradient(*args)), (0, 1))(x, scale)
+
+    x, scale = arrays
+    wanted = second(plain, x, scale)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, P("a", "b")))
+        close(jax.jit(functools.partial(second, kernel_wave))(x, scale), wanted, 1e-3)
+
+
+def test_an_axis_that_does_not_divide_is_gathered():
+    # Parts that are padded would be summed with the padding.
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    twice = functools.partial(kernel, lambda x: (x, jnp.ones_like(x)), ("rows", "sum"))
+    function = sharded(twice, "n d -> n d, d")
+    x = jax.random.normal(jax.random.key(0), (6, 3))
+    over_rows = NamedSharding(mesh, P("a"))
+    run = lambda x: function(jax.lax.with_sharding_constraint(x, over_rows) * 2)
+    close(jax.jit(run)(x), (2 * x, np.full(3, 6.0)))
+
+
+def test_without_a_rule_it_is_gathered(arrays):
+    x, scale = arrays
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(x, NamedSharding(mesh, P("a")))
+    counts = [
+        collectives(jax.jit(function).lower(x, scale, x).compile().as_text())
+        for function in (backward_kernel, backward_sharded)
+    ]
+    assert counts[0]["all-gather"] > 0
+    assert counts[1] == {name: int(name == "all-reduce") for name in counts[1]}
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("... d -> ... d", "operands"),
+        ("a b, d -> a b", "shapes"),
+        ("... d, ... d -> ... d", "shapes"),
+        ("... d, d -> ... d, d", "outputs"),
+    ],
+)
+def test_a_rule_that_does_not_fit_is_refused(arrays, rule, message):
+    with pytest.raises(ValueError, match=message):
+        sharded(forward_kernel, rule)(*arrays)
