@@ -25,7 +25,8 @@ def by_platform(
 
     It can be traced, batched, exported and differentiated. Its derivatives are those of `default`
     on every platform: for a kernel's own derivative, call this inside the rules of a `custom_jvp`.
-    Outputs that nobody uses are dropped from a program.
+    Outputs that nobody uses are dropped from a program. A program with it is lowered for devices
+    that are known: not for an `AbstractMesh` alone, and for one mesh.
 
     Args:
       default: function of arrays, in pytrees, that any platform can run. It and the others must
