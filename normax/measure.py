@@ -1,9 +1,7 @@
 """The measuring step: mean and variance of an array over axes, a mask and devices.
 
-The form is the corrected two-pass one: the mean is taken, then the mean of what it left over, and
-the deviations are squared only after both are gone. That is what keeps a few units in the last
-place where the mean is a million times the deviation. Numbers whose squares would leave the range
-of the dtype are measured in units of their own, powers of two.
+What a device measures is `forms.py`; here are its derivative, its count, and what several devices
+make of what each of them measured.
 """
 
 import functools
@@ -17,7 +15,14 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from normax import axes as ax
-from normax import pool, units
+from normax import pool, sums, units
+from normax.entries import inner as inner
+from normax.entries import over, settled, there, weigh
+from normax.entries import present as present
+from normax.entries import square as square
+from normax.entries import subtract as subtract
+from normax.entries import times as times
+from normax.forms import measure_here
 
 MAX_COUNT = np.iinfo(np.int32).max
 DIGIT = 2.0**15
@@ -72,11 +77,11 @@ def measure(reduction: Reduction, x: jax.Array, mask: jax.Array | None) -> Measu
     if count is not None and len(count) == 1:
         count = (count[0] * weight,)
     here = Measured(
-        count, *_measure_here(reduction._replace(axis_name=None, groups=None), x, mask, n)
+        count, *measure_here(reduction._replace(axis_name=None, groups=None), x, mask, n)
     )
     measured = here if reduction.axis_name is None else _pool(reduction, here)
     if reduction.centered and measured.unit is not None and x.dtype == jnp.bfloat16:
-        measured = measured._replace(mean=_settled(measured.mean + measured.rest), rest=None)
+        measured = measured._replace(mean=settled(measured.mean + measured.rest), rest=None)
     return measured
 
 
@@ -85,91 +90,16 @@ def _measure_jvp(reduction, primals, tangents):
     x, mask = primals
     measured = measure(reduction, x, mask)
     moves = [None if isinstance(t, SymbolicZero) else t for t in tangents]
-    return measured, _measure_tangents(reduction, x, mask, measured, *moves)
+    return measured, measure_tangents(reduction, x, mask, measured, *moves)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(0,))
-def _measure_tangents(reduction, x, mask, measured, t, dmask):
+def measure_tangents(reduction, x, mask, measured, t, dmask):
+    """Returns the tangent of what was measured on `x`; None is zero."""
     d = deviation(x, mask, measured)
     t = jnp.zeros_like(d) if t is None else present(t, mask)
     moves = moment_tangents(reduction, d, t, measured, mask, dmask)
     return measured_tangents(measured, *moves)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _measure_here(reduction, x, mask, n):
-    """Returns unit, mean, rest and var of this device's entries."""
-    if not units.needed(x.dtype):
-        return _measure_in(None, reduction, x, mask, n)
-
-    def choose(x, mask):
-        return units.choose(present(x, mask), reduction.axes, reduction.least)
-
-    def in_a_unit(x, mask, n):
-        return _measure_in(choose(x, mask), reduction, x, mask, n)
-
-    def in_a_unit_where_needed(x, mask, n):
-        common = _measure_in(None, reduction, x, mask, n)
-        common = (jnp.ones_like(common[-1]), *common[1:])
-        var = common[-1]
-        tiny, wild = var < _smallest_square(var.dtype), ~jnp.isfinite(var)
-        doubtful = jnp.any(tiny | wild)
-        unit = _at_most_once(doubtful, lambda x: choose(x, mask), x, common[0])
-        # Entries near one, or larger, have so small a variance only where they are equal.
-        needed = (tiny & (unit < 2.0**-10)) | wild
-        unit = jnp.where(needed, unit, 1)
-        return _at_most_once(
-            jnp.any(needed), lambda x: _measure_in(unit, reduction, x, mask, n), x, common
-        )
-
-    # A GPU would have to ask the host whether to go on; reading x once more is cheaper there.
-    return lax.platform_dependent(
-        x, mask, n, cpu=in_a_unit_where_needed, tpu=in_a_unit_where_needed, default=in_a_unit
-    )
-
-
-def _measure_in(unit, reduction, x, mask, n):
-    """Returns unit, mean, rest and var in multiples of the unit."""
-    entries = units.divide_exactly(present(x, mask), unit)
-
-    def total(v):
-        return _total(weigh(v, mask), reduction.axes)
-
-    mean = rest = None
-    if reduction.centered:
-        mean = _settled(_over(total(entries), n))
-        # The mean is rounded; the mean of what it leaves over carries the digits it lost.
-        rest = _settled(_over(total(subtract(entries, mean, None, mask)), n))
-        mean, rest = _two_parts(mean, rest)
-    return unit, mean, rest, total(square(subtract(entries, mean, rest, mask))) / n
-
-
-def _two_parts(mean, rest):
-    """Returns a rounded sum and what it lacks; nothing where that is only the rounding of `rest`.
-
-    So the mean of equal entries is what they are, and their deviations are zero.
-    """
-    total = _settled(mean + rest)
-    lacking = (mean - total) + rest
-    size = jnp.abs(rest) * (64 * jnp.finfo(rest.dtype).eps)
-    return total, jnp.where(jnp.abs(lacking) <= size, 0, lacking)
-
-
-def _smallest_square(dtype):
-    """Returns the size below which a mean of squares may lack some that were too small."""
-    info = jnp.finfo(dtype)
-    return 2.0 ** (info.minexp + info.nmant + 2)
-
-
-def _at_most_once(needed, compute, x, otherwise):
-    """Returns `compute(x)` if needed, else `otherwise`. Unlike cond, not both under vmap."""
-
-    def body(loop):
-        now, _ = loop
-        # Depending on the loop, the work is not moved out of it.
-        return jnp.logical_and(now, False), compute(jnp.where(now, x, 0))
-
-    return lax.while_loop(lambda loop: loop[0], body, (needed, otherwise))[1]
 
 
 def moment_tangents(reduction, direction, t, measured, mask, dmask=None, length: Any = 1):
@@ -183,7 +113,7 @@ def moment_tangents(reduction, direction, t, measured, mask, dmask=None, length:
     moves = [weigh(t, mask), weigh(inner(direction, t), mask)]
     if dmask is not None:
         unit = 1 if measured.unit is None else measured.unit
-        d = _over(direction, jnp.where(jnp.asarray(length) > 0, length, 1))
+        d = over(direction, jnp.where(jnp.asarray(length) > 0, length, 1))
         dmask = jnp.where(there(mask), jnp.broadcast_to(dmask, t.shape), 0)
         further = square(d) - measured.var
         moves = [
@@ -191,9 +121,9 @@ def moment_tangents(reduction, direction, t, measured, mask, dmask=None, length:
             moves[1] + further * dmask * (unit * length / (2 * weight)),
             dmask,
         ]
-    mean, along, *count = (_total(v, reduction.axes).astype(t.dtype) for v in moves)
-    sums = [*(_over(times(v, weight), n) for v in (mean, along)), *count]
-    together = pool.sum_over_devices(reduction.axis_name, reduction.groups, jnp.stack(sums))
+    mean, along, *count = (sums.total(v, reduction.axes).astype(t.dtype) for v in moves)
+    moves = jnp.stack([*(over(times(v, weight), n) for v in (mean, along)), *count])
+    together = pool.sum_over_devices(reduction.axis_name, reduction.groups, moves)
     mean, along, *count = together
     return (mean if reduction.centered else None, jnp.real(along), *map(jnp.real, count))
 
@@ -215,93 +145,10 @@ def count_entries(reduction, x, measured=None):
     return _size(reduction, x) * pool.devices(reduction.axis_name, reduction.groups)
 
 
-def present(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Returns `x` in the dtype to compute in, with zeros where an entry is absent."""
-    x = x.astype(ax.compute_dtype(x.dtype))
-    return x if mask is None else jnp.where(there(mask), x, 0)
-
-
-def there(mask: jax.Array) -> jax.Array:
-    """Returns which entries are present, by a mask or by weights."""
-    return mask if mask.dtype == jnp.bool_ else mask > 0
-
-
-def weigh(x, mask):
-    """Returns what is to be summed: `x`, zero where an entry is absent, times weights if any."""
-    if mask is None or mask.dtype == jnp.bool_:
-        return x
-    return times(x, jnp.where(there(mask), mask, 0))
-
-
 def deviation(x, mask, measured, divide=units.divide):
     """Returns the entries of `x` less their mean, in multiples of the unit."""
     entries = divide(present(x, mask), measured.unit)
     return subtract(entries, measured.mean, measured.rest, mask)
-
-
-def subtract(x, mean, rest, mask):
-    """Returns `x - mean - rest`, either None for zero; 0 where an entry is absent."""
-    if mean is None:
-        return x
-    d = x - mean if rest is None else (x - mean) - rest
-    return d if mask is None else jnp.where(there(mask), d, 0)
-
-
-def times(x, real):
-    """Returns `x * real`, x real or complex."""
-    return x * real.astype(x.dtype)
-
-
-def _over(x, real):
-    return x / real.astype(x.dtype)
-
-
-def _settled(x):
-    """Returns `x` as the number it is when stored.
-
-    A compiler may take `a - b * c` in one operation and keep digits of the product that the stored
-    product has lost; then what is left over would not belong to the mean that is kept for the
-    backward pass. It cannot look through this: the bits as an integer, bounded where no bound is.
-    """
-    if jnp.iscomplexobj(x):
-        return jax.lax.complex(_settled(jnp.real(x)), _settled(jnp.imag(x)))
-    integer = jnp.dtype(f"int{8 * x.dtype.itemsize}")
-    bits = jax.lax.bitcast_convert_type(x, integer)
-    # Only -0.0 is below the bound, and comes out as the number next to it.
-    bits = jnp.maximum(bits, jnp.asarray(-np.iinfo(integer).max, integer))
-    return jax.lax.bitcast_convert_type(bits, x.dtype)
-
-
-def square(x):
-    """Returns |x|^2, real."""
-    return inner(x, x)
-
-
-def inner(a, b):
-    """Returns the real inner product of entries, Re(conj(a) b)."""
-    if jnp.iscomplexobj(a) or jnp.iscomplexobj(b):
-        return jnp.real(a) * jnp.real(b) + jnp.imag(a) * jnp.imag(b)
-    return a * b
-
-
-def _total(x, axes):
-    """Returns the sum over axes, which are kept; one run of neighbouring axes after the other.
-
-    In one go, XLA on CPU adds over separate runs one number at a time: slowly, and with an error
-    that grows with their number. The division in between keeps it from joining them again.
-    """
-    runs: list[list[int]] = []
-    for axis in axes:
-        if runs and axis == runs[-1][-1] + 1:
-            runs[-1].append(axis)
-        else:
-            runs.append([axis])
-    length = 1
-    for run in runs[:-1]:
-        size = math.prod(x.shape[axis] for axis in run)
-        x, length = jnp.sum(x, run, keepdims=True) / max(size, 1), length * size
-    total = jnp.sum(x, runs[-1] if runs else (), keepdims=True)
-    return total * length if len(runs) > 1 else total
 
 
 def _size(reduction, x):
@@ -321,7 +168,7 @@ def _count(reduction, x, mask):
     """Returns how many entries of this device the mask lets count, as two digits, or its sum."""
     repeats = math.prod(x.shape[axis] for axis in reduction.axes if mask.shape[axis] == 1)
     if mask.dtype != jnp.bool_:
-        return (_total(weigh(jnp.ones_like(mask), mask), reduction.axes) * repeats,)
+        return (sums.total(weigh(jnp.ones_like(mask), mask), reduction.axes) * repeats,)
     number = jnp.sum(mask, reduction.axes, dtype=jnp.int32, keepdims=True) * repeats
     dtype = ax.real_dtype(ax.compute_dtype(x.dtype))
     return tuple(digit.astype(dtype) for digit in jnp.divmod(number, jnp.int32(DIGIT)))
@@ -373,7 +220,7 @@ def _pool(reduction, here):
     each, unit = _in_one_unit(reduction, each)
     if not reduction.centered:
         return Measured(count, unit, None, None, jnp.sum(weights * each.var, 0))
-    center = _settled(jnp.sum(times(each.mean, weights), 0))
+    center = settled(jnp.sum(times(each.mean, weights), 0))
     apart = (each.mean - center[None]) + each.rest
     rest = jnp.sum(times(apart, weights), 0)
     apart = apart - rest[None]

@@ -1,7 +1,8 @@
 """The one differentiable primitive: measure, standardize, rescale."""
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +10,15 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
+from normax import gradient, rows, units
 from normax import measure as me
-from normax import units
+from normax.kernels.dispatch import by_platform
 from normax.moments import Moments, to_moments
+from normax.rescale import Plan, alike, rescale, standardized
+from normax.rescale import reciprocal_deviation as reciprocal_deviation
+from normax.rescale import root as root
 
 EPSILON_ON = ("variance", "deviation")
-
-
-class Plan(NamedTuple):
-    """What `standardize` is to do, known when it is traced."""
-
-    reduction: me.Reduction
-    epsilon: float
-    floor: float
-    dtype: Any
-    on_deviation: bool = False
 
 
 def standardize(
@@ -41,6 +36,7 @@ def standardize(
     axis_index_groups: Any = None,
     dtype: DTypeLike | None = None,
     epsilon_on: str = "variance",
+    activation: Callable[[jax.Array], jax.Array] | None = None,
     caller: str = "standardize",
 ) -> tuple[jax.Array, Moments]:
     r"""Standardizes `x` by its own statistics, then rescales it; every normalizer is a call of it.
@@ -72,6 +68,8 @@ def standardize(
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
       epsilon_on: "variance", inside the root, or "deviation", outside: then a constant group has
         the derivative of a division by epsilon.
+      activation: function applied to the output, entry by entry, before it is rounded; what goes
+        into it is not kept for the backward pass.
       caller: the function to name in error messages.
 
     Returns:
@@ -100,7 +98,7 @@ def standardize(
     dtype = ax.to_dtype(caller, dtype, x, x=x, scale=scale, bias=bias)
     ax.check_choice(caller, "epsilon_on", epsilon_on, EPSILON_ON)
     return _standardize_and_report(
-        Plan(reduction, epsilon, floor, dtype, epsilon_on == "deviation"),
+        Plan(reduction, epsilon, floor, dtype, epsilon_on == "deviation", activation),
         x,
         ax.to_parameter(caller, "scale", scale, x, features),
         ax.to_parameter(caller, "bias", bias, x, features),
@@ -116,12 +114,22 @@ def _standardize_and_report(plan, x, scale, bias, mask):
 
 
 def normalize(
-    x, mean, var, scale=None, bias=None, *, epsilon, mask=None, dtype=None, epsilon_on="variance"
+    x,
+    mean,
+    var,
+    scale=None,
+    bias=None,
+    *,
+    epsilon,
+    mask=None,
+    dtype=None,
+    epsilon_on="variance",
+    activation=None,
 ):
     """Standardizes `x` by the statistics it is given, then rescales it; all broadcast to x."""
     ax.check_choice("normalize", "epsilon_on", epsilon_on, EPSILON_ON)
     dtype = x.dtype if dtype is None else dtype
-    how = epsilon, epsilon_on == "deviation"
+    how = epsilon, epsilon_on == "deviation", activation
     return _normalize(how, dtype, x, mean, var, scale, bias, mask)
 
 
@@ -129,18 +137,31 @@ def normalize(
 @functools.partial(jax.checkpoint, static_argnums=(0, 1))
 def _normalize(how, dtype, x, mean, var, scale, bias, mask):
     """Kept for the backward pass: the arguments, nothing of x's size in float32."""
-    epsilon, on_deviation = how
-    x, mean = _alike(me.present(x, mask), mean)
+    epsilon, on_deviation, activation = how
+    x, mean = alike(me.present(x, mask), mean)
     d = me.subtract(x, mean, None, mask)
     rstd = reciprocal_deviation(var, epsilon, 0.0, on_deviation)
-    return _rescale(jnp.multiply(*_alike(d, rstd)), scale, bias, dtype)
+    return rescale(jnp.multiply(*alike(d, rstd)), scale, bias, activation).astype(dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _standardize(plan, x, scale, bias, mask):
     measured = me.measure(plan.reduction, x, mask)
-    _, xhat = _xhat(plan, x, measured, mask, units.divide_exactly)
-    return _rescale(xhat, scale, bias, plan.dtype), measured
+    form = functools.partial(_from_measured, plan)
+    if rows.stay_on_chip(plan, x, mask):
+        on_chip = functools.partial(_on_chip, plan)
+        form = by_platform(form, cuda=on_chip, rocm=on_chip)
+    return form(x, scale, bias, mask, measured), measured
+
+
+def _from_measured(plan, x, scale, bias, mask, measured):
+    _, xhat = standardized(plan, x, measured, mask, units.divide_exactly)
+    return rescale(xhat, scale, bias, plan.activation).astype(plan.dtype)
+
+
+def _on_chip(plan, x, scale, bias, mask, measured):
+    del mask, measured  # measuring a row again costs less than to have it written down
+    return rows.forward(plan, x, scale, bias)
 
 
 @functools.partial(_standardize.defjvp, symbolic_zeros=True)
@@ -148,13 +169,19 @@ def _standardize_jvp(plan, primals, tangents):
     x, scale, bias, mask = primals
     y, measured = _standardize(plan, x, scale, bias, mask)
     moves = [None if isinstance(t, SymbolicZero) else t for t in tangents]
-    return (y, measured), _tangents(plan, x, scale, mask, measured, *moves)
+    if not gradient.by_hand(plan, x, scale, bias, mask):
+        return (y, measured), _tangents(plan, x, scale, bias, mask, measured, *moves)
+    dy = gradient.tangent(plan, x, scale, bias, measured, *moves[:3])
+    return (y, measured), (
+        dy,
+        me.measure_tangents(plan.reduction, x, mask, measured, moves[0], None),
+    )
 
 
 @functools.partial(jax.checkpoint, static_argnums=(0,))
-def _tangents(plan, x, scale, mask, measured, dx, dscale, dbias, dmask):
+def _tangents(plan, x, scale, bias, mask, measured, dx, dscale, dbias, dmask):
     """Returns the tangents of y and of what was measured. Kept for it: the arguments."""
-    rstd, xhat = _xhat(plan, x, measured, mask)
+    rstd, xhat = standardized(plan, x, measured, mask)
     move = jax.tree.map(jnp.zeros_like, measured)
     terms = []
     if dx is not None or dmask is not None:
@@ -171,54 +198,12 @@ def _tangents(plan, x, scale, mask, measured, dx, dscale, dbias, dmask):
         move = me.measured_tangents(measured, dmean, along / safe, *dcount)
         pt = me.subtract(t, dmean, None, mask)
         dxhat = me.times(pt - me.times(xhat, along), units.divide(rstd, measured.unit))
-        terms.append(dxhat if scale is None else jnp.multiply(*_alike(dxhat, scale)))
+        terms.append(dxhat if scale is None else jnp.multiply(*alike(dxhat, scale)))
     if dscale is not None:
-        terms.append(jnp.multiply(*_alike(xhat, dscale)))
+        terms.append(jnp.multiply(*alike(xhat, dscale)))
     if dbias is not None:
         terms.append(jnp.broadcast_to(dbias, x.shape))
-    return functools.reduce(jnp.add, _alike(*terms)).astype(plan.dtype), move
-
-
-def _xhat(plan, x, measured, mask, divide=units.divide):
-    """Returns the reciprocal deviation, per unit, and the standardized entries."""
-    d = me.deviation(x, mask, measured, divide)
-    per_unit = 1 if measured.unit is None else 1 / measured.unit
-    floor = plan.floor * per_unit * per_unit
-    epsilon = plan.epsilon * per_unit * (1 if plan.on_deviation else per_unit)
-    rstd = reciprocal_deviation(measured.var, epsilon, floor, plan.on_deviation)
-    return rstd, me.times(d, rstd)
-
-
-def reciprocal_deviation(var, epsilon, floor=0.0, on_deviation=False):
-    """Returns 1 / sqrt(var + epsilon); 0, and so are its derivatives, where that is a floor.
-
-    What is no number, or negative, comes out as NaN: it must show.
-    """
-    if on_deviation:
-        deviation = root(var) + epsilon
-        below = deviation == 0
-        return jnp.where(below, 0, 1 / jnp.where(below, 1, deviation))
-    squared = var + epsilon
-    below = (squared <= floor) & (squared >= 0)
-    return jnp.where(below, 0, jax.lax.rsqrt(jnp.where(below, 1, squared)))
-
-
-def root(squared):
-    """Returns the square root, with a derivative of zero at zero."""
-    zero = squared == 0
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squared)))
-
-
-def _rescale(xhat, scale, bias, dtype):
-    """Returns `xhat * scale + bias`, rounded once at the end."""
-    if scale is not None:
-        xhat = jnp.multiply(*_alike(xhat, scale))
-    if bias is not None:
-        xhat = jnp.add(*_alike(xhat, bias))
-    return xhat.astype(dtype)
-
-
-def _alike(*arrays):
-    """Returns the arrays in their common dtype, float32 at least."""
-    dtype = ax.promote(jnp.float32, *(array.dtype for array in arrays))
-    return [array.astype(dtype) for array in arrays]
+    t = functools.reduce(jnp.add, alike(*terms))
+    if plan.activation is not None:
+        t = jax.jvp(plan.activation, (rescale(xhat, scale, bias),), (t,))[1]
+    return t.astype(plan.dtype), move

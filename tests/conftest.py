@@ -1,6 +1,7 @@
 """Strict JAX for every test: no silent promotion of dtypes or ranks, on eight CPU devices."""
 
 import os
+import sys
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -49,3 +50,18 @@ def optax_promotes():
     """Lets optax raise a float to an integer count, as Adam's bias correction does."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(params=["cuda", "tpu"])
+def form(request, monkeypatch):
+    """Chooses, on CPU too, the form of the formulas that another platform gets."""
+    from normax.kernels.dispatch import by_platform
+
+    def chosen(default, **others):
+        return by_platform(default, cpu=others.get(request.param, default))
+
+    for module in ("forms", "standardize", "gradient"):
+        monkeypatch.setattr(sys.modules[f"normax.{module}"], "by_platform", chosen)
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()

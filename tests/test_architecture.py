@@ -20,9 +20,11 @@ ROOMS = [
     ["checks"],
     ["axes", "pool"],
     ["units"],
+    ["sums", "kernels", "entries"],
+    ["forms"],
     ["measure"],
-    ["moments", "order"],
-    ["kernels"],
+    ["moments", "order", "rescale"],
+    ["rows", "gradient"],
     ["standardize"],
     ["batch", "layer", "group", "weight", "regularize", "state", "length", "features"],
     [

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normax
-from normax import measure, units
+from normax import units
 
 TINY = np.finfo(np.float32).tiny
 SIZES = [1e-30, 1e-25, 1e-19, 1e-12, 1e12, 1e19, 1e25, 1e37, 3e38]
@@ -169,20 +169,10 @@ def test_devices_far_apart(size):
     np.testing.assert_allclose(y, [[[root], [-root]], [[0], [0]]], rtol=1e-6)
 
 
-@pytest.fixture
-def form_for_gpu(monkeypatch):
-    """Chooses, on CPU too, the form that GPUs get: every group in a unit of its own."""
-    every = lambda *args, default, **forms: default(*args)
-    monkeypatch.setattr(measure.lax, "platform_dependent", every)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
-@pytest.mark.usefixtures("form_for_gpu")
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("epsilon", [1e-5, 0.0])
 @pytest.mark.parametrize("name", NORMS)
-def test_the_form_for_gpu(name, epsilon):
+def test_the_forms_for_other_platforms(name, epsilon):
     case = NORMS[name][1]._replace(epsilon=epsilon)
     ct = jnp.asarray(np.random.default_rng(1).normal(size=case.shape), jnp.float32)
     f = compiled(name, epsilon)

@@ -1,0 +1,133 @@
+"""What is measured on one device, in the form that suits a platform.
+
+The form is the corrected two-pass one: the mean is taken, then the mean of what it left over, and
+the deviations are squared only after both are gone. That is what keeps a few units in the last
+place where the mean is a million times the deviation. Numbers whose squares would leave the range
+of the dtype are measured in units of their own, powers of two. Where every sum is a read of memory
+there is one read, if that is enough.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from normax import sums, units
+from normax.entries import over, present, settled, square, subtract, times, weigh
+from normax.kernels.dispatch import by_platform
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def measure_here(reduction, x, mask, n):
+    """Returns unit, mean, rest and var of this device's entries."""
+    if units.needed(x.dtype):
+        # A GPU would have to ask the host whether to go on; reading x once more is cheaper there.
+        anywhere, where_asked = _in_a_unit, _in_a_unit_where_needed
+    else:
+        anywhere = where_asked = _in_no_unit
+    forms = {"default": anywhere, "cpu": where_asked, "tpu": where_asked}
+    if _one_read_is_enough(reduction, x, mask):
+        forms |= {"cuda": _about_samples, "rocm": _about_samples, "tpu": _about_zero}
+    form = by_platform(**{name: functools.partial(f, reduction) for name, f in forms.items()})
+    return _equal_in_no_unit(*form(x, mask, n))
+
+
+def _equal_in_no_unit(unit, mean, rest, var):
+    """Returns the same, with one as the unit of equal entries: epsilon would vanish in another."""
+    if unit is None or mean is None:
+        return unit, mean, rest, var
+    own = jnp.where(var == 0, unit, 1)
+    return unit / own, times(mean, own), times(rest, own), var
+
+
+def _one_read_is_enough(reduction, x, mask):
+    """Returns whether deviations from something near the mean, in one unit, tell all."""
+    small_do_not_matter = reduction.least > 2.0**-90 or not units.needed(x.dtype)
+    plain = mask is None and not jnp.iscomplexobj(x)
+    return plain and small_do_not_matter and x.size > 0
+
+
+def _about_samples(reduction, x, mask, n):
+    del mask
+    return sums.about_samples(x, reduction.axes, n, reduction.least, reduction.centered)
+
+
+def _about_zero(reduction, x, mask, n):
+    *common, lost = sums.about_zero(present(x, mask), reduction.axes, n, reduction.centered)
+    again = _in_no_unit
+    unit = None
+    if units.needed(x.dtype):
+        again, unit = _in_a_unit, jnp.ones_like(common[-1])
+    return _at_most_once(jnp.any(lost), lambda x: again(reduction, x, mask, n), x, (unit, *common))
+
+
+def _in_no_unit(reduction, x, mask, n):
+    return _measure_in(None, reduction, x, mask, n)
+
+
+def _in_a_unit(reduction, x, mask, n):
+    return _measure_in(_unit(reduction, x, mask), reduction, x, mask, n)
+
+
+def _in_a_unit_where_needed(reduction, x, mask, n):
+    common = _in_no_unit(reduction, x, mask, n)
+    common = (jnp.ones_like(common[-1]), *common[1:])
+    var = common[-1]
+    tiny, wild = var < _smallest_square(var.dtype), ~jnp.isfinite(var)
+    doubtful = jnp.any(tiny | wild)
+    unit = _at_most_once(doubtful, lambda x: _unit(reduction, x, mask), x, common[0])
+    # Entries near one, or larger, have so small a variance only where they are equal.
+    needed = (tiny & (unit < 2.0**-10)) | wild
+    unit = jnp.where(needed, unit, 1)
+    return _at_most_once(
+        jnp.any(needed), lambda x: _measure_in(unit, reduction, x, mask, n), x, common
+    )
+
+
+def _unit(reduction, x, mask):
+    return units.choose(present(x, mask), reduction.axes, reduction.least)
+
+
+def _measure_in(unit, reduction, x, mask, n):
+    """Returns unit, mean, rest and var in multiples of the unit."""
+    entries = units.divide_exactly(present(x, mask), unit)
+
+    def total(v):
+        return sums.total(weigh(v, mask), reduction.axes)
+
+    mean = rest = None
+    if reduction.centered:
+        mean = settled(over(total(entries), n))
+        # The mean is rounded; the mean of what it leaves over carries the digits it lost.
+        rest = settled(over(total(subtract(entries, mean, None, mask)), n))
+        mean, rest = _two_parts(mean, rest)
+    return unit, mean, rest, total(square(subtract(entries, mean, rest, mask))) / n
+
+
+def _two_parts(mean, rest):
+    """Returns a rounded sum and what it lacks; nothing where that is only the rounding of `rest`.
+
+    So the mean of equal entries is what they are, and their deviations are zero.
+    """
+    total = settled(mean + rest)
+    lacking = (mean - total) + rest
+    size = jnp.abs(rest) * (64 * jnp.finfo(rest.dtype).eps)
+    return total, jnp.where(jnp.abs(lacking) <= size, 0, lacking)
+
+
+def _smallest_square(dtype):
+    """Returns the size below which a mean of squares may lack some that were too small."""
+    info = jnp.finfo(dtype)
+    return 2.0 ** (info.minexp + info.nmant + 2)
+
+
+def _at_most_once(needed, compute, x, otherwise):
+    """Returns `compute(x)` if needed, else `otherwise`. Unlike cond, not both under vmap."""
+
+    def body(loop):
+        now, _ = loop
+        # Depending on the loop, the work is not moved out of it.
+        return jnp.logical_and(now, False), compute(jnp.where(now, x, 0))
+
+    return lax.while_loop(lambda loop: loop[0], body, (needed, otherwise))[1]

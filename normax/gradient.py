@@ -1,0 +1,119 @@
+"""The derivative of `standardize`, and its transpose, the backward pass, written by hand.
+
+A transposed program reads what it needs as often as the first one mentions it. Here what is summed
+is summed once: `dy` and `dy d` over the axes that all sums have in common, then over the others,
+where little is left. For entries that are real, all present, and on one device.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from normax import axes as ax
+from normax import measure as me
+from normax import rows, sums, units
+from normax.kernels.dispatch import by_platform
+from normax.kernels.linear import linear
+from normax.rescale import alike, reciprocal_per_unit, rescale, standardized
+
+
+def by_hand(plan, x, scale, bias, mask):
+    """Returns whether the backward pass here is that of the plan."""
+    alone = mask is None and plan.reduction.axis_name is None
+    real = not any(v is not None and jnp.iscomplexobj(v) for v in (x, scale, bias))
+    return alone and real and plan.floor == 0 and not plan.on_deviation and x.size > 0
+
+
+def tangent(plan, x, scale, bias, measured, dx, dscale, dbias):
+    """Returns the tangent of `y`; None is zero."""
+    one = next((v for v in (scale, bias) if v is not None), None)
+    shape = None if one is None else one.shape
+    known = x, scale, None if plan.activation is None else bias, measured
+    return linear(
+        functools.partial(_forward, plan),
+        functools.partial(_backward, plan, shape),
+        known,
+        (dx, dscale, dbias),
+    )
+
+
+def _forward(plan, known, dx, dscale, dbias):
+    x, scale, bias, measured = known
+    rstd, xhat = standardized(plan, x, measured, None)
+    terms = []
+    if dx is not None:
+        t = me.present(dx, None)
+        n = me.count_entries(plan.reduction, x)
+        if plan.reduction.centered:
+            t = t - sums.total(t, plan.reduction.axes) / n
+        t = t - xhat * (sums.total(xhat * t, plan.reduction.axes) / n)
+        t = t * units.divide(rstd, measured.unit)
+        terms.append(t if scale is None else jnp.multiply(*alike(t, scale)))
+    if dscale is not None:
+        terms.append(jnp.multiply(*alike(xhat, dscale)))
+    if dbias is not None:
+        terms.append(jnp.broadcast_to(dbias, x.shape))
+    t = functools.reduce(jnp.add, alike(*terms))
+    if plan.activation is not None:
+        t = jax.jvp(plan.activation, (rescale(xhat, scale, bias),), (t,))[1]
+    return t.astype(plan.dtype)
+
+
+def _backward(plan, shape, known, dy):
+    on_gpu = functools.partial(_whole, plan, shape, sums.total_in_one_read)
+    if rows.stay_on_chip(plan, known[0], None):
+        on_gpu = functools.partial(_rows, plan, shape)
+    whole = functools.partial(_whole, plan, shape, sums.total)
+    return by_platform(whole, cuda=on_gpu, rocm=on_gpu)(known, dy)
+
+
+def _rows(plan, shape, known, dy):
+    """Returns the cotangents of x, scale and bias: rows on chip for x, then the columns."""
+    # Behind barriers, or XLA would find the same sums in two of the three kernels, write what they
+    # have in common down in float32, and keep no row on chip.
+    known, dy = lax.optimization_barrier((known, dy))
+    x, scale, bias, _ = known
+    before = dy
+    if plan.activation is not None:
+        exactly = plan._replace(activation=None, dtype=ax.compute_dtype(x.dtype))
+        before = _through(plan, rows.forward(exactly, x, scale, bias), dy)
+    dx = rows.gradient(plan, x, scale, before)
+    if shape is None:
+        return dx, None, None
+    known, dy = lax.optimization_barrier((known, dy))
+    return dx, *_whole(plan, shape, sums.total, known, dy)[1:]
+
+
+def _whole(plan, shape, total, known, dy):
+    """Returns the cotangents of x, scale and bias, from what was measured."""
+    x, scale, bias, measured = known
+    rstd = reciprocal_per_unit(plan, measured)
+    d = me.deviation(x, None, measured)
+    dy = dy.astype(d.dtype)
+    if plan.activation is not None:
+        dy = _through(plan, rescale(d * rstd, scale, bias), dy)
+    axes = plan.reduction.axes
+    shared = () if shape is None else tuple(i for i, size in enumerate(shape) if size == 1)
+    common = tuple(axis for axis in axes if shape is None or axis in shared)
+    ones, along = total(dy, common), total(dy * d, common)
+    dscale = dbias = None
+    if shape is not None:
+        others = tuple(axis for axis in shared if axis not in axes)
+        dscale, dbias = total(along * rstd, others), total(ones, others)
+    if scale is not None:
+        dy, ones, along = (jnp.multiply(*alike(v, scale)) for v in (dy, ones, along))
+    n = math.prod(x.shape[axis] for axis in axes)
+    ones, along = (
+        total(v, tuple(axis for axis in axes if axis not in common)) / n for v in (ones, along)
+    )
+    t = dy - ones if plan.reduction.centered else dy
+    dx = (t - d * (along * rstd * rstd)) * units.divide(rstd, measured.unit)
+    return dx.astype(x.dtype), dscale, dbias
+
+
+def _through(plan, before, dy):
+    """Returns the cotangent of what goes into the activation."""
+    return jax.vjp(plan.activation, before)[1](dy.astype(before.dtype))[0]

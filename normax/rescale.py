@@ -1,0 +1,72 @@
+"""Standardized entries from what was measured, and the rescaling of them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from normax import axes as ax
+from normax import measure as me
+from normax import units
+
+
+class Plan(NamedTuple):
+    """What `standardize` is to do, known when it is traced."""
+
+    reduction: me.Reduction
+    epsilon: float
+    floor: float
+    dtype: Any
+    on_deviation: bool = False
+    activation: Callable[[jax.Array], jax.Array] | None = None
+
+
+def standardized(plan, x, measured, mask, divide=units.divide):
+    """Returns the reciprocal deviation, per unit, and the standardized entries."""
+    d = me.deviation(x, mask, measured, divide)
+    rstd = reciprocal_per_unit(plan, measured)
+    return rstd, me.times(d, rstd)
+
+
+def reciprocal_per_unit(plan, measured):
+    """Returns the reciprocal deviation of what was measured in units, in those units."""
+    per_unit = 1 if measured.unit is None else 1 / measured.unit
+    floor = plan.floor * per_unit * per_unit
+    epsilon = plan.epsilon * per_unit * (1 if plan.on_deviation else per_unit)
+    return reciprocal_deviation(measured.var, epsilon, floor, plan.on_deviation)
+
+
+def reciprocal_deviation(var, epsilon, floor=0.0, on_deviation=False):
+    """Returns 1 / sqrt(var + epsilon); 0, and so are its derivatives, where that is a floor.
+
+    What is no number, or negative, comes out as NaN: it must show.
+    """
+    if on_deviation:
+        deviation = root(var) + epsilon
+        below = deviation == 0
+        return jnp.where(below, 0, 1 / jnp.where(below, 1, deviation))
+    squared = var + epsilon
+    below = (squared <= floor) & (squared >= 0)
+    return jnp.where(below, 0, jax.lax.rsqrt(jnp.where(below, 1, squared)))
+
+
+def root(squared):
+    """Returns the square root, with a derivative of zero at zero."""
+    zero = squared == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squared)))
+
+
+def rescale(xhat, scale, bias, activation=None):
+    """Returns `xhat * scale + bias`, and the activation of that."""
+    if scale is not None:
+        xhat = jnp.multiply(*alike(xhat, scale))
+    if bias is not None:
+        xhat = jnp.add(*alike(xhat, bias))
+    return xhat if activation is None else activation(xhat)
+
+
+def alike(*arrays):
+    """Returns the arrays in their common dtype, float32 at least."""
+    dtype = ax.promote(jnp.float32, *(array.dtype for array in arrays))
+    return [array.astype(dtype) for array in arrays]

@@ -1,0 +1,129 @@
+"""Sums over axes, and mean and variance from one read of an array.
+
+Where a compiler keeps no row on chip each reduction is a read of memory. There the deviations are
+taken from a guess of the mean, not from the mean itself: a median of a few entries, which costs
+next to nothing and is near the mean where that matters, or zero, whose result is checked.
+"""
+
+import functools
+import math
+
+import jax.numpy as jnp
+from jax import lax
+
+from normax import axes as ax
+from normax import units
+
+SAMPLES = 5
+FEW = 4
+# A sum of squares may hold this many times the variance before digits of it are missed.
+LOST = 4.0
+
+
+def total(x, axes):
+    """Returns the sum over axes, which are kept; one run of neighbouring axes after the other.
+
+    In one go, XLA on CPU adds over separate runs one number at a time: slowly, and with an error
+    that grows with their number.
+    """
+    return _one_after_the_other(x, _runs(axes))
+
+
+def total_in_one_read(x, axes):
+    """Returns the sum over axes, which are kept, in an order in which a GPU reads `x` just once.
+
+    Where axes on both sides are kept, XLA would write down what is to be summed first, unless it
+    has more sums to do than results: a few parts of each.
+    """
+    length = 1
+    for run in _runs(axes):
+        size = math.prod(x.shape[axis] for axis in run)
+        if run[0] > 0 and run[-1] < x.ndim - 1:
+            x = _total_of_parts(x, run)
+        else:
+            x = jnp.sum(x, run, keepdims=True)
+        x, length = x / max(size, 1), length * size
+    return x * length
+
+
+def _total_of_parts(x, run):
+    """Returns the sum over neighbouring axes, the first of them in parts."""
+    axis = run[0]
+    size = x.shape[axis]
+    parts = next((parts for parts in range(FEW, size) if size % parts == 0), 1)
+    x = x.reshape(*x.shape[:axis], parts, size // parts, *x.shape[axis + 1 :])
+    within = [other + 1 for other in run]
+    size = math.prod(x.shape[other] for other in within)
+    x = jnp.sum(x, within, keepdims=True) / max(size, 1)
+    return jnp.squeeze(jnp.sum(x, axis, keepdims=True), axis) * size
+
+
+def _runs(axes):
+    runs: list[list[int]] = []
+    for axis in axes:
+        if runs and axis == runs[-1][-1] + 1:
+            runs[-1].append(axis)
+        else:
+            runs.append([axis])
+    return runs
+
+
+def _one_after_the_other(x, runs):
+    """Returns the sum over several axes at a time; divisions keep XLA from joining them."""
+    length = 1
+    for run in runs[:-1]:
+        size = math.prod(x.shape[axis] for axis in run)
+        x, length = jnp.sum(x, run, keepdims=True) / max(size, 1), length * size
+    result = jnp.sum(x, runs[-1] if runs else (), keepdims=True)
+    return result * length if len(runs) > 1 else result
+
+
+def about_samples(x, axes, n, least, centered):
+    """Returns unit, mean, rest and var of `x`, measured about the median of a few of its entries.
+
+    The relative error of the variance is that of a sum, times one plus the squared distance of the
+    median from the mean, in deviations. That is large only where most of the samples are alike and
+    far from nearly all of the entries.
+    """
+    dtype = ax.compute_dtype(x.dtype)
+    samples = [_sample(x, axes, index).astype(dtype) for index in range(SAMPLES)]
+    unit = None
+    if units.needed(x.dtype):
+        peak = functools.reduce(jnp.maximum, map(jnp.abs, samples))
+        unit = units.choose(peak, (), max(least, 1.0))
+    entries = units.divide(x.astype(dtype), unit)
+    if not centered:
+        return unit, None, None, total_in_one_read(entries * entries, axes) / n
+    mean = units.divide(_median(samples), unit)
+    d = entries - mean
+    rest = total_in_one_read(d, axes) / n
+    var = total_in_one_read(d * d, axes) / n - rest * rest
+    return unit, mean, rest, jnp.maximum(var, 0)
+
+
+def about_zero(x, axes, n, centered):
+    """Returns mean, rest and var of `x`, and where digits of the variance were lost."""
+    squares = total(x * x, axes) / n
+    if not centered:
+        return None, None, squares, ~jnp.isfinite(squares)
+    mean = total(x, axes) / n
+    var = squares - mean * mean
+    return mean, jnp.zeros_like(mean), var, ~(mean * mean <= LOST * var)
+
+
+def _sample(x, axes, index):
+    """Returns an entry of each group: along each axis another one."""
+    for order, axis in enumerate(axes):
+        place = (x.shape[axis] - 1) * ((index * (order + 1)) % SAMPLES) // (SAMPLES - 1)
+        x = lax.slice_in_dim(x, place, place + 1, axis=axis)
+    return x
+
+
+def _median(five):
+    """Returns the median of five arrays, entry by entry."""
+    a, b, c, d, e = five
+    a, b, c, d = jnp.minimum(a, b), jnp.maximum(a, b), jnp.minimum(c, d), jnp.maximum(c, d)
+    # The smallest of the four is too small, the largest too large.
+    b, c = jnp.minimum(b, d), jnp.maximum(a, c)
+    low, high = jnp.minimum(b, c), jnp.maximum(b, c)
+    return jnp.maximum(low, jnp.minimum(high, e))

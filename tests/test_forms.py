@@ -1,0 +1,110 @@
+"""The forms of the formulas that other platforms get: as accurate, with right derivatives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import test_accuracy
+import test_derivatives
+from cases import CASES, Case
+from differences import check_derivatives
+
+import normax
+from normax import sums
+
+pytestmark = pytest.mark.usefixtures("form")
+FEW = [c for c in CASES if c.name in ("batch", "layer", "rms", "group", "instance")]
+ACTIVATIONS = [jax.nn.relu, jax.nn.silu, jnp.tanh]
+
+
+@pytest.mark.parametrize("n", [64, 1000])
+@pytest.mark.parametrize("dtype", test_accuracy.DTYPES)
+def test_grid(dtype, n):
+    rng = np.random.default_rng(0)
+    for mean, deviation in test_accuracy.SCALES:
+        if dtype == "float16" and mean == 1e6:
+            continue
+        rows = jnp.asarray(rng.normal(size=(test_accuracy.ROWS, n)) * deviation + mean, dtype)
+        ct = jnp.asarray(rng.normal(size=(test_accuracy.ROWS, n)), dtype)
+        test_accuracy.check(rows, ct, dtype)
+
+
+@pytest.mark.parametrize("n", [3, 64, 1000, 65537])
+def test_stress_rows(n):
+    ct = jnp.asarray(np.random.default_rng(2).normal(size=(1, n)), "float32")
+    for row in test_accuracy.stress(n).values():
+        rows = jnp.asarray(row, "float32")[None]
+        test_accuracy.check(rows, ct, "float32", only=("layer", "batch", "rms"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_constant_rows(dtype):
+    for n in (3, 7, 1000):
+        for value in (1 / 3, 1.0, 1e6, 1e7 + 1, 3e9 / 7, 1e30):
+            test_accuracy.test_constant_rows_are_exactly_zero_with_the_right_gradient(
+                value, n, dtype
+            )
+
+
+def test_stored_statistics():
+    for scale, dtype in test_accuracy.GRID:
+        test_accuracy.test_stored_statistics(scale, dtype, 1000)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
+def test_derivatives_of(case):
+    test_derivatives.test_values_jvp_and_vjp(case, False)
+    x, scale, bias, _, _ = test_derivatives.inputs(case)
+    check_derivatives(lambda *args: case.apply(*args, None), (x, scale, bias))
+
+
+@pytest.mark.parametrize("shape", [(1,), (5, 1), (0, 4), (3, 0)])
+def test_shapes_with_little_in_them(shape):
+    x = jnp.full(shape, 2.0)
+    axes = tuple(range(len(shape)))
+    y, backward = jax.vjp(lambda x: normax.standardize(x, reduction_axes=axes)[0], x)
+    np.testing.assert_array_equal(y, jnp.zeros(shape))
+    # What rounding leaves of one less a mean of ones, times a reciprocal deviation of a thousand.
+    np.testing.assert_allclose(backward(jnp.ones(shape))[0], jnp.zeros(shape), atol=1e-3)
+
+
+def test_a_row_may_be_several_axes():
+    case = Case("", None, (4, 3, 5, 2), (1, 2, 3))
+    x = 1e4 + jax.random.normal(jax.random.key(0), case.shape)
+    scale, bias = jnp.array([2.0, -1.0]), jnp.array([0.5, 3.0])
+    y = normax.layer_norm(x, scale, bias, reduction_axes=(1, 2, 3), epsilon=1e-5)
+    exact = reference.forward(case, x) * np.asarray(scale) + np.asarray(bias)
+    assert test_accuracy.units(y, exact, "float32") <= 4
+
+
+def test_sums_in_parts():
+    x = jax.random.normal(jax.random.key(0), (3, 16, 7, 5))
+    for axes in ((1,), (1, 2), (2,), (0, 1, 2), (1, 2, 3), (3,), (0, 2), ()):
+        exact = np.asarray(x, np.float64).sum(axes, keepdims=True)
+        np.testing.assert_allclose(sums.total_in_one_read(x, axes), exact, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(sums.total(x, axes), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_median_of_five():
+    values = np.random.default_rng(0).normal(size=(5, 1000)).astype("float32")
+    np.testing.assert_array_equal(sums._median(list(jnp.asarray(values))), np.median(values, 0))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("reduced", [(0, 1), (2,)], ids=["batch", "layer"])
+def test_an_activation(reduced, activation):
+    x, scale, bias, _, ct = test_derivatives.inputs(Case("", None, (6, 3, 4), reduced))
+    mask = jnp.ones((6, 3, 4), bool)
+
+    def both(scaled, **options):
+        f = lambda *args: scaled(*args, reduction_axes=reduced, **options)
+        return jax.tree.leaves((f(x, scale, bias), jax.vjp(f, x, scale, bias)[1](ct)))
+
+    fused = lambda *args, **o: normax.standardize(*args, activation=activation, **o)[0]
+    apart = both(lambda *args, **options: activation(normax.standardize(*args, **options)[0]))
+    for options in ({}, {"mask": mask}):
+        for ours, theirs in zip(both(fused, **options), apart, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
