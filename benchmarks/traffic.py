@@ -1,12 +1,15 @@
 """Kernels and bytes of norms in compiled programs, for an H200 and a TPU v5e; neither is needed.
 
-    python benchmarks/traffic.py [--target h200|v5e|both] [--all] [--only TEXT] [--write] [--check]
+    python benchmarks/traffic.py [--target h200|v5e|both] [--all] [--only TEXT] [--kernels]
+                                 [--write] [--check]
 
 It needs the compilers, of JAX's own version: jax-cuda12-plugin and jax-cuda12-pjrt, and libtpu.
 Nothing runs, so that nothing is said about time. By default a few programs are counted, in a minute
-and a half; --all counts all, and --only those whose name holds a text. --write puts the numbers
-into traffic.json and traffic.md; --check fails where a program is above LIMITS, moves more bytes
-than Flax's, or, with the JAX of traffic.json, is worse than there.
+and a half; --all counts all, and --only those of all whose name holds a text, as "h200, layer_norm,
+forward + backward, bfloat16". --kernels lists what each program launches, with its bytes over T.
+--write puts the numbers into traffic.json and traffic.md, and keeps what was not counted; --check
+fails where a program is above LIMITS, moves more bytes than Flax's, or, with the JAX of
+traffic.json, is worse than there.
 """
 
 import argparse
@@ -52,7 +55,7 @@ ENVIRONMENT = {
 }
 
 TITLES = "program", "dtype", "shape", "kernels", "bytes/T", "floor", "ratio", "flax's", "temp/T"
-WIDTHS = 43, 10, 19, 12, 15, 7, 7, 8, 6
+WIDTHS = 45, 10, 21, 12, 15, 7, 7, 8, 6
 HEAD = """\
 # What norms launch and move
 
@@ -241,11 +244,15 @@ def missing(target: str) -> str:
     """Returns what must be installed to compile for a target; "" if it is there."""
     if target == "v5e":
         return "" if find_spec("libtpu") else "libtpu"
-    plugins = find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda12")
-    return "" if plugins else "jax-cuda12-plugin and jax-cuda12-pjrt"
+    lacking = []
+    if not find_spec("jax_cuda12_plugin"):
+        lacking.append("jax-cuda12-plugin")
+    if not (find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda12")):
+        lacking.append("jax-cuda12-pjrt")
+    return ", ".join(lacking)
 
 
-def count(targets: list[str], everything: bool, only: str, rows: list[Row]) -> list[Key]:
+def count(asked: argparse.Namespace, targets: list[str], rows: list[Row]) -> list[Key]:
     """Counts programs, prints each and appends it to rows; returns the keys of all there are."""
     os.environ.update(ENVIRONMENT)
     sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -256,14 +263,19 @@ def count(targets: list[str], everything: bool, only: str, rows: list[Row]) -> l
     for name in TARGETS:
         goal = programs.target(name) if name in targets else None
         for case in programs.cases(name):
-            row = (name, case.norm, case.context, case.dtype, case.size)
-            order.append(row)
-            chosen = everything or only or programs.is_quick(name, case)
-            if goal is None or not chosen or only not in f"{TARGETS[name]}, {case}":
+            key = (name, case.norm, case.context, case.dtype, case.size)
+            order.append(key)
+            chosen = asked.all or asked.only or programs.is_quick(name, case)
+            if goal is None or not chosen or asked.only not in ", ".join(key):
                 continue
-            mine, flax = (programs.count(case, of, goal)._asdict() for of in programs.LIBRARIES)
-            rows.append(Row(*row, case.x_bytes, case.floor, mine, flax))
+            mine, flax = (programs.compiled(case, of, goal) for of in programs.LIBRARIES)
+            counts = (
+                one.traffic._asdict() | {"temp_bytes": one.temp_bytes} for one in (mine, flax)
+            )
+            rows.append(Row(*key, case.x_bytes, case.floor, *counts))
             print("".join(map(str.ljust, rows[-1].cells(), WIDTHS)), flush=True)
+            if asked.kernels:
+                print(mine.listing(case), "  flax", flax.listing(case), sep="\n", flush=True)
     return order
 
 
@@ -273,6 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", choices=[*TARGETS, "both"], default="both")
     parser.add_argument("--all", action="store_true", help="all programs, not a few")
     parser.add_argument("--only", default="", metavar="TEXT", help="those of this name, of all")
+    parser.add_argument("--kernels", action="store_true", help="show the kernels of each")
     parser.add_argument("--write", action="store_true", help="write traffic.json and traffic.md")
     parser.add_argument("--check", action="store_true", help="fail if anything is worse")
     asked = parser.parse_args(arguments)
@@ -281,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     if lacking:
         parser.error(f"not installed: {', '.join(lacking)}")
     committed, now, rows = read(), versions(), []
-    order = count(targets, asked.all, asked.only, rows)
+    order = count(asked, targets, rows)
     if not rows:
         parser.error(f"no program's name holds {asked.only!r}")
     if asked.write:

@@ -100,14 +100,20 @@ class Target(NamedTuple):
     windows: bool = True
 
 
-class Count(NamedTuple):
-    """What one program launches, moves and keeps meanwhile; see `traffic_hlo.Traffic`."""
+class Compiled(NamedTuple):
+    """What a program launches, one by one and in sum, and the bytes that it keeps meanwhile."""
 
-    kernels: int
-    bytes: int
-    maybe_kernels: int
-    maybe_bytes: int
+    kernels: list[tuple[traffic_hlo.Kernel, bool]]
+    traffic: traffic_hlo.Traffic
     temp_bytes: int
+
+    def listing(self, case: Case) -> str:
+        """Returns what is launched, a line each, with the bytes over those of x."""
+        return "\n".join(
+            f"    {kernel.bytes / case.x_bytes:7.3f}  {kernel.opcode:12} {kernel.name}"
+            f"{', a product' * kernel.is_product}{', perhaps' * maybe}"
+            for kernel, maybe in self.kernels
+        )
 
 
 def target(name: str) -> Target:
@@ -134,12 +140,11 @@ def cases(name: str) -> Iterator[Case]:
 def is_quick(name: str, case: Case) -> bool:
     """Returns whether a program is counted by default: those that say most for their time."""
     first = case.shape[1:] == NORMS[case.norm].shapes[0][1:]
-    if name == "v5e":
-        quick = ("layer_norm", "rms_norm", "batch_norm + relu")
-        return first and case.dtype == "bfloat16" and case.norm in quick
     if case.dtype == "float32":
-        return first and case.context == BOTH and case.norm in ("layer_norm", "batch_norm")
-    return first or (case.norm == "layer_norm" and case.context == FORWARD)
+        limited = case.norm in ("layer_norm", "batch_norm") and case.context == BOTH
+        return first and limited and name == "h200"
+    other_rows = case.norm == "layer_norm" and case.context == FORWARD and name == "h200"
+    return (first and case.context in QUICK[name].get(case.norm, ())) or other_rows
 
 
 def _alone(function):
@@ -183,17 +188,34 @@ NORMS = {
     ),
 }
 
+QUICK = {
+    "h200": {
+        "layer_norm": CONTEXTS,
+        "rms_norm": CONTEXTS,
+        "batch_norm": (FORWARD, BOTH),
+        "batch_norm + relu": CONTEXTS,
+        "batch_norm + add + relu": (BOTH,),
+        "group_norm + silu": CONTEXTS,
+        "instance_norm": (BOTH,),
+    },
+    "v5e": {
+        "layer_norm": CONTEXTS,
+        "rms_norm": (FORWARD, BOTH),
+        "batch_norm + relu": CONTEXTS,
+    },
+}
 
-def count(case: Case, library: str, goal: Target) -> Count:
-    """Compiles a program and returns its counts."""
-    lowered = jax.jit(program(case, library)).lower(*_arguments(case, library, goal))
-    compiled = lowered.compile()
-    text, memory = compiled.as_text(), compiled.memory_analysis()
+
+def compiled(case: Case, library: str, goal: Target) -> Compiled:
+    """Compiles a program of a library and counts it."""
+    made = jax.jit(program(case, library)).lower(*arguments(case, library, goal)).compile()
+    text, memory = made.as_text(), made.memory_analysis()
     if text is None or memory is None:
         raise RuntimeError(f"{case}: the compiler shows no text, or no memory")
     read = traffic_hlo.Program(text, goal.on_chip)
-    traffic = read.traffic(case.itemsize if case.context == BETWEEN else 0)
-    return Count(*traffic, memory.temp_size_in_bytes)
+    itemsize = case.itemsize if case.context == BETWEEN else 0
+    kernels = list(read.kernels(itemsize))
+    return Compiled(kernels, read.traffic(itemsize), memory.temp_size_in_bytes)
 
 
 def program(case: Case, library: str) -> Callable[..., Any]:
@@ -241,7 +263,7 @@ def _product(x, w):
     return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=names)
 
 
-def _arguments(case, library, goal):
+def arguments(case: Case, library: str, goal: Target) -> tuple[Any, Any, Any]:
     """Returns shapes and dtypes of what `program` is given."""
     features = case.shape[-1:]
 

@@ -4,12 +4,16 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 
 import traffic
 import traffic_hlo
+import traffic_programs as programs
 from traffic_hlo import Program, Traffic
 
 # Two kernels: x (64 KiB) and s (512 bytes) make y and 128 float32; these and y make y again.
@@ -237,6 +241,61 @@ def test_the_page_is_made_of_the_numbers():
     numbers = traffic.read()
     assert numbers.rows
     assert traffic.page(numbers) == traffic.TABLE.read_text()
+
+
+def filled(shapes):
+    """Returns normal numbers of the shapes, the same for the same paths."""
+
+    def fill(path, leaf):
+        seed = sum(jax.tree_util.keystr(path).encode())
+        return jax.random.normal(jax.random.key(seed), leaf.shape, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def outputs(given):
+    """Returns y and what follows the new statistics, the gradients."""
+    return given[0], given[2:]
+
+
+@pytest.mark.parametrize("context", programs.CONTEXTS)
+@pytest.mark.parametrize("norm", programs.NORMS)
+def test_both_libraries_give_the_same_dtypes(norm, context):
+    case = programs.Case(norm, context, "bfloat16", programs.NORMS[norm].shapes[0])
+    made = []
+    for library in programs.LIBRARIES:
+        shapes = programs.arguments(case, library, programs.Target(None))
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            made.append(outputs(jax.eval_shape(programs.program(case, library), *shapes)))
+    assert made[0][0].dtype == jnp.bfloat16
+    assert jax.tree.map(str, made[0]) == jax.tree.map(str, made[1])
+
+
+COMPUTED = [(norm, context, True) for norm in programs.NORMS for context in programs.CONTEXTS]
+COMPUTED += [("batch_norm + add + relu", programs.BETWEEN, False)]
+
+
+@pytest.mark.parametrize(("norm", "context", "windows"), COMPUTED)
+def test_both_libraries_compute_the_same(norm, context, windows):
+    image = len(programs.NORMS[norm].shapes[0]) == 4
+    case = programs.Case(norm, context, "float32", (2, 4, 4, 64) if image else (16, 32))
+    results = []
+    for library in programs.LIBRARIES:
+        shapes = programs.arguments(case, library, programs.Target(None, windows=windows))
+        given, dy = filled(shapes[0]), filled(shapes[2])
+        stats = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes[1])
+        # Flax's own code promotes.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            y, stats, *grads = programs.program(case, library)(given, stats, dy)
+        if norm.startswith("batch_norm"):
+            kept = stats["batch_stats"] if library == "flax" else stats._asdict()
+            grads += [kept["mean"], kept["var"]]
+        results.append((y, grads))
+    mine, flax = map(jax.tree.leaves, results)
+    assert len(mine) == len(flax) >= 1 + 3 * (context != "forward")
+    for ours, theirs in zip(mine, flax, strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3 * np.abs(theirs).max())
 
 
 @pytest.mark.skipif(
