@@ -55,7 +55,8 @@ ENVIRONMENT = {
 }
 
 TITLES = "program", "dtype", "shape", "kernels", "bytes/T", "floor", "ratio", "flax's", "temp/T"
-WIDTHS = 45, 10, 21, 12, 15, 7, 7, 8, 6
+# Of what is printed while it is counted.
+WIDTHS = 8, 45, 10, 21, 12, 15, 7, 7, 8, 6
 HEAD = """\
 # What norms launch and move
 
@@ -252,31 +253,31 @@ def missing(target: str) -> str:
     return ", ".join(lacking)
 
 
-def count(asked: argparse.Namespace, targets: list[str], rows: list[Row]) -> list[Key]:
-    """Counts programs, prints each and appends it to rows; returns the keys of all there are."""
+def count(asked: argparse.Namespace, targets: list[str]) -> tuple[list[Row], list[Key]]:
+    """Counts programs and prints each; returns the rows, and the keys of all that there are."""
     os.environ.update(ENVIRONMENT)
     sys.path[:0] = [str(HERE), str(HERE.parent)]
     import traffic_programs as programs
 
-    order = []
-    print("".join(map(str.ljust, TITLES, WIDTHS)))
-    for name in TARGETS:
-        goal = programs.target(name) if name in targets else None
-        for case in programs.cases(name):
-            key = (name, case.norm, case.context, case.dtype, case.size)
-            order.append(key)
-            chosen = asked.all or asked.only or programs.is_quick(name, case)
-            if goal is None or not chosen or asked.only not in ", ".join(key):
-                continue
-            mine, flax = (programs.compiled(case, of, goal) for of in programs.LIBRARIES)
-            counts = (
-                one.traffic._asdict() | {"temp_bytes": one.temp_bytes} for one in (mine, flax)
-            )
-            rows.append(Row(*key, case.x_bytes, case.floor, *counts))
-            print("".join(map(str.ljust, rows[-1].cells(), WIDTHS)), flush=True)
-            if asked.kernels:
-                print(mine.listing(case), "  flax", flax.listing(case), sep="\n", flush=True)
-    return order
+    every = {
+        (name, case.norm, case.context, case.dtype, case.size): case
+        for name in TARGETS
+        for case in programs.cases(name)
+    }
+    goals = {name: programs.target(name) for name in targets}
+    rows = []
+    print("".join(map(str.ljust, ("target", *TITLES), WIDTHS)))
+    for key, case in every.items():
+        chosen = asked.all or asked.only or programs.is_quick(key[0], case)
+        if key[0] not in goals or not chosen or asked.only not in ", ".join(key):
+            continue
+        both = [programs.compiled(case, of, goals[key[0]]) for of in programs.LIBRARIES]
+        counts = (one.traffic._asdict() | {"temp_bytes": one.temp_bytes} for one in both)
+        rows.append(Row(*key, case.x_bytes, case.floor, *counts))
+        print("".join(map(str.ljust, (key[0], *rows[-1].cells()), WIDTHS)), flush=True)
+        if asked.kernels:
+            print(both[0].listing(case), "  flax", both[1].listing(case), sep="\n", flush=True)
+    return rows, list(every)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -293,8 +294,8 @@ def main(arguments: list[str] | None = None) -> int:
     lacking = [package for package in map(missing, targets) if package]
     if lacking:
         parser.error(f"not installed: {', '.join(lacking)}")
-    committed, now, rows = read(), versions(), []
-    order = count(asked, targets, rows)
+    committed, now = read(), versions()
+    rows, order = count(asked, targets)
     if not rows:
         parser.error(f"no program's name holds {asked.only!r}")
     if asked.write:

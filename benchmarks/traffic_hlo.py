@@ -16,6 +16,7 @@ FREE = {
 FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "Sharding"}
 PRODUCT_CALLS = ("__cublas", "__cudnn$conv", "__cudnn$backendConv")
 PRODUCTS = ("dot", "convolution")
+MOVES = ("copy", "slice", "dynamic-slice")
 MAYBE = ("while", "conditional")
 CONTROL = (*MAYBE, "call", "async-start")
 
@@ -189,9 +190,11 @@ class Program:
                 for called in one.called:
                     inside = maybe or one.opcode in MAYBE
                     yield from self.kernels(product_itemsize, called, inside)
-            elif one.opcode.endswith(("-start", "-done", "-update")):
-                if one.opcode.endswith("-done") and not here[one.operands[0]].called:
-                    yield self._move(one, here), maybe
+            elif one.opcode.endswith("-done"):
+                if (start := _start(one, here)).opcode != "async-start":
+                    yield self._finished(start, one, here, product_itemsize), maybe
+            elif one.opcode.endswith(("-start", "-update")):
+                continue
             elif one.opcode not in FREE and one.target not in FREE_CALLS:
                 yield self._kernel(one, here, product_itemsize), maybe
 
@@ -206,9 +209,18 @@ class Program:
             moved -= sum(_own_bytes(made, where, product_itemsize) for made, where in products)
         return Kernel(one.name, one.opcode, moved, is_product=bool(products))
 
-    def _move(self, done: Instruction, here: dict[str, Instruction]) -> Kernel:
-        """Returns an asynchronous copy or slice; what it moves is as large as what arrives."""
-        start = here[done.operands[0]]
+    def _finished(
+        self,
+        start: Instruction,
+        done: Instruction,
+        here: dict[str, Instruction],
+        product_itemsize: int,
+    ) -> Kernel:
+        """Returns what ran asynchronously; what a copy or slice moves is as large as what arrives."""
+        opcode = start.opcode.removesuffix("-start")
+        if opcode not in MOVES:
+            whole = start._replace(opcode=opcode, type=done.type)
+            return self._kernel(whole, here, product_itemsize)
         source = arrays(here[start.operands[0]].type, self.on_chip)
         arrived = arrays(done.type, self.on_chip)
         ends = (not source[0].on_chip) + (not arrived[0].on_chip)
@@ -227,6 +239,13 @@ class Program:
 
     def _bytes(self, text: str) -> float:
         return sum(array.bytes for array in arrays(text, self.on_chip))
+
+
+def _start(done: Instruction, here: dict[str, Instruction]) -> Instruction:
+    """Returns what started that which is done."""
+    while not done.opcode.endswith("-start"):
+        done = here[done.operands[0]]
+    return done
 
 
 def _own_bytes(product: Instruction, here: dict[str, Instruction], itemsize: int) -> float:

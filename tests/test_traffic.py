@@ -133,6 +133,30 @@ ENTRY %main (x: bf16[64,8], v: bf16[8,32], w: bf16[32,16]) -> (bf16[64,16], bf16
 """
 A, O, W = 64 * 32 * 2, 64 * 16 * 2, 32 * 16 * 2
 
+# Two kernels that run beside others: one in a computation of its own, one where it stands.
+ASYNCHRONOUS = """\
+HloModule jit_l
+
+%beside (a: f32[1024]) -> f32[1024] {
+  %a = f32[1024]{0} parameter(0)
+  ROOT %b = f32[1024]{0} negate(%a)
+}
+
+%fused (c: f32[1024]) -> f32[1024] {
+  %c = f32[1024]{0} parameter(0)
+  ROOT %d = f32[1024]{0} sqrt(%c)
+}
+
+ENTRY %main (x: f32[1024]) -> f32[1024] {
+  %x = f32[1024]{0} parameter(0)
+  %s = ((f32[1024]{0}), f32[1024]{0}, u32[]) async-start(%x), calls=%beside
+  %u = ((f32[1024]{0}), f32[1024]{0}, u32[]) async-update(%s)
+  %y = f32[1024]{0} async-done(%u)
+  %t = ((f32[1024]{0}), f32[1024]{0}, u32[]) fusion-start(%y), kind=kLoop, calls=%fused
+  ROOT %z = f32[1024]{0} fusion-done(%t)
+}
+"""
+
 COUNTS = {"kernels": 1, "bytes": 200, "maybe_kernels": 0, "maybe_bytes": 0, "temp_bytes": 0}
 ROW = traffic.Row(
     "h200", "layer_norm", "forward", "bfloat16", "10 x 5", 100, 2, COUNTS, {**COUNTS, "bytes": 300}
@@ -156,6 +180,10 @@ def test_memory_on_the_chip_counts_nothing_and_what_brings_it_there_once():
 def test_all_memory_counts_where_none_is_on_the_chip():
     x = 64 * 128 * 4
     assert Program(ON_CHIP).traffic().bytes == 2 * x + 2 * (x // 2) + (x + x // 2 + x // 2)
+
+
+def test_what_runs_asynchronously_counts_once():
+    assert Program(ASYNCHRONOUS).traffic() == Traffic(2, 2 * 8192, 0, 0)
 
 
 def test_products_are_left_out_but_not_what_is_fused_into_them():
