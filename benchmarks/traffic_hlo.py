@@ -216,7 +216,7 @@ class Program:
         here: dict[str, Instruction],
         product_itemsize: int,
     ) -> Kernel:
-        """Returns what ran asynchronously; what a copy or slice moves is as large as what arrives."""
+        """Returns what ran asynchronously; a copy or slice moves as much as arrives."""
         opcode = start.opcode.removesuffix("-start")
         if opcode not in MOVES:
             whole = start._replace(opcode=opcode, type=done.type)
