@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import traffic_hlo
 from jax import lax
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
 import normax
 
@@ -90,12 +90,14 @@ class Target(NamedTuple):
 
     Attributes:
       sharding: where the arguments are.
+      device: what Pallas asks about it.
       on_chip: how a layout says that an array is not in the memory whose traffic is counted.
       windows: whether the products beside images are convolutions of 3 x 3, which take XLA for TPU
         half a minute, or of 1 x 1.
     """
 
     sharding: Any
+    device: Any = None
     on_chip: str = ""
     windows: bool = True
 
@@ -121,10 +123,12 @@ def target(name: str) -> Target:
     jax.devices()  # The plugins are known only after it.
     if name == "v5e":
         device = topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
-        return Target(SingleDeviceSharding(device), "S(1)", windows=False)
+        sharding, described = SingleDeviceSharding(device), ("TPU v5 lite", 1, "tpu")
+        return Target(sharding, AbstractDevice(*described), "S(1)", windows=False)
     config = (pathlib.Path(__file__).parent / "targets" / "h200.txtpb").read_text()
     described = topologies.get_topology_desc(name, "cuda", target_config=config, topology="1x1x1")
-    return Target(SingleDeviceSharding(described.devices[0]))
+    sharding = SingleDeviceSharding(described.devices[0])
+    return Target(sharding, AbstractDevice("NVIDIA H200", 132, "gpu"))
 
 
 def cases(name: str) -> Iterator[Case]:
@@ -208,7 +212,9 @@ QUICK = {
 
 def compiled(case: Case, library: str, goal: Target) -> Compiled:
     """Compiles a program of a library and counts it."""
-    made = jax.jit(program(case, library)).lower(*arguments(case, library, goal)).compile()
+    function = jax.jit(program(case, library))
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=goal.device)):
+        made = function.lower(*arguments(case, library, goal)).compile()
     text, memory = made.as_text(), made.memory_analysis()
     if text is None or memory is None:
         raise RuntimeError(f"{case}: the compiler shows no text, or no memory")
