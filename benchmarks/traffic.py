@@ -8,7 +8,7 @@ Nothing runs, so that nothing is said about time. By default a few programs are 
 and a half; --all counts all, and --only those of all whose name holds a text, as "h200, layer_norm,
 forward + backward, bfloat16". --kernels lists what each program launches, with its bytes over T.
 --write puts the numbers into traffic.json and traffic.md, and keeps what was not counted; --check
-fails where a program is above LIMITS, moves more bytes than Flax's, or, with the JAX of
+fails where a program is above LIMITS, moves more bytes than Flax's, or, with the compilers of
 traffic.json, is worse than there.
 """
 
@@ -24,7 +24,7 @@ from typing import NamedTuple
 HERE = pathlib.Path(__file__).parent
 NUMBERS, TABLE = HERE / "traffic.json", HERE / "traffic.md"
 TARGETS = {"h200": "H200", "v5e": "TPU v5e"}
-PACKAGES = "jax", "jaxlib", "flax", "jax-cuda12-plugin", "libtpu"
+COMPILERS = "jax", "jaxlib", "jax-cuda12-plugin", "libtpu"
 
 # What bytes over floor may be, by target, norm and context.
 LIMITS = {
@@ -66,8 +66,9 @@ their logical sizes, over T, the bytes of the norm's input x.
 
     {command}
 
-- `floor` is the least that the norm must move, in T; `ratio` is bytes over floor, and `flax's` that
-  of the same program with Flax's module of the `dtype` of x. `temp/T` is what is kept meanwhile.
+- `floor` is the least that the norm must move, in T: x and dy are read once where it summarises a
+  row at a time, else twice. `ratio` is bytes over floor, and `flax's` that of the same program with
+  Flax's module, of the dtype of x. `temp/T` is memory for what neither came in nor goes out.
 - `forward` returns y, and new statistics; `forward + backward` also the gradients of x, scale and
   bias, in one jit where dy comes after y. `between products` is forward and backward with a product
   before and after: matrix products if x is a matrix or the target is a TPU, else convolutions of
@@ -139,7 +140,7 @@ class Numbers(NamedTuple):
 def versions() -> dict[str, str]:
     """Returns the versions of what makes the numbers."""
     found = {}
-    for package in PACKAGES:
+    for package in (*COMPILERS, "flax"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -158,9 +159,9 @@ def read(path: pathlib.Path = NUMBERS) -> Numbers:
 def merged(old: Numbers, rows: list[Row], now: dict[str, str], order: list[Key]) -> Numbers:
     """Returns the numbers with rows put in or replaced, in the order of their keys.
 
-    Rows that were counted with another JAX, or are in the order no more, are left out.
+    Rows that were counted with other versions, or are in the order no more, are left out.
     """
-    kept = old.rows if old.versions.get("jax") == now["jax"] else []
+    kept = old.rows if old.versions == now else []
     by_key = {row.key: row for row in [*kept, *rows]}
     return Numbers(now, [by_key[key] for key in order if key in by_key])
 
@@ -199,7 +200,7 @@ def worse(row: Row, committed: Row | None, exact: bool) -> list[list[str]]:
     Args:
       row: what was counted.
       committed: what is stored for the same program, if anything.
-      exact: whether that was stored with the same JAX.
+      exact: whether the compilers are those of what is stored.
     """
     mine, found = row.normax, []
 
@@ -227,12 +228,16 @@ def worse(row: Row, committed: Row | None, exact: bool) -> list[list[str]]:
 
 def check(rows: list[Row], committed: Numbers, now: dict[str, str]) -> int:
     """Prints what is worse than it may be, and returns the exit status."""
-    exact = committed.versions.get("jax") == now["jax"]
-    if not exact:
-        stored = committed.versions.get("jax", "nothing")
-        print(f"traffic.json is of JAX {stored}, this is {now['jax']}: only limits and Flax hold")
+    stored = committed.versions
+    other = [
+        f"{name} {stored.get(name)}, not {now.get(name)}"
+        for name in COMPILERS
+        if stored.get(name) != now.get(name)
+    ]
+    if other:
+        print(f"traffic.json is of {'; '.join(other)}: only the limits and Flax hold")
     by_key = {row.key: row for row in committed.rows}
-    wrong = [line for row in rows for line in worse(row, by_key.get(row.key), exact)]
+    wrong = [line for row in rows for line in worse(row, by_key.get(row.key), not other)]
     if not wrong:
         print(f"{len(rows)} programs are within what is allowed")
         return 0

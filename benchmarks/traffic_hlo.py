@@ -56,13 +56,21 @@ class Array(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One thing that is launched, or one asynchronous move, and the bytes that it moves."""
+    """One thing that is launched, or one asynchronous move, and the bytes that it moves.
+
+    Attributes:
+      name: of the instruction.
+      opcode: of the instruction.
+      bytes: moved; of products only what else they move, where that was asked.
+      products: how many matrix products and convolutions it does.
+      is_move: whether it is a copy or slice that runs beside the kernels.
+    """
 
     name: str
     opcode: str
     bytes: float
+    products: int = 0
     is_move: bool = False
-    is_product: bool = False
 
 
 class Traffic(NamedTuple):
@@ -175,8 +183,8 @@ class Program:
         """
         sums = [0, 0.0, 0, 0.0]
         for kernel, maybe in self.kernels(product_itemsize):
-            product = kernel.is_product and product_itemsize > 0
-            sums[2 * maybe] += not (kernel.is_move or product)
+            left_out = kernel.products > 0 and product_itemsize > 0
+            sums[2 * maybe] += not (kernel.is_move or left_out)
             sums[2 * maybe + 1] += kernel.bytes
         return Traffic(*map(round, sums))
 
@@ -203,11 +211,11 @@ class Program:
     ) -> Kernel:
         moved = self._bytes(one.type) + sum(self._bytes(here[name].type) for name in one.operands)
         if one.target.startswith(PRODUCT_CALLS):
-            return Kernel(one.name, one.opcode, 0 if product_itemsize else moved, is_product=True)
+            return Kernel(one.name, one.opcode, 0 if product_itemsize else moved, 1)
         products = list(self._products(one, here))
         if products and product_itemsize:
             moved -= sum(_own_bytes(made, where, product_itemsize) for made, where in products)
-        return Kernel(one.name, one.opcode, moved, is_product=bool(products))
+        return Kernel(one.name, one.opcode, moved, len(products))
 
     def _finished(
         self,

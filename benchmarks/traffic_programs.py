@@ -23,6 +23,8 @@ FORWARD, BOTH, BETWEEN = CONTEXTS = "forward", "forward + backward", "between pr
 LIBRARIES = "normax", "flax"
 # Features before and after a norm of matrices that stands between two products.
 WIDTH = 1024
+# Two forward, and two for each of them backward.
+PRODUCTS = 6
 # Bytes from which on an array cannot stay in a TPU's own memory from one kernel to the next.
 LARGE = 2**28
 
@@ -113,7 +115,7 @@ class Compiled(NamedTuple):
         """Returns what is launched, a line each, with the bytes over those of x."""
         return "\n".join(
             f"    {kernel.bytes / case.x_bytes:7.3f}  {kernel.opcode:12} {kernel.name}"
-            f"{', a product' * kernel.is_product}{', perhaps' * maybe}"
+            f"{', a product' * (kernel.products > 0)}{', perhaps' * maybe}"
             for kernel, maybe in self.kernels
         )
 
@@ -221,6 +223,10 @@ def compiled(case: Case, library: str, goal: Target) -> Compiled:
     read = traffic_hlo.Program(text, goal.on_chip)
     itemsize = case.itemsize if case.context == BETWEEN else 0
     kernels = list(read.kernels(itemsize))
+    products = sum(kernel.products for kernel, _ in kernels)
+    if itemsize and products != PRODUCTS:
+        # What is subtracted for a product must be a product of the program's.
+        raise RuntimeError(f"{case} of {library}: {products} products, where {PRODUCTS} are asked")
     return Compiled(kernels, read.traffic(itemsize), memory.temp_size_in_bytes)
 
 
@@ -265,7 +271,8 @@ def _layer(case, library):
 def _product(x, w):
     if w.ndim == 2:
         return x @ w
-    names = ("NHWC", "HWIO", "NHWC")
+    # As cuDNN wants the weights: others would be transposed, which is not the norm's doing.
+    names = ("NHWC", "OHWI", "NHWC")
     return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=names)
 
 
@@ -283,10 +290,10 @@ def arguments(case: Case, library: str, goal: Target) -> tuple[Any, Any, Any]:
     if case.context == BETWEEN:
         image = len(case.shape) == 4
         outside = features if image else (WIDTH,)
-        window = (3, 3) if image and goal.windows else ()
         given["x"] = of((*case.shape[:-1], *outside))
-        given["w1"] = of((*window, *outside, *features))
-        given["w2"] = of((*window, *features, *outside))
+        given["w1"], given["w2"] = of(outside + features), of(features + outside)
+        if image and goal.windows:
+            given["w1"] = given["w2"] = of((*features, 3, 3, *features))
     stats = {}
     if case.norm.startswith("batch_norm"):
         stats = jax.eval_shape(lambda: normax.RunningStats.create(features))

@@ -190,6 +190,10 @@ def test_products_are_left_out_but_not_what_is_fused_into_them():
     assert Program(PRODUCTS).traffic(2) == Traffic(1, 2 * A + A + A, 0, 0)
 
 
+def test_products_are_counted_by_number():
+    assert [kernel.products for kernel, _ in Program(PRODUCTS).kernels()] == [1, 0, 1]
+
+
 def test_products_count_where_they_are_what_is_asked():
     library = 64 * 8 * 2 + 8 * 32 * 2 + A + 4096
     fused = A + A + W + O + A
@@ -252,7 +256,7 @@ def test_another_jax_holds_to_limits_alone(capsys):
     row = ROW._replace(normax={**COUNTS, "kernels": 9})
     committed = traffic.Numbers({"jax": "1"}, [ROW])
     assert traffic.check([row], committed, {"jax": "2"}) == 0
-    assert "of JAX 1, this is 2" in capsys.readouterr().out
+    assert "of jax 1, not 2" in capsys.readouterr().out
     assert traffic.check([row._replace(x_bytes=90)], committed, {"jax": "2"}) == 1
 
 
