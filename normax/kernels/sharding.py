@@ -31,7 +31,8 @@ def sharded(
 
     Args:
       kernel: function of arrays to an array or a tuple of them, of any sizes along the axes that
-        may be sharded, without collectives. As in `by_platform`, it must not close over traced arrays.
+        may be sharded, without collectives. As in `by_platform`, it must not close over traced
+        arrays.
       rule: names of the axes of each operand and each output, such as "... d, d -> ... d, d". Axes
         of one name are sharded alike; "..." are any number of axes, the same in each. An output
         that lacks an axis is a sum over it.
