@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="tiny cases, to see that all works")
     add("--output", type=pathlib.Path, default=pathlib.Path("results/speed"), metavar="DIR")
     add("--minutes", type=float, default=9.0, help="begin no case of a part after this long")
+    add("--resume", action="store_true", help="measure only the cases that the folder has not")
     add("--only", nargs="+", choices=CONTESTANTS, metavar="NAME", help="of the single operations")
     add("--combine", type=pathlib.Path, nargs="+", metavar="JSON", help="join results, run nothing")
     return made
@@ -94,13 +95,15 @@ def main(arguments: list[str] | None = None) -> int:
     status = 0
     try:
         for part in wanted:
+            before = stored.get(part, {})
+            same = all(before.get(k) == v for k, v in (("about", about), ("size", size)))
             stored[part] = {
                 "about": about,
                 "size": size,
                 "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "command": spelled(options),
                 "complete": False,
-                "cases": [],
+                "cases": before["cases"] if options.resume and before and same else [],
             }
             measure_part(part, size, options, stop, stored, console)
     except KeyboardInterrupt:
@@ -121,6 +124,8 @@ def measure_part(
 ) -> None:
     """Measures a part, shows each case, and writes after each."""
     todo = list(jobs(part, size, options, check))
+    there = {case["job"] for case in stored[part]["cases"]}
+    todo = [(name, job) for name, job in todo if name not in there]
     begun = time.monotonic()
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
@@ -131,7 +136,7 @@ def measure_part(
                 return
             check()
             progress.update(task, description=f"{part}: {name}")
-            record = job()
+            record = {"job": name} | job()
             stored[part]["cases"].append(record)
             report.save(stored, options.output / report.JSON)
             console.print(report.rich_table(record))

@@ -179,9 +179,9 @@ def cases(part: str, size: str) -> list[Case]:
             "few", both, [""], ["forward"], other
         )
     if part == "backward":
-        modes = ["backward", "both"]
-        first = over("rows", both, [""], modes[:1], usual) + over("few", both, [""], modes, other)
-        return first + over("few" if size == "gpu" else "rows", both, [""], modes[1:], usual)
+        most = over("rows", both, [""], ["backward"], usual)
+        few = over("few", both, [""], ["both"], usual)
+        return most + few + over("few", both, [""], ["backward"], other)
     if part == "fused":
         modes = ["forward", "backward"]
         sums = over("fused", both, ["add"], modes, usual)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from benchmarks.speed import in_torch
 from benchmarks.speed.cases import Case
-from benchmarks.speed.contestant import Contestant, Inputs
+from benchmarks.speed.contestant import Contestant, Inputs, device_times
 
 Pass = tuple[int, int]
 
@@ -37,7 +37,11 @@ def _in_jax(mix: Pass, arrays: list[jax.Array]) -> Contestant:
         return tuple(total + (i + 1) for i in range(writes))
 
     compiled = jax.jit(run).lower(*arrays[:reads]).compile()
-    return Contestant(lambda i: compiled(*_turned(arrays, i, reads)), jax.block_until_ready)
+    return Contestant(
+        lambda i: compiled(*_turned(arrays, i, reads)),
+        jax.block_until_ready,
+        kernel=device_times(compiled, arrays[:reads]),
+    )
 
 
 def _turned(arrays: list[Any], i: int, reads: int) -> list[Any]:
@@ -63,12 +67,8 @@ def _in_torch(mix: Pass, arrays: list[jax.Array]) -> Contestant | None:
         with torch.no_grad():
             return run(*_turned(tensors, i, mix[0]))
 
-    def wait(_):
-        if jax.default_backend() == "gpu":
-            torch.cuda.synchronize()
-
-    wait(call(0))
-    return Contestant(call, wait)
+    in_torch.wait(call(0))
+    return Contestant(call, in_torch.wait, kernel=in_torch.device_times(call))
 
 
 def ceilings(case: Case, inputs: Inputs) -> dict[str, Contestant]:

@@ -57,33 +57,29 @@ class Inputs:
     check: dict[str, jax.Array]
 
 
-def make_inputs(case: Case, number: int = SETS) -> Inputs:
-    """Returns normal numbers of mean 0.5 for a case."""
+def make_inputs(case: Case) -> Inputs:
+    """Returns normal numbers, x of mean 0.5, for a case."""
     names = ["x", "dy"] + ["second"] * case.second + ["dsum"] * (case.wrap == "add")
+    normal = jax.jit(lambda key, mean: mean + jax.random.normal(key, case.shape, case.dtype))
 
-    @jax.jit
-    def make(key):
-        keys = jax.random.split(key, len(names))
-        found = {
-            name: jax.random.normal(key, case.shape, case.dtype)
-            for name, key in zip(names, keys, strict=True)
+    def make(first):
+        return {
+            name: normal(jax.random.key(first + i), jnp.asarray(0.5 * (name == "x"), case.dtype))
+            for i, name in enumerate(names)
         }
-        return found | {"x": found["x"] + jnp.asarray(0.5, case.dtype)}
 
-    def parameter(key):
-        value = 0.25 * jax.random.normal(key, case.shape[-1:])
-        return value.astype(jnp.bfloat16).astype(jnp.float32)
-
-    *keys, first, second = jax.random.split(jax.random.key(0), number + 2)
-    sets = [make(key) for key in keys]
+    rng = np.random.default_rng(0)
+    scale, bias = (
+        jnp.asarray(mean + 0.25 * rng.standard_normal(case.shape[-1]), "bfloat16").astype("float32")
+        for mean in (1, 0)
+    )
+    sets = [make(number * len(names)) for number in range(SETS)]
     axis = exact.axis(case) % len(case.shape)
-    inside = np.zeros(case.shape[axis], bool)
-    inside[exact.indices(case)] = True
-    shape = [1] * len(case.shape)
-    shape[axis] = -1
-    masked = jax.jit(lambda v: jnp.where(inside.reshape(shape), v, jnp.zeros((), v.dtype)))
+    inside = np.zeros([n if i == axis else 1 for i, n in enumerate(case.shape)], bool)
+    inside[(slice(None),) * axis + (exact.indices(case),)] = True
+    masked = jax.jit(lambda v: jnp.where(inside, v, jnp.zeros((), v.dtype)))
     check = {n: masked(v) if n in ("dy", "dsum") else v for n, v in sets[0].items()}
-    return Inputs(sets, 1 + parameter(first), parameter(second), check)
+    return Inputs(sets, scale, bias, check)
 
 
 def expected(case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
@@ -190,20 +186,28 @@ def in_jax(case: Case, norm: Norm, inputs: Inputs) -> Contestant:
     def check():
         return {name: take(case, v) for name, v in compiled(*check_arguments)[0].items()}
 
-    def kernel(iterations):
-        from jax.experimental.mosaic.gpu import profiler
-
-        found = profiler.measure(compiled, iterations=iterations)(*arguments[0])[1]
-        return [found] if isinstance(found, float) else found
-
     return Contestant(
         lambda i: compiled(*arguments[i % len(arguments)]),
         jax.block_until_ready,
         check,
-        kernel if jax.default_backend() == "gpu" else None,
+        device_times(compiled, arguments[0]),
         kept,
         scratch(compiled),
     )
+
+
+def device_times(compiled: Any, arguments: Any) -> Callable[[int], list[float] | None] | None:
+    """Returns a function that times a number of calls by the device's own clock, on a GPU."""
+    if jax.default_backend() != "gpu":
+        return None
+
+    def kernel(iterations):
+        from jax.experimental.mosaic.gpu import profiler
+
+        found = profiler.measure(compiled, iterations=iterations)(*arguments)[1]
+        return [found] if isinstance(found, float) else found
+
+    return kernel
 
 
 def scratch(compiled: Any) -> int | None:

@@ -191,10 +191,6 @@ def make(case: Case, name: str, inputs: Inputs) -> Contestant:
     def call(i):
         return run(*arguments[i % len(arguments)])
 
-    def wait(_):
-        if cuda:
-            torch.cuda.synchronize()
-
     scratch = None
     wait(call(0))
     if cuda:
@@ -202,9 +198,7 @@ def make(case: Case, name: str, inputs: Inputs) -> Contestant:
         before = torch.cuda.memory_allocated()
         wait(call(0))
         scratch = torch.cuda.max_memory_allocated() - before
-    return Contestant(
-        call, wait, checked, functools.partial(_events, call) if cuda else None, kept, scratch
-    )
+    return Contestant(call, wait, checked, device_times(call), kept, scratch)
 
 
 def _take(case: Case, value: Any) -> np.ndarray:
@@ -219,6 +213,29 @@ def _take(case: Case, value: Any) -> np.ndarray:
     axis = exact.axis(case) if value.ndim > 1 else 0
     where = torch.as_tensor(exact.indices(case), device=value.device)
     return value.index_select(axis % value.ndim, where).float().cpu().numpy()
+
+
+def wait(_: Any) -> None:
+    """Waits for all that PyTorch was asked to do."""
+    import torch
+
+    if jax.default_backend() == "gpu":
+        torch.cuda.synchronize()
+
+
+def release() -> None:
+    """Gives back the memory that PyTorch holds but does not use."""
+    if usable():
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def device_times(call: Callable[[int], Any]) -> Callable[[int], list[float]] | None:
+    """Returns a function that times a number of calls by the device's own clock, on a GPU."""
+    if jax.default_backend() != "gpu":
+        return None
+    return functools.partial(_events, call)
 
 
 def _events(call: Callable[[int], Any], iterations: int) -> list[float]:

@@ -133,6 +133,7 @@ def run(
     # Inputs and results of the last case would be there while those of the next are made.
     del inputs, limits
     gc.collect()
+    in_torch.release()
     return result
 
 

@@ -45,7 +45,7 @@ def finite(value: Any) -> Any:
 
 def number(value: float | None, digits: int = 3) -> str:
     """Returns a number with that many digits that count, or a dash."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "-"
     if value == 0:
         return "0"
@@ -77,7 +77,7 @@ def columns(case: dict[str, Any]) -> list[str]:
         found = ["ms", "device ms", "GB/s", "of ceiling", "normax / it"]
         return [*found, "kept / x", "new / x", "error"]
     if any("norms_ms" in record for record in case["contestants"].values()):
-        return ["ms", "norms, ms", "normax / it", "new, MiB", "loss"]
+        return ["ms", "norms, ms", "normax / it", "new, MiB", "loss", "from flax"]
     if any("trace_s" in record for record in case["contestants"].values()):
         return ["trace, s", "lower, s", "compile, s", "all, s", "normax / it", "lines"]
     return ["ms", "normax / it"]
@@ -104,6 +104,7 @@ def cells(case: dict[str, Any], record: dict[str, Any], short: bool = False) -> 
         "norms, ms": number(middle(record, "norms_ms")),
         "new, MiB": _over(record.get("scratch"), MIB),
         "loss": number(record.get("loss"), 5),
+        "from flax": "-" if record.get("apart") is None else f"{record['apart']:.0e}",
         "lines": str(record.get("lines", "-")),
     }
     texts |= {f"{stage}, s": _spread(record, f"{stage}_s", short) for stage in ("trace", "lower")}
@@ -216,4 +217,5 @@ LEGEND = """\
   what is in between.
 - error: the largest of y or dx against float64 on a slice, over its largest value. A contestant
   that is wrong is not timed.
-- norms, ms: what the step takes longer than without any norms."""
+- norms, ms: what the step takes longer than without any norms. from flax: how far the first step
+  is from that with Flax's norms, as a part of its length."""
