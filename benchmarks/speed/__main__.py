@@ -36,8 +36,8 @@ from benchmarks.speed import (
     timing,
 )
 
-CONTESTANTS = (*peers.NAMES, *(f"normax {n}" for n in ("xla", "cpu", "mosaic_gpu", "mosaic_tpu")))
-CONTESTANTS += in_torch.NAMES
+KERNELS = [name for names in peers.KERNELS.values() for name in names]
+CONTESTANTS = [*peers.NAMES, *(f"normax {name}" for name in ("xla", *KERNELS)), *in_torch.NAMES]
 
 
 def parser() -> argparse.ArgumentParser:

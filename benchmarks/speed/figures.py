@@ -16,7 +16,6 @@ LOOKS = {
     "normax xla": ("#56B4E9", "o"),
     "normax mosaic_gpu": ("#0072B2", "*"),
     "normax mosaic_tpu": ("#0072B2", "*"),
-    "normax cpu": ("#0072B2", "*"),
     "plain jax": ("#999999", "x"),
     "flax linen": ("#D55E00", "s"),
     "flax nnx": ("#D55E00", "D"),
@@ -25,6 +24,7 @@ LOOKS = {
     "keras": ("#E69F00", "P"),
     "torch": ("#009E73", "<"),
     "torch nchw": ("#009E73", "1"),
+    "torch native": ("#009E73", "2"),
     "torch compile": ("#009E73", ">"),
     "liger": ("#000000", "X"),
 }

@@ -1,7 +1,8 @@
 """Contestants of PyTorch, where it is installed: eager, compiled, and Liger's Triton kernels.
 
-They read JAX's own arrays. Features are last in memory for all but "torch nchw" and Liger's group
-norm; the others see such an array as channels_last, which is PyTorch's fast layout.
+"torch native" is batch norm without cuDNN. They read JAX's own arrays. Features are last in memory
+for all but "torch nchw" and Liger's group norm; the others see such an array as channels_last,
+which is PyTorch's fast layout.
 """
 
 import functools
@@ -16,7 +17,7 @@ from benchmarks.speed.cases import Case
 from benchmarks.speed.contestant import Contestant, Inputs, differentiated
 from benchmarks.speed.peers import importable
 
-NAMES = ("torch", "torch nchw", "torch compile", "liger")
+NAMES = ("torch", "torch nchw", "torch native", "torch compile", "liger")
 
 
 def usable() -> bool:
@@ -33,6 +34,8 @@ def names(case: Case, quick: bool) -> list[str]:
     if not usable():
         return []
     found = ["torch"] + ["torch nchw"] * (case.norm == "group")
+    if case.norm == "batch" and jax.default_backend() == "gpu":
+        found.append("torch native")
     if not quick:
         found.append("torch compile")
     if jax.default_backend() == "gpu" and importable("liger_kernel.transformers.functional"):
@@ -132,6 +135,8 @@ def make(case: Case, name: str, inputs: Inputs) -> Contestant:
         return given, list(grads.values())
 
     function = _composed(case, _norm(case, name, case.shape[-1]), name)
+    if name == "torch native":
+        function = functools.partial(_without_cudnn, function)
     if name == "torch compile":
         import torch._functorch.config as functorch
 
@@ -213,6 +218,14 @@ def _take(case: Case, value: Any) -> np.ndarray:
     axis = exact.axis(case) if value.ndim > 1 else 0
     where = torch.as_tensor(exact.indices(case), device=value.device)
     return value.index_select(axis % value.ndim, where).float().cpu().numpy()
+
+
+def _without_cudnn(function: Callable[[dict], dict], given: dict) -> dict:
+    """Returns what a function returns where cuDNN may not be used."""
+    import torch
+
+    with torch.backends.cudnn.flags(enabled=False):
+        return function(given)
 
 
 def wait(_: Any) -> None:

@@ -19,7 +19,7 @@ from benchmarks.speed.cases import Case
 
 Norm = Callable[[jax.Array, jax.Array, jax.Array], Any]
 # The implementations that may be asked for by name on a platform; "xla" may be anywhere.
-KERNELS = {"gpu": ["mosaic_gpu"], "cuda": ["mosaic_gpu"], "tpu": ["mosaic_tpu"], "cpu": ["cpu"]}
+KERNELS = {"gpu": ["mosaic_gpu"], "tpu": ["mosaic_tpu"]}
 
 
 def _normax(case: Case, **options) -> Norm:
