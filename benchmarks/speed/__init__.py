@@ -1,0 +1,1 @@
+"""How fast normalization is: normax, its peers and the machine's own limits, in one process."""
