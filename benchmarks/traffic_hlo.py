@@ -1,7 +1,8 @@
 """What a compiled program launches and moves, read from its HLO text.
 
 A kernel moves each of its operands once and its outputs once, at their logical sizes: padding to
-tiles, and what a cache saves, are not seen, and a slice counts as all that it is cut from.
+tiles, and what a cache saves, are not seen. Of an operand that a fusion does nothing with but cut
+it up, the slices count.
 """
 
 import math
@@ -128,7 +129,7 @@ def _instruction(name: str, rest: str) -> Instruction:
         name,
         rest[:start],
         opcode[1],
-        tuple(dict.fromkeys(part.split()[-1].lstrip("%") for part in _parts(inner))),
+        tuple(part.split()[-1].lstrip("%") for part in _parts(inner)),
         tuple(one.lstrip("%") for one in called),
         target[1] if target else "",
     )
@@ -209,13 +210,27 @@ class Program:
     def _kernel(
         self, one: Instruction, here: dict[str, Instruction], product_itemsize: int
     ) -> Kernel:
-        moved = self._bytes(one.type) + sum(self._bytes(here[name].type) for name in one.operands)
+        moved = self._bytes(one.type) + sum(self._reads(one, here).values())
         if one.target.startswith(PRODUCT_CALLS):
             return Kernel(one.name, one.opcode, 0 if product_itemsize else moved, 1)
         products = list(self._products(one, here))
         if products and product_itemsize:
             moved -= sum(_own_bytes(made, where, product_itemsize) for made, where in products)
         return Kernel(one.name, one.opcode, moved, len(products))
+
+    def _reads(self, one: Instruction, here: dict[str, Instruction]) -> dict[str, float]:
+        """Returns what is read of each operand: of one that a fusion but cuts up, the slices."""
+        read = {name: self._bytes(here[name].type) for name in one.operands}
+        if one.opcode == "fusion":
+            inside = self.computations[one.called[0]]
+            for parameter in inside.values():
+                if parameter.opcode == "parameter":
+                    name = one.operands[int(parameter.operands[0])]
+                    slices = _slices(parameter.name, inside)
+                    if slices and not arrays(here[name].type, self.on_chip)[0].on_chip:
+                        cut = sum(array.bytes for each in slices for array in arrays(each.type))
+                        read[name] = min(read[name], cut)
+        return read
 
     def _finished(
         self,
@@ -247,6 +262,20 @@ class Program:
 
     def _bytes(self, text: str) -> float:
         return sum(array.bytes for array in arrays(text, self.on_chip))
+
+
+def _slices(name: str, here: dict[str, Instruction]) -> list[Instruction]:
+    """Returns the slices that are all that is made of an array; none if something else is."""
+    found = []
+    for user in here.values():
+        if name in user.operands:
+            if user.opcode == "slice":
+                found.append(user)
+            elif user.opcode != "bitcast" or not (within := _slices(user.name, here)):
+                return []
+            else:
+                found += within
+    return found
 
 
 def _start(done: Instruction, here: dict[str, Instruction]) -> Instruction:

@@ -55,11 +55,32 @@ def _about_samples(reduction, x, mask, n):
 
 def _about_zero(reduction, x, mask, n):
     *common, lost = sums.about_zero(present(x, mask), reduction.axes, n, reduction.centered)
-    again = _in_no_unit
-    unit = None
-    if units.needed(x.dtype):
-        again, unit = _in_a_unit, jnp.ones_like(common[-1])
-    return _at_most_once(jnp.any(lost), lambda x: again(reduction, x, mask, n), x, (unit, *common))
+    unit = jnp.ones_like(common[-1]) if units.needed(x.dtype) else None
+    again = _in_no_unit if unit is None else _in_a_unit
+    return _again_where_lost(functools.partial(again, reduction))(
+        jnp.any(lost), (x, mask, n), (unit, *common)
+    )
+
+
+def _again_where_lost(measure):
+    """Returns a function that measures again if told to; a mapped one asks once for all."""
+
+    @jax.custom_batching.custom_vmap
+    def again(lost, arguments, measured):
+        return lax.cond(lost, lambda: measure(*arguments), lambda: measured)
+
+    @again.def_vmap
+    def mapped(size, batched, lost, arguments, measured):
+        _, *dims = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, batched)
+        measured = jax.tree.map(
+            lambda one, is_mapped: one if is_mapped else jnp.broadcast_to(one, (size, *one.shape)),
+            measured,
+            batched[2],
+        )
+        every = _again_where_lost(jax.vmap(lambda *arguments: measure(*arguments), dims[0]))
+        return every(jnp.any(lost), arguments, measured), jax.tree.map(lambda _: True, measured)
+
+    return again
 
 
 def _in_no_unit(reduction, x, mask, n):

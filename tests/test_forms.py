@@ -108,3 +108,12 @@ def test_an_activation(reduced, activation):
     for options in ({}, {"mask": mask}):
         for ours, theirs in zip(both(fused, **options), apart, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_mapped_where_one_alone_loses_digits():
+    x = jax.random.normal(jax.random.key(0), (3, 5, 64))
+    x = x.at[1, 2].add(1e6)
+    norm = lambda x: normax.layer_norm(x, epsilon=1e-5)
+    twice = jax.jit(jax.vmap(jax.vmap(norm)))(x)
+    exact = reference.forward(Case("", None, x.shape, (2,)), x)
+    assert test_accuracy.units(twice, exact, "float32") <= 4
