@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from normax import axes as ax
 from normax import measure as me
 from normax import rows, sums, units
 from normax.kernels.dispatch import by_platform
@@ -63,11 +62,21 @@ def _forward(plan, known, dx, dscale, dbias):
 
 
 def _backward(plan, shape, known, dy):
-    on_gpu = functools.partial(_whole, plan, shape, sums.total_in_one_read)
+    whole = functools.partial(_whole, plan, shape, sums.total)
     if rows.stay_on_chip(plan, known[0], None):
         on_gpu = functools.partial(_rows, plan, shape)
-    whole = functools.partial(_whole, plan, shape, sums.total)
+    else:
+        on_gpu = functools.partial(_columns, plan, shape)
     return by_platform(whole, cuda=on_gpu, rocm=on_gpu)(known, dy)
+
+
+def _columns(plan, shape, known, dy):
+    """Returns the cotangents of x, scale and bias, in two reads of what they are made of."""
+    again = known, dy
+    if plan.activation is not None:
+        # Else what goes through the activation, which both reads need, would be written down.
+        again = lax.optimization_barrier(again)
+    return _whole(plan, shape, sums.total_in_one_read, known, dy, again)
 
 
 def _rows(plan, shape, known, dy):
@@ -75,11 +84,8 @@ def _rows(plan, shape, known, dy):
     # Behind barriers, or XLA would find the same sums in two of the three kernels, write what they
     # have in common down in float32, and keep no row on chip.
     known, dy = lax.optimization_barrier((known, dy))
-    x, scale, bias, _ = known
-    before = dy
-    if plan.activation is not None:
-        exactly = plan._replace(activation=None, dtype=ax.compute_dtype(x.dtype))
-        before = _through(plan, rows.forward(exactly, x, scale, bias), dy)
+    x, scale, *_ = known
+    before = dy if plan.activation is None else _factors(plan, known, dy)[1]
     dx = rows.gradient(plan, x, scale, before)
     if shape is None:
         return dx, None, None
@@ -87,18 +93,26 @@ def _rows(plan, shape, known, dy):
     return dx, *_whole(plan, shape, sums.total, known, dy)[1:]
 
 
-def _whole(plan, shape, total, known, dy):
-    """Returns the cotangents of x, scale and bias, from what was measured."""
-    x, scale, bias, measured = known
+def _whole(plan, shape, total, known, dy, summed=None):
+    """Returns the cotangents of x, scale and bias, from what was measured.
+
+    What is summed may be told apart from what the cotangent of x is made of, the same numbers.
+    """
+    x, scale, _, measured = known
     rstd = reciprocal_per_unit(plan, measured)
-    d = me.deviation(x, None, measured)
-    dy = dy.astype(d.dtype)
-    if plan.activation is not None:
-        dy = _through(plan, rescale(d * rstd, scale, bias), dy)
+    d, dy = _factors(plan, known, dy)
+    d = d if measured.rest is None else d - measured.rest
     axes = plan.reduction.axes
     shared = () if shape is None else tuple(i for i, size in enumerate(shape) if size == 1)
     common = tuple(axis for axis in axes if shape is None or axis in shared)
-    ones, along = total(dy, common), total(dy * d, common)
+    if summed is None:
+        ones, along = total(dy, common), total(dy * d, common)
+    else:
+        about_mean, alone = _factors(plan, *summed)
+        # As one sum: to two, XLA would have written down what both are made of.
+        both = total(lax.complex(alone, alone * about_mean), common)
+        ones, along = both.real, both.imag
+        along = along if measured.rest is None else along - measured.rest * ones
     dscale = dbias = None
     if shape is not None:
         others = tuple(axis for axis in shared if axis not in axes)
@@ -112,6 +126,22 @@ def _whole(plan, shape, total, known, dy):
     t = dy - ones if plan.reduction.centered else dy
     dx = (t - d * (along * rstd * rstd)) * units.divide(rstd, measured.unit)
     return dx.astype(x.dtype), dscale, dbias
+
+
+def _factors(plan, known, dy):
+    """Returns the entries less their rounded mean, and the cotangent of `y` before activation."""
+    x, scale, bias, measured = known
+    d = me.deviation(x, None, measured._replace(rest=None))
+    dy = dy.astype(d.dtype)
+    if plan.activation is not None:
+        # The fewer arrays there are to spread out, the less does XLA think of writing it down.
+        slope = reciprocal_per_unit(plan, measured)
+        slope = slope if scale is None else jnp.multiply(*alike(slope, scale))
+        rest = None if measured.rest is None else -measured.rest * slope
+        offset = [jnp.add(*alike(rest, bias))] if None not in (rest, bias) else [rest, bias]
+        before = rescale(d, slope, next((v for v in offset if v is not None), None))
+        dy = _through(plan, before, dy)
+    return d, dy
 
 
 def _through(plan, before, dy):
