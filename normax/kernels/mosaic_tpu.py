@@ -1,0 +1,370 @@
+"""Layer and root mean square norm on TPU: a row is read once and stays on chip.
+
+A block of rows is fetched to VMEM while the one before is worked on, chunk by chunk, each so small
+that what is between its passes stays near the registers. Rows are independent, so a last block that
+hangs over the end needs a mask only where rows are summed.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+
+from normax.kernels import mosaic_tpu_blocks as bl
+from normax.kernels.mosaic_tpu_columns import column_moments as column_moments
+from normax.kernels.mosaic_tpu_columns import column_moments_in_units as column_moments_in_units
+from normax.kernels.mosaic_tpu_columns import supports_columns as supports_columns
+
+LONGEST = 16384
+# From here up epsilon hides whatever is too small to be squared.
+HIDES_SMALL = 1e-24
+
+
+class Rows(NamedTuple):
+    """How rows are normalized, known when it is traced."""
+
+    centered: bool
+    epsilon: float
+    length: int
+    block: int
+    chunk: int
+
+    @property
+    def chunks(self) -> int:
+        """Chunks in a block."""
+        return self.block // self.chunk
+
+
+def supports(x: Any, *, dtype: DTypeLike | None = None) -> str | None:
+    """Returns why the kernels over rows cannot take `x`, to an output of `dtype`; or None."""
+    for each in (x.dtype, dtype):
+        reason = None if each is None else bl.unsupported_dtype(each)
+        if reason:
+            return reason
+    if x.ndim == 0:
+        return "shape (): the TPU kernels work along the last axis"
+    if not bl.is_static(x.shape[-1]):
+        return f"row length {x.shape[-1]}: the TPU kernels need a number"
+    if not 1 <= x.shape[-1] <= LONGEST:
+        return f"row length {x.shape[-1]}: the TPU kernels hold rows of 1 to {LONGEST} on chip"
+    return None
+
+
+def forward(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    *,
+    centered: bool,
+    epsilon: float,
+    dtype: DTypeLike | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """Normalizes over the last axis.
+
+    Args:
+      x: array of any leading shape, bfloat16 or float32.
+      scale: gamma, of shape `x.shape[-1:]`; None is one.
+      bias: beta, likewise; None is zero.
+      centered: subtract the mean; False divides by the root mean square.
+      epsilon: added to the variance.
+      dtype: dtype of the output, bfloat16 or float32; that of `x` by default.
+      interpret: run it in Pallas' interpreter; True or `pltpu.InterpretParams`.
+
+    Returns:
+      An array of the shape of `x`.
+
+    Raises:
+      ValueError: what `supports` names.
+    """
+    return _forward(x, scale, bias, centered, epsilon, dtype, interpret, False)[0]
+
+
+def forward_with_statistics(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    *,
+    centered: bool,
+    epsilon: float,
+    dtype: DTypeLike | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalizes as `forward`, and returns the mean and variance too.
+
+    Returns:
+      y, and float32 mean and var of shape `x.shape[:-1]`; not centered, the mean is zero and the
+      variance the mean square.
+    """
+    y, *mean, var = _forward(x, scale, bias, centered, epsilon, dtype, interpret, True)
+    return y, mean[0] if mean else jnp.zeros_like(var), var
+
+
+def backward(
+    x: jax.Array,
+    scale: jax.Array | None,
+    dy: jax.Array,
+    *,
+    centered: bool,
+    epsilon: float,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the gradients of `forward`; the statistics are measured anew.
+
+    Args:
+      x: what `forward` was given.
+      scale: likewise.
+      dy: cotangent of its output, of the shape of `x`, bfloat16 or float32.
+      centered: as there.
+      epsilon: as there.
+      interpret: as there.
+
+    Returns:
+      dx, of the dtype of `x`; dscale and dbias, float32 of shape `x.shape[-1:]`, summed over all
+      rows in a fixed order.
+
+    Raises:
+      ValueError: what `supports` names.
+    """
+    _check(x, dy.dtype)
+    length = x.shape[-1]
+    if 0 in x.shape:
+        return x, jnp.zeros(length, jnp.float32), jnp.zeros(length, jnp.float32)
+    flat = x.reshape(-1, length)
+    moved = 2 * x.dtype.itemsize + dy.dtype.itemsize
+    rows = _plan(flat, centered, epsilon, moved)
+    scales = _parameters(scale)
+    at_rows, at_features = _specs(rows)
+    accumulator = pltpu.VMEM((bl.SUBLANES, length), jnp.float32)
+    dx, dscale, dbias = bl.call(
+        functools.partial(_backward_kernel, rows, len(scales)),
+        [(flat.shape, x.dtype), ((1, length), jnp.float32), ((1, length), jnp.float32)],
+        flat,
+        dy.reshape(flat.shape),
+        bl.count_of(flat.shape[0]),
+        *scales,
+        grid=(pl.cdiv(flat.shape[0], rows.block),),
+        in_specs=[at_rows, at_rows, bl.IN_SMEM(), *[at_features] * len(scales)],
+        out_specs=[at_rows, at_features, at_features],
+        scratch_shapes=[accumulator] * 4,
+        semantics=("arbitrary",),
+        name="normax_rows_backward",
+        flops=25,
+        interpret=interpret,
+    )
+    return dx.reshape(x.shape), dscale.reshape(length), dbias.reshape(length)
+
+
+def _check(x, dtype):
+    reason = supports(x, dtype=dtype)
+    if reason:
+        raise ValueError(reason)
+
+
+def _plan(x, centered, epsilon, moved):
+    """Returns how to walk `x` if `moved` bytes an entry are in flight, twice for two buffers."""
+    count, length = x.shape
+    chunk = max(bl.SUBLANES, bl.power_below(max(1, bl.CHUNK // bl.padded(length))))
+    block = max(bl.SUBLANES, bl.power_below(bl.BUFFERS // (2 * moved * bl.padded(length))))
+    if bl.is_static(count):
+        few = max(bl.SUBLANES, 2 * bl.power_below(max(1, count - 1)))
+        block = min(block, few)
+    return Rows(centered, float(epsilon), length, block, min(chunk, block))
+
+
+def _parameters(*values):
+    """Returns those parameters that are there, as rows of a dtype that Mosaic reads."""
+    rows = [value.reshape(1, -1) for value in values if value is not None]
+    return [row.astype(jnp.float32) if bl.unsupported_dtype(row.dtype) else row for row in rows]
+
+
+def _specs(rows):
+    return (
+        pl.BlockSpec((rows.block, rows.length), lambda i: (i, 0)),
+        pl.BlockSpec((1, rows.length), lambda i: (0, 0)),
+    )
+
+
+def _forward(x, scale, bias, centered, epsilon, dtype, interpret, with_statistics):
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    _check(x, dtype)
+    if 0 in x.shape:
+        nothing = jnp.zeros(x.shape[:-1], jnp.float32)
+        return [jnp.zeros(x.shape, dtype), nothing, nothing]
+    flat = x.reshape(-1, x.shape[-1])
+    count = flat.shape[0]
+    rows = _plan(flat, centered, epsilon, x.dtype.itemsize + dtype.itemsize)
+    parameters = _parameters(scale, bias)
+    at_rows, at_features = _specs(rows)
+    outputs, out_specs = [(flat.shape, dtype)], [at_rows]
+    if with_statistics:
+        # A number for each row, a hundred and twenty-eight to a row of the output.
+        held = max(1, rows.block // bl.LANES)
+        blocks_to_a_row = max(1, bl.LANES // rows.block)
+        number = 2 if centered else 1
+        outputs += [((pl.cdiv(count, bl.LANES), 1, bl.LANES), jnp.float32)] * number
+        out_specs += [
+            pl.BlockSpec((held, 1, bl.LANES), lambda i: (lax.div(i, blocks_to_a_row), 0, 0))
+        ] * number
+    y, *statistics = bl.call(
+        functools.partial(_forward_kernel, rows, scale is not None, bias is not None),
+        outputs,
+        flat,
+        *parameters,
+        grid=(pl.cdiv(count, rows.block),),
+        in_specs=[at_rows, *[at_features] * len(parameters)],
+        out_specs=out_specs,
+        semantics=("arbitrary",) if with_statistics else ("parallel",),
+        name="normax_rows_forward",
+        flops=15,
+        interpret=interpret,
+    )
+    statistics = [v.reshape(-1)[:count].reshape(x.shape[:-1]) for v in statistics]
+    return [y.reshape(x.shape), *statistics]
+
+
+class Standardized(NamedTuple):
+    """Rows of deviations in a unit, and numbers of each row."""
+
+    d: Any
+    rstd: Any  # per unit
+    inverse: Any  # one over the unit
+    mean: Any
+    var: Any
+
+
+def _standardize(rows: Rows, x: jax.Array) -> Standardized:
+    """Measures rows, float32.
+
+    Less its largest entry a row of equal entries is exactly zero, and others are off by less than
+    an ulp of the largest deviation.
+    """
+    small_too = rows.epsilon < HIDES_SMALL
+    part = bl.mean_factor(rows.length)
+    inverse = bl.inverse_unit(jnp.max(jnp.abs(x), 1, keepdims=True), small_too)
+    unit = bl.unit_of(inverse)
+    d, mean = x * inverse, None
+    if rows.centered:
+        top = jnp.max(d, 1, keepdims=True)
+        d = d - top
+        center = bl.total(d) * part
+        d = d - center
+        mean = (top + center) * unit
+    var = bl.total(d * d) * part
+    # Nothing deviates: epsilon alone rules, and in the unit it may have vanished.
+    inverse = jnp.where(var == 0, jnp.float32(1), inverse)
+    epsilon = jnp.float32(rows.epsilon)
+    squared = var + (epsilon * inverse * inverse if small_too else epsilon)
+    rstd = lax.rsqrt(squared)
+    if small_too:
+        rstd = jnp.where(squared <= 0, jnp.float32(0), rstd)
+    return Standardized(d, rstd, inverse, mean, var * unit * unit)
+
+
+def _forward_kernel(rows, scaled, biased, x_ref, *refs):
+    refs = list(refs)
+    scale_ref = refs.pop(0) if scaled else None
+    bias_ref = refs.pop(0) if biased else None
+    y_ref, *statistics = refs
+    first = pl.program_id(0) * rows.block
+
+    def each(i, carry):
+        here = pl.ds(pl.multiple_of(i * rows.chunk, rows.chunk), rows.chunk)
+        done = _standardize(rows, x_ref[here, :].astype(jnp.float32))
+        y = done.d * done.rstd
+        y = y if scale_ref is None else y * scale_ref[...].astype(jnp.float32)
+        y = y if bias_ref is None else y + bias_ref[...].astype(jnp.float32)
+        y_ref[here, :] = y.astype(y_ref.dtype)
+        measured = [done.mean, done.var] if rows.centered else [done.var]
+        for ref, column in zip(statistics, measured, strict=False):
+            _lay_down(rows, first, i, ref, column)
+        return carry
+
+    lax.fori_loop(0, rows.chunks, each, 0)
+
+
+def _lay_down(rows, first, i, ref, column):
+    """Writes a number for each row of chunk i along the lanes."""
+    first += i * rows.chunk
+    size = min(rows.chunk, bl.LANES)
+    lane = lax.broadcasted_iota(jnp.int32, (size, bl.LANES), 1)
+    ahead = first & (bl.LANES - 1)
+    row = lax.broadcasted_iota(jnp.int32, (size, bl.LANES), 0) + ahead
+    for start in range(0, rows.chunk, size):
+        spread = jnp.where(row == lane, column[start : start + size], jnp.float32(0))
+        line = jnp.sum(spread, 0, keepdims=True)
+        slot = lax.div(i * rows.chunk + start, bl.LANES) if rows.block > bl.LANES else 0
+        if size < bl.LANES:
+            before = jnp.where(ahead == 0, jnp.float32(0), ref[slot])
+            line = line + before
+        ref[slot] = line
+
+
+def _backward_kernel(rows, scaled, x_ref, dy_ref, count_ref, *refs):
+    scale_ref = refs[0] if scaled else None
+    dx_ref, dscale_ref, dbias_ref, scales, lost_scales, biases, lost_biases = refs[scaled:]
+    step = pl.program_id(0)
+    present = jnp.minimum(count_ref[0] - step * rows.block, rows.block)
+
+    @pl.when(step == 0)
+    def _():
+        for ref in (scales, lost_scales, biases, lost_biases):
+            ref[...] = jnp.zeros_like(ref)
+
+    def each(masked: bool) -> Callable:
+        def body(i, carry):
+            here = pl.ds(pl.multiple_of(i * rows.chunk, rows.chunk), rows.chunk)
+            x, dy = (ref[here, :].astype(jnp.float32) for ref in (x_ref, dy_ref))
+            if masked:
+                row = lax.broadcasted_iota(jnp.int32, x.shape, 0) + i * rows.chunk
+                x, dy = (jnp.where(row < present, v, jnp.float32(0)) for v in (x, dy))
+            scale = None if scale_ref is None else scale_ref[...].astype(jnp.float32)
+            dx, xhat = _row_gradients(rows, x, scale, dy)
+            dx_ref[here, :] = dx.astype(dx_ref.dtype)
+            _accumulate(scales, lost_scales, dy * xhat)
+            _accumulate(biases, lost_biases, dy)
+            return carry
+
+        return body
+
+    whole = lax.div(present, rows.chunk)
+    lax.fori_loop(0, whole, each(False), 0)
+    lax.fori_loop(whole, lax.div(present + rows.chunk - 1, rows.chunk), each(True), 0)
+
+    @pl.when(step == pl.num_programs(0) - 1)
+    def _():
+        dscale_ref[...] = _down(scales[...], lost_scales[...])
+        dbias_ref[...] = _down(biases[...], lost_biases[...])
+
+
+def _row_gradients(rows, x, scale, dy):
+    part = bl.mean_factor(rows.length)
+    done = _standardize(rows, x)
+    xhat = done.d * done.rstd
+    t = dy if scale is None else dy * scale
+    if rows.centered:
+        t = t - bl.total(t) * part
+    along = bl.total(t * xhat) * part
+    return (t - xhat * along) * done.rstd * done.inverse, xhat
+
+
+def _accumulate(high, low, v):
+    """Adds the rows of `v` to a sum that is kept to twice the precision."""
+    high[...], lost = bl.add_exactly(high[...], bl.fold(v))
+    low[...] += lost
+
+
+def _down(high, low):
+    """Returns the sum over the rows of a register, kept to twice the precision until the end."""
+    size = bl.SUBLANES
+    while size > 1:
+        size //= 2
+        high, lost = bl.add_exactly(high[:size], high[size:])
+        low = low[:size] + low[size:] + lost
+    return high + low

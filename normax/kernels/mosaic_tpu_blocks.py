@@ -1,0 +1,152 @@
+"""What the TPU kernels share: sizes of blocks, sums in a fixed order, units, and the call."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+SUBLANES = 8
+BUFFERS = 8 * 2**20  # bytes for the blocks that are in flight, of the 16 MiB that v5e lends
+CHUNK = 2**16  # entries that are worked on together
+DTYPES = ("bfloat16", "float32")
+
+
+def unsupported_dtype(dtype: Any) -> str | None:
+    """Returns why Mosaic cannot read or write a dtype, or None."""
+    if jnp.dtype(dtype).name in DTYPES:
+        return None
+    return f"dtype {jnp.dtype(dtype).name}: the TPU kernels take {' and '.join(DTYPES)}"
+
+
+def padded(length: int) -> int:
+    """Returns a row's length in VMEM."""
+    return pl.cdiv(length, LANES) * LANES
+
+
+def power_below(number: int) -> int:
+    """Returns the largest power of two that is not above a number of one or more."""
+    return 1 << (number.bit_length() - 1)
+
+
+def is_static(size: Any) -> bool:
+    """Returns whether a dimension is a number, not a symbol of jax.export."""
+    return isinstance(size, int)
+
+
+def total(v: jax.Array) -> jax.Array:
+    """Returns the sums of rows, (rows, 1): by halves, so that the error grows with a logarithm."""
+    length, start = v.shape[1], 0
+    parts = None
+    while length - start >= LANES:
+        size = LANES * power_below((length - start) // LANES)
+        part = v[:, start : start + size]
+        start += size
+        while size > LANES:
+            size //= 2
+            part = part[:, :size] + part[:, size:]
+        parts = part if parts is None else parts + part
+    sums = None if parts is None else jnp.sum(parts, 1, keepdims=True)
+    if start == length:
+        assert sums is not None
+        return sums
+    tail = jnp.sum(v[:, start:], 1, keepdims=True)
+    return tail if sums is None else sums + tail
+
+
+def fold(v: jax.Array) -> jax.Array:
+    """Returns sums over rows in as many rows as a register has, by halves."""
+    rows = v.shape[0]
+    while rows > SUBLANES:
+        rows //= 2
+        v = v[:rows] + v[rows:]
+    return v
+
+
+def add_exactly(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns a + b and what its rounding lost: Knuth's two-sum."""
+    s = a + b
+    there = s - a
+    return s, (a - (s - there)) + (b - there)
+
+
+def inverse_unit(peak: jax.Array, both_ways: bool = False) -> jax.Array:
+    """Returns one over the unit for entries up to `peak`, a power of two, from bits alone.
+
+    The unit is the peak's power of two over 2^50, not below one; squares of entries in it are in
+    range. `both_ways`: the peak's power itself, so that small entries can be squared too.
+    """
+    exponent = lax.bitcast_convert_type(peak, jnp.int32) >> 23
+    if both_ways:
+        field = jnp.clip(254 - exponent, 27, 227)
+    else:
+        field = jnp.minimum(127 + 50 + 127 - exponent, 127)
+    return lax.bitcast_convert_type(field << 23, jnp.float32)
+
+
+def unit_of(inverse: jax.Array) -> jax.Array:
+    """Returns one over a power of two, exactly."""
+    bits = lax.bitcast_convert_type(inverse, jnp.int32)
+    return lax.bitcast_convert_type((254 << 23) - bits, jnp.float32)
+
+
+def alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Returns the arrays, all varying over the mesh axes of shard_map that any of them does."""
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    union = frozenset().union(*varying)
+    missing = [tuple(sorted(union - own)) for own in varying]
+    return [
+        lax.pcast(array, axes, to="varying") if axes else array
+        for array, axes in zip(arrays, missing, strict=True)
+    ]
+
+
+def call(
+    kernel: Callable,
+    outputs: Sequence[tuple[tuple[Any, ...], Any]],
+    *operands: jax.Array,
+    name: str,
+    flops: int,
+    interpret: Any,
+    semantics: tuple[Literal["parallel", "arbitrary"], ...],
+    **options: Any,
+) -> Any:
+    """Calls a kernel on the TPU, or interprets it; `flops` is per entry of the first operand."""
+    operands = tuple(alike(*operands))
+    kind = jax.typeof(operands[0]).manual_axis_type
+    shapes = [jax.ShapeDtypeStruct(*output, manual_axis_type=kind) for output in outputs]
+    arrays = [*operands, *shapes]
+    cost = None
+    if all(is_static(size) for array in arrays for size in array.shape):
+        size = math.prod(operands[0].shape)
+        moved = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+        cost = pl.CostEstimate(flops=flops * size, bytes_accessed=moved, transcendentals=0)
+    return pl.pallas_call(
+        kernel,
+        shapes,
+        name=name,
+        interpret=interpret,
+        cost_estimate=cost,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
+        **options,
+    )(*operands)
+
+
+def count_of(size: Any) -> jax.Array:
+    """Returns a dimension as an operand for SMEM, symbols included."""
+    return jnp.asarray(size, jnp.int32).reshape(1)
+
+
+IN_SMEM = functools.partial(pl.BlockSpec, memory_space=pltpu.SMEM)
+
+
+def mean_factor(count: int) -> np.float32:
+    """Returns what to multiply a sum by for the mean."""
+    return np.float32(1 / count)

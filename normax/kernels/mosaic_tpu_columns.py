@@ -1,0 +1,234 @@
+"""Moments over all but the last axis on TPU, in one read: what batch norm measures.
+
+A block is measured in VMEM about its own mean, in a unit of its own; blocks are merged in their
+order, by Chan's formula, with the mean and the squares kept to twice the precision.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from normax.kernels import mosaic_tpu_blocks as bl
+
+WIDEST = 1024
+
+
+class Columns(NamedTuple):
+    """How columns are walked, known when it is traced."""
+
+    in_units: bool
+    block: int
+    chunk: int
+
+
+class Sums(NamedTuple):
+    """What is known of some rows of each column, in multiples of a unit."""
+
+    inverse: Any  # one over the unit
+    mean: Any
+    rest: Any  # what the mean lacks
+    squares: Any  # the sum of squared deviations
+    lost: Any  # what that lacks
+
+
+def supports_columns(x: Any) -> str | None:
+    """Returns why the kernel over columns cannot take `x`, or None."""
+    if x.ndim == 0:
+        return "shape (): the TPU kernels work along the last axis"
+    if not bl.is_static(x.shape[-1]):
+        return f"row length {x.shape[-1]}: the TPU kernels need a number"
+    return bl.unsupported_dtype(x.dtype)
+
+
+def column_moments(
+    x: jax.Array, *, interpret: Any = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Measures every column over all rows.
+
+    Args:
+      x: array of any leading shape, bfloat16 or float32.
+      interpret: run it in Pallas' interpreter; True or `pltpu.InterpretParams`.
+
+    Returns:
+      mean, rest and var, float32 of shape `x.shape[-1:]`; mean + rest is the mean to twice the
+      precision. A variance above the largest float32 is infinite, one below the smallest is zero;
+      `column_moments_in_units` keeps the former.
+
+    Raises:
+      ValueError: what `supports_columns` names.
+    """
+    _, *moments = _measure(x, False, interpret)
+    return moments[0], moments[1], moments[2]
+
+
+def column_moments_in_units(
+    x: jax.Array, *, interpret: Any = False
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Measures as `column_moments`, in multiples of a power of two for each column.
+
+    Returns:
+      unit, mean, rest and var: the mean is (mean + rest) * unit, the variance var * unit^2. The
+      unit is one up to entries of 2^50, so that an epsilon of 1e-24 or more can be added to var:
+      where the unit is larger, var is too.
+    """
+    unit, mean, rest, var = _measure(x, True, interpret)
+    return unit, mean, rest, var
+
+
+def _measure(x, in_units, interpret):
+    reason = supports_columns(x)
+    if reason:
+        raise ValueError(reason)
+    length = x.shape[-1]
+    if 0 in x.shape:
+        nothing = jnp.zeros(length, jnp.float32)
+        return jnp.ones_like(nothing), nothing, nothing, nothing
+    flat = x.reshape(-1, length)
+    width = min(length, WIDEST)
+    chunk = max(bl.SUBLANES, bl.power_below(bl.CHUNK // bl.padded(width)))
+    block = bl.power_below(bl.BUFFERS // (4 * x.dtype.itemsize * bl.padded(width)))
+    if bl.is_static(flat.shape[0]):
+        block = min(block, max(bl.SUBLANES, 2 * bl.power_below(max(1, flat.shape[0] - 1))))
+    columns = Columns(in_units, block, min(chunk, block))
+    line = pl.BlockSpec((1, width), lambda i, j: (0, i))
+    lines = bl.call(
+        functools.partial(_kernel, columns),
+        [((1, length), jnp.float32)] * 4,
+        flat,
+        bl.count_of(flat.shape[0]),
+        grid=(pl.cdiv(length, width), pl.cdiv(flat.shape[0], block)),
+        in_specs=[pl.BlockSpec((block, width), lambda i, j: (j, i)), bl.IN_SMEM()],
+        out_specs=[line] * 4,
+        scratch_shapes=[pltpu.VMEM((1, width), jnp.float32)] * len(Sums._fields),
+        semantics=("parallel", "arbitrary"),
+        name="normax_column_moments",
+        flops=12,
+        interpret=interpret,
+    )
+    return [each.reshape(length) for each in lines]
+
+
+def _kernel(columns, x_ref, count_ref, *refs):
+    outputs, kept = refs[:4], Sums(*refs[4:])
+    step = pl.program_id(1)
+    before = step * columns.block
+    present = jnp.minimum(count_ref[0] - before, columns.block)
+    here = _measure_block(columns, x_ref, present)
+
+    @pl.when(step == 0)
+    def _():
+        _keep(kept, here)
+
+    @pl.when(step > 0)
+    def _():
+        there = Sums(*(ref[...] for ref in kept))
+        _keep(
+            kept, _merge(there, _as_float(before, here.mean), here, _as_float(present, here.mean))
+        )
+
+    @pl.when(step == pl.num_programs(1) - 1)
+    def _():
+        sums = Sums(*(ref[...] for ref in kept))
+        var = (sums.squares + sums.lost) / _as_float(count_ref[0], sums.mean)
+        unit = bl.unit_of(sums.inverse)
+        moments = unit, *bl.add_exactly(sums.mean, sums.rest), jnp.maximum(var, 0)
+        powers = [0, 0, 0, 0] if columns.in_units else [0, 1, 1, 2]
+        for ref, value, power in zip(outputs, moments, powers, strict=True):
+            ref[...] = functools.reduce(jnp.multiply, [unit] * power, value)
+
+
+def _keep(refs, sums):
+    for ref, value in zip(refs, sums, strict=True):
+        ref[...] = value
+
+
+def _as_float(number, like):
+    """Returns an integer of the kernel as a line of floats."""
+    return jnp.full(like.shape, number, jnp.int32).astype(jnp.float32)
+
+
+def _measure_block(columns, x_ref, present) -> Sums:
+    """Measures a block about its mean, which is first taken about its first row.
+
+    So equal entries leave exact zeros, and what the second pass finds left of the mean is too
+    small for its square to cancel the sum of squares.
+    """
+    zero = jnp.zeros((bl.SUBLANES, x_ref.shape[1]), jnp.float32)
+    number = _as_float(present, zero[:1])
+
+    def over(step: Callable, start: Any) -> Any:
+        return _over_chunks(columns, x_ref, present, step, start)
+
+    peak = over(lambda x, there, m: jnp.maximum(m, _highest(there(jnp.abs(x)))), zero)
+    inverse = bl.inverse_unit(jnp.max(peak, 0, keepdims=True))
+    first = x_ref[:1, :].astype(jnp.float32) * inverse
+    sums = over(lambda x, there, s: s + bl.fold(there(x * inverse - first)), zero)
+    center = first + jnp.sum(sums, 0, keepdims=True) / number
+
+    def about_center(x, there, sums):
+        d = there(x * inverse - center)
+        return sums[0] + bl.fold(d), sums[1] + bl.fold(d * d)
+
+    left, squares = over(about_center, (zero, zero))
+    rest = jnp.sum(left, 0, keepdims=True) / number
+    squares = jnp.sum(squares, 0, keepdims=True) - rest * rest * number
+    return Sums(inverse, center, rest, jnp.maximum(squares, 0), jnp.zeros_like(center))
+
+
+def _over_chunks(columns, x_ref, present, step, start):
+    """Returns `step(chunk, mask, carry)` over the rows that are present."""
+
+    def each(masked):
+        def body(i, carry):
+            here = pl.ds(pl.multiple_of(i * columns.chunk, columns.chunk), columns.chunk)
+            x = x_ref[here, :].astype(jnp.float32)
+            if not masked:
+                return step(x, lambda v: v, carry)
+            row = lax.broadcasted_iota(jnp.int32, x.shape, 0) + i * columns.chunk
+            return step(x, lambda v: jnp.where(row < present, v, jnp.float32(0)), carry)
+
+        return body
+
+    whole = lax.div(present, columns.chunk)
+    end = lax.div(present + columns.chunk - 1, columns.chunk)
+    return lax.fori_loop(whole, end, each(True), lax.fori_loop(0, whole, each(False), start))
+
+
+def _highest(v):
+    """Returns the largest entries over rows in as many rows as a register has."""
+    rows = v.shape[0]
+    while rows > bl.SUBLANES:
+        rows //= 2
+        v = jnp.maximum(v[:rows], v[rows:])
+    return v
+
+
+def _merge(a: Sums, count_a: jax.Array, b: Sums, count_b: jax.Array) -> Sums:
+    """Returns the sums of two sets of rows taken together: Chan, Golub and LeVeque, 1979."""
+    inverse = jnp.minimum(a.inverse, b.inverse)
+    a, b = _in_unit(a, inverse), _in_unit(b, inverse)
+    share = count_b / (count_a + count_b)
+    apart, lost = bl.add_exactly(b.mean, -a.mean)
+    apart += lost + (b.rest - a.rest)
+    mean, lost = bl.add_exactly(a.mean, apart * share)
+    rest = a.rest + lost
+    squares, lost = bl.add_exactly(a.squares, b.squares + apart * apart * (count_a * share))
+    return Sums(inverse, mean, rest, squares, a.lost + lost)
+
+
+def _in_unit(sums, inverse):
+    ratio = inverse * bl.unit_of(sums.inverse)
+    squared = ratio * ratio
+    return Sums(
+        inverse,
+        sums.mean * ratio,
+        sums.rest * ratio,
+        sums.squares * squared,
+        sums.lost * squared,
+    )
