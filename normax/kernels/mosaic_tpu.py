@@ -21,7 +21,10 @@ from normax.kernels.mosaic_tpu_columns import column_moments as column_moments
 from normax.kernels.mosaic_tpu_columns import column_moments_in_units as column_moments_in_units
 from normax.kernels.mosaic_tpu_columns import supports_columns as supports_columns
 
-LONGEST = 16384
+# What v5e's compiler finds room for: rows in flight, and for gradients their sums.
+LONGEST = 65536
+LONGEST_WITH_GRADIENT = 24576
+CHUNK = 2**16  # entries that are worked on together
 # From here up epsilon hides whatever is too small to be squared.
 HIDES_SMALL = 1e-24
 
@@ -41,18 +44,24 @@ class Rows(NamedTuple):
         return self.block // self.chunk
 
 
-def supports(x: Any, *, dtype: DTypeLike | None = None) -> str | None:
-    """Returns why the kernels over rows cannot take `x`, to an output of `dtype`; or None."""
+def supports(x: Any, *, dtype: DTypeLike | None = None, gradient: bool = True) -> str | None:
+    """Returns why the kernels over rows cannot take an array, or None.
+
+    Args:
+      x: the array, or anything with its shape and dtype.
+      dtype: dtype of the output, or of its cotangent; that of `x` by default.
+      gradient: whether `backward` is to take it, too.
+    """
     for each in (x.dtype, dtype):
         reason = None if each is None else bl.unsupported_dtype(each)
         if reason:
             return reason
-    if x.ndim == 0:
-        return "shape (): the TPU kernels work along the last axis"
-    if not bl.is_static(x.shape[-1]):
-        return f"row length {x.shape[-1]}: the TPU kernels need a number"
-    if not 1 <= x.shape[-1] <= LONGEST:
-        return f"row length {x.shape[-1]}: the TPU kernels hold rows of 1 to {LONGEST} on chip"
+    reason = bl.unsupported_shape(x.shape)
+    if reason:
+        return reason
+    longest = LONGEST_WITH_GRADIENT if gradient else LONGEST
+    if x.shape[-1] > longest:
+        return f"row length {x.shape[-1]}: the TPU kernels hold rows of up to {longest} on chip"
     return None
 
 
@@ -132,13 +141,13 @@ def backward(
     Raises:
       ValueError: what `supports` names.
     """
-    _check(x, dy.dtype)
+    _check(x, dy.dtype, gradient=True)
     length = x.shape[-1]
     if 0 in x.shape:
         return x, jnp.zeros(length, jnp.float32), jnp.zeros(length, jnp.float32)
     flat = x.reshape(-1, length)
     moved = 2 * x.dtype.itemsize + dy.dtype.itemsize
-    rows = _plan(flat, centered, epsilon, moved)
+    rows = plan(flat.shape, moved, centered=centered, epsilon=epsilon)
     scales = _parameters(scale)
     at_rows, at_features = _specs(rows)
     accumulator = pltpu.VMEM((bl.SUBLANES, length), jnp.float32)
@@ -152,7 +161,7 @@ def backward(
         grid=(pl.cdiv(flat.shape[0], rows.block),),
         in_specs=[at_rows, at_rows, bl.IN_SMEM(), *[at_features] * len(scales)],
         out_specs=[at_rows, at_features, at_features],
-        scratch_shapes=[accumulator] * 4,
+        scratch_shapes=[accumulator] * 6,
         semantics=("arbitrary",),
         name="normax_rows_backward",
         flops=25,
@@ -161,20 +170,20 @@ def backward(
     return dx.reshape(x.shape), dscale.reshape(length), dbias.reshape(length)
 
 
-def _check(x, dtype):
-    reason = supports(x, dtype=dtype)
+def _check(x, dtype, gradient):
+    reason = supports(x, dtype=dtype, gradient=gradient)
     if reason:
         raise ValueError(reason)
 
 
-def _plan(x, centered, epsilon, moved):
-    """Returns how to walk `x` if `moved` bytes an entry are in flight, twice for two buffers."""
-    count, length = x.shape
-    chunk = max(bl.SUBLANES, bl.power_below(max(1, bl.CHUNK // bl.padded(length))))
+def plan(
+    shape: tuple[Any, int], moved: int, *, centered: bool = True, epsilon: float = 1e-6
+) -> Rows:
+    """Returns how to walk rows of which `moved` bytes an entry are in flight, in two buffers."""
+    count, length = shape
+    chunk = max(bl.SUBLANES, bl.power_below(max(1, CHUNK // bl.padded(length))))
     block = max(bl.SUBLANES, bl.power_below(bl.BUFFERS // (2 * moved * bl.padded(length))))
-    if bl.is_static(count):
-        few = max(bl.SUBLANES, 2 * bl.power_below(max(1, count - 1)))
-        block = min(block, few)
+    block = bl.at_most(block, count)
     return Rows(centered, float(epsilon), length, block, min(chunk, block))
 
 
@@ -193,13 +202,13 @@ def _specs(rows):
 
 def _forward(x, scale, bias, centered, epsilon, dtype, interpret, with_statistics):
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
-    _check(x, dtype)
+    _check(x, dtype, gradient=False)
     if 0 in x.shape:
         nothing = jnp.zeros(x.shape[:-1], jnp.float32)
         return [jnp.zeros(x.shape, dtype), nothing, nothing]
     flat = x.reshape(-1, x.shape[-1])
-    count = flat.shape[0]
-    rows = _plan(flat, centered, epsilon, x.dtype.itemsize + dtype.itemsize)
+    count, moved = flat.shape[0], x.dtype.itemsize + dtype.itemsize
+    rows = plan(flat.shape, moved, centered=centered, epsilon=epsilon)
     parameters = _parameters(scale, bias)
     at_rows, at_features = _specs(rows)
     outputs, out_specs = [(flat.shape, dtype)], [at_rows]
@@ -308,13 +317,14 @@ def _lay_down(rows, first, i, ref, column):
 
 def _backward_kernel(rows, scaled, x_ref, dy_ref, count_ref, *refs):
     scale_ref = refs[0] if scaled else None
-    dx_ref, dscale_ref, dbias_ref, scales, lost_scales, biases, lost_biases = refs[scaled:]
+    dx_ref, dscale_ref, dbias_ref, *sums = refs[scaled:]
+    dscale, dbias = _Sum(*sums[:3]), _Sum(*sums[3:])
     step = pl.program_id(0)
     present = jnp.minimum(count_ref[0] - step * rows.block, rows.block)
 
     @pl.when(step == 0)
     def _():
-        for ref in (scales, lost_scales, biases, lost_biases):
+        for ref in sums:
             ref[...] = jnp.zeros_like(ref)
 
     def each(masked: bool) -> Callable:
@@ -327,8 +337,8 @@ def _backward_kernel(rows, scaled, x_ref, dy_ref, count_ref, *refs):
             scale = None if scale_ref is None else scale_ref[...].astype(jnp.float32)
             dx, xhat = _row_gradients(rows, x, scale, dy)
             dx_ref[here, :] = dx.astype(dx_ref.dtype)
-            _accumulate(scales, lost_scales, dy * xhat)
-            _accumulate(biases, lost_biases, dy)
+            dscale.block[...] += bl.fold(dy * xhat)
+            dbias.block[...] += bl.fold(dy)
             return carry
 
         return body
@@ -336,11 +346,13 @@ def _backward_kernel(rows, scaled, x_ref, dy_ref, count_ref, *refs):
     whole = lax.div(present, rows.chunk)
     lax.fori_loop(0, whole, each(False), 0)
     lax.fori_loop(whole, lax.div(present + rows.chunk - 1, rows.chunk), each(True), 0)
+    for each_sum in (dscale, dbias):
+        each_sum.close_block()
 
     @pl.when(step == pl.num_programs(0) - 1)
     def _():
-        dscale_ref[...] = _down(scales[...], lost_scales[...])
-        dbias_ref[...] = _down(biases[...], lost_biases[...])
+        dscale_ref[...] = dscale.total()
+        dbias_ref[...] = dbias.total()
 
 
 def _row_gradients(rows, x, scale, dy):
@@ -354,17 +366,24 @@ def _row_gradients(rows, x, scale, dy):
     return (t - xhat * along) * done.rstd * done.inverse, xhat
 
 
-def _accumulate(high, low, v):
-    """Adds the rows of `v` to a sum that is kept to twice the precision."""
-    high[...], lost = bl.add_exactly(high[...], bl.fold(v))
-    low[...] += lost
+class _Sum(NamedTuple):
+    """A sum over rows, in as many as a register has; over blocks to twice the precision."""
 
+    block: Any
+    high: Any
+    low: Any
 
-def _down(high, low):
-    """Returns the sum over the rows of a register, kept to twice the precision until the end."""
-    size = bl.SUBLANES
-    while size > 1:
-        size //= 2
-        high, lost = bl.add_exactly(high[:size], high[size:])
-        low = low[:size] + low[size:] + lost
-    return high + low
+    def close_block(self):
+        """Adds the block's sum to the others, and begins the next."""
+        self.high[...], lost = bl.add_exactly(self.high[...], self.block[...])
+        self.low[...] += lost
+        self.block[...] = jnp.zeros_like(self.block)
+
+    def total(self):
+        """Returns the sum of the blocks over their rows."""
+        high, low, size = self.high[...], self.low[...], bl.SUBLANES
+        while size > 1:
+            size //= 2
+            high, lost = bl.add_exactly(high[:size], high[size:])
+            low = low[:size] + low[size:] + lost
+        return high + low

@@ -15,15 +15,23 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 SUBLANES = 8
 BUFFERS = 8 * 2**20  # bytes for the blocks that are in flight, of the 16 MiB that v5e lends
-CHUNK = 2**16  # entries that are worked on together
 DTYPES = ("bfloat16", "float32")
 
 
 def unsupported_dtype(dtype: Any) -> str | None:
     """Returns why Mosaic cannot read or write a dtype, or None."""
-    if jnp.dtype(dtype).name in DTYPES:
+    if np.dtype(dtype).name in DTYPES:
         return None
-    return f"dtype {jnp.dtype(dtype).name}: the TPU kernels take {' and '.join(DTYPES)}"
+    return f"dtype {np.dtype(dtype).name}: the TPU kernels take {' and '.join(DTYPES)}"
+
+
+def unsupported_shape(shape: tuple[Any, ...]) -> str | None:
+    """Returns why the kernels cannot walk a shape, or None."""
+    if not shape:
+        return "shape (): the TPU kernels work along the last axis"
+    if not is_static(shape[-1]):
+        return f"row length {shape[-1]}: the TPU kernels need a number"
+    return "row length 0: the TPU kernels need an entry" if shape[-1] == 0 else None
 
 
 def padded(length: int) -> int:
@@ -39,6 +47,13 @@ def power_below(number: int) -> int:
 def is_static(size: Any) -> bool:
     """Returns whether a dimension is a number, not a symbol of jax.export."""
     return isinstance(size, int)
+
+
+def at_most(block: int, count: Any) -> int:
+    """Returns the rows of a block, no more than it takes to hold all."""
+    if not is_static(count):
+        return block
+    return min(block, max(SUBLANES, 2 * power_below(max(1, count - 1))))
 
 
 def total(v: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """Moments over all but the last axis on TPU, in one read: what batch norm measures.
 
-A block is measured in VMEM about its own mean, in a unit of its own; blocks are merged in their
-order, by Chan's formula, with the mean and the squares kept to twice the precision.
+A block is measured in VMEM about its own mean, and again in a unit if its squares leave the range.
+Blocks are merged in their order, by Chan's formula, with the mean and the squares kept to twice the
+precision.
 """
 
 import functools
@@ -17,12 +18,14 @@ from jax.experimental.pallas import tpu as pltpu
 from normax.kernels import mosaic_tpu_blocks as bl
 
 WIDEST = 1024
+CHUNK = 2**15  # entries that are worked on together
 
 
 class Columns(NamedTuple):
     """How columns are walked, known when it is traced."""
 
     in_units: bool
+    width: int
     block: int
     chunk: int
 
@@ -39,11 +42,7 @@ class Sums(NamedTuple):
 
 def supports_columns(x: Any) -> str | None:
     """Returns why the kernel over columns cannot take `x`, or None."""
-    if x.ndim == 0:
-        return "shape (): the TPU kernels work along the last axis"
-    if not bl.is_static(x.shape[-1]):
-        return f"row length {x.shape[-1]}: the TPU kernels need a number"
-    return bl.unsupported_dtype(x.dtype)
+    return bl.unsupported_dtype(x.dtype) or bl.unsupported_shape(x.shape)
 
 
 def column_moments(
@@ -81,6 +80,16 @@ def column_moments_in_units(
     return unit, mean, rest, var
 
 
+def plan_columns(shape: tuple[Any, int], itemsize: int, in_units: bool = False) -> Columns:
+    """Returns how to walk columns: blocks in two buffers, chunk by chunk."""
+    count, length = shape
+    width = min(length, WIDEST)
+    chunk = max(bl.SUBLANES, bl.power_below(CHUNK // bl.padded(width)))
+    block = bl.power_below(bl.BUFFERS // (4 * itemsize * bl.padded(width)))
+    block = bl.at_most(block, count)
+    return Columns(in_units, width, block, min(chunk, block))
+
+
 def _measure(x, in_units, interpret):
     reason = supports_columns(x)
     if reason:
@@ -90,12 +99,8 @@ def _measure(x, in_units, interpret):
         nothing = jnp.zeros(length, jnp.float32)
         return jnp.ones_like(nothing), nothing, nothing, nothing
     flat = x.reshape(-1, length)
-    width = min(length, WIDEST)
-    chunk = max(bl.SUBLANES, bl.power_below(bl.CHUNK // bl.padded(width)))
-    block = bl.power_below(bl.BUFFERS // (4 * x.dtype.itemsize * bl.padded(width)))
-    if bl.is_static(flat.shape[0]):
-        block = min(block, max(bl.SUBLANES, 2 * bl.power_below(max(1, flat.shape[0] - 1))))
-    columns = Columns(in_units, block, min(chunk, block))
+    columns = plan_columns(flat.shape, x.dtype.itemsize, in_units)
+    width, block = columns.width, columns.block
     line = pl.BlockSpec((1, width), lambda i, j: (0, i))
     lines = bl.call(
         functools.partial(_kernel, columns),
@@ -105,7 +110,7 @@ def _measure(x, in_units, interpret):
         grid=(pl.cdiv(length, width), pl.cdiv(flat.shape[0], block)),
         in_specs=[pl.BlockSpec((block, width), lambda i, j: (j, i)), bl.IN_SMEM()],
         out_specs=[line] * 4,
-        scratch_shapes=[pltpu.VMEM((1, width), jnp.float32)] * len(Sums._fields),
+        scratch_shapes=[pltpu.VMEM((1, width), jnp.float32)] * (2 * len(Sums._fields)),
         semantics=("parallel", "arbitrary"),
         name="normax_column_moments",
         flops=12,
@@ -115,32 +120,40 @@ def _measure(x, in_units, interpret):
 
 
 def _kernel(columns, x_ref, count_ref, *refs):
-    outputs, kept = refs[:4], Sums(*refs[4:])
+    size = len(Sums._fields)
+    outputs, kept, here = refs[:4], Sums(*refs[4 : 4 + size]), Sums(*refs[4 + size :])
     step = pl.program_id(1)
     before = step * columns.block
     present = jnp.minimum(count_ref[0] - before, columns.block)
-    here = _measure_block(columns, x_ref, present)
+    _keep(here, _measure_block(columns, x_ref, present, False))
+
+    # What has left the range is measured again, in a unit; so is what is no number.
+    @pl.when(jnp.max(jnp.where(here.squares[...] < jnp.inf, 0.0, 1.0)) > 0)
+    def _():
+        _keep(here, _measure_block(columns, x_ref, present, True))
 
     @pl.when(step == 0)
     def _():
-        _keep(kept, here)
+        _keep(kept, _read(here))
 
     @pl.when(step > 0)
     def _():
-        there = Sums(*(ref[...] for ref in kept))
-        _keep(
-            kept, _merge(there, _as_float(before, here.mean), here, _as_float(present, here.mean))
-        )
+        a, b = _read(kept), _read(here)
+        _keep(kept, _merge(a, _as_float(before, a.mean), b, _as_float(present, b.mean)))
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():
-        sums = Sums(*(ref[...] for ref in kept))
+        sums = _read(kept)
         var = (sums.squares + sums.lost) / _as_float(count_ref[0], sums.mean)
         unit = bl.unit_of(sums.inverse)
-        moments = unit, *bl.add_exactly(sums.mean, sums.rest), jnp.maximum(var, 0)
+        moments = unit, *bl.add_exactly(sums.mean, sums.rest), var
         powers = [0, 0, 0, 0] if columns.in_units else [0, 1, 1, 2]
         for ref, value, power in zip(outputs, moments, powers, strict=True):
             ref[...] = functools.reduce(jnp.multiply, [unit] * power, value)
+
+
+def _read(refs):
+    return Sums(*(ref[...] for ref in refs))
 
 
 def _keep(refs, sums):
@@ -153,7 +166,7 @@ def _as_float(number, like):
     return jnp.full(like.shape, number, jnp.int32).astype(jnp.float32)
 
 
-def _measure_block(columns, x_ref, present) -> Sums:
+def _measure_block(columns, x_ref, present, in_a_unit) -> Sums:
     """Measures a block about its mean, which is first taken about its first row.
 
     So equal entries leave exact zeros, and what the second pass finds left of the mean is too
@@ -165,20 +178,26 @@ def _measure_block(columns, x_ref, present) -> Sums:
     def over(step: Callable, start: Any) -> Any:
         return _over_chunks(columns, x_ref, present, step, start)
 
-    peak = over(lambda x, there, m: jnp.maximum(m, _highest(there(jnp.abs(x)))), zero)
-    inverse = bl.inverse_unit(jnp.max(peak, 0, keepdims=True))
-    first = x_ref[:1, :].astype(jnp.float32) * inverse
-    sums = over(lambda x, there, s: s + bl.fold(there(x * inverse - first)), zero)
+    inverse = jnp.ones_like(number)
+    if in_a_unit:
+        peak = over(lambda x, there, m: jnp.maximum(m, _highest(there(jnp.abs(x)))), zero)
+        inverse = bl.inverse_unit(jnp.max(peak, 0, keepdims=True))
+
+    def scaled(x):
+        return x * inverse if in_a_unit else x
+
+    first = scaled(x_ref[:1, :].astype(jnp.float32))
+    sums = over(lambda x, there, s: s + bl.fold(there(scaled(x) - first)), zero)
     center = first + jnp.sum(sums, 0, keepdims=True) / number
 
     def about_center(x, there, sums):
-        d = there(x * inverse - center)
+        d = there(scaled(x) - center)
         return sums[0] + bl.fold(d), sums[1] + bl.fold(d * d)
 
     left, squares = over(about_center, (zero, zero))
     rest = jnp.sum(left, 0, keepdims=True) / number
     squares = jnp.sum(squares, 0, keepdims=True) - rest * rest * number
-    return Sums(inverse, center, rest, jnp.maximum(squares, 0), jnp.zeros_like(center))
+    return Sums(inverse, center, rest, jnp.where(squares < 0, 0.0, squares), jnp.zeros_like(center))
 
 
 def _over_chunks(columns, x_ref, present, step, start):
