@@ -166,14 +166,14 @@ def table(rows):
         "",
         f"Made by `python benchmarks/costs_tpu.py` with {made}, for TPU v5e. Nothing was timed.",
         "",
-        "Bytes: of all operands and outputs of the program, over those of x; beside them the floor.",
+        "Bytes: of all operands and outputs of the program, over those of x; then the floor.",
         "Bundles: instructions of the final schedule, for a chunk, for the rest of a block (what",
         "only the first or last block does counts too), and together for 1024 entries of a block.",
         "",
-        "| operation | shape | dtype | bytes | floor | block | chunk "
-        + "| bundles a chunk | the rest | bundles per 1024 |",
-        "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    heads = ["operation", "shape", "dtype", "bytes", "floor", "block", "chunk"]
+    heads += ["bundles a chunk", "the rest", "bundles per 1024"]
+    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         cells = [
             row["operation"],
