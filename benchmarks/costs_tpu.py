@@ -38,9 +38,11 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 from normax.kernels import mosaic_tpu as kernels
+from normax.kernels.mosaic_tpu_blocks import grouped
 from normax.kernels.mosaic_tpu_columns import plan_columns
 
 SHAPES = [(131072, 1024), (8190, 1000), (200704, 64), (4096, 4096), (512, 16384)]
+GROUPS = [(64, 197, 1024), (64, 7, 7, 2048)]  # no multiple of eight before the last axis
 LONG = {"forward": (256, 65536), "backward": (256, 24576), "columns": (256, 65536)}
 DTYPES = ["bfloat16", "float32"]
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
@@ -119,7 +121,7 @@ def measure(name, shape, dtype, with_bundles):
     """Returns a row of the table."""
     function, parameters, gradient, floor = OPERATIONS[name]
     x, itemsize = (shape, dtype), jnp.dtype(dtype).itemsize
-    operands = [x, *[x] * gradient, *[(shape[1:], "float32")] * parameters]
+    operands = [x, *[x] * gradient, *[(shape[-1:], "float32")] * parameters]
     found = dict(kernels_of(compile_for_tpu(function, *operands).as_text()))
     ours = [each for each in found if each.startswith("normax_")]
     size = math.prod(shape) * itemsize
@@ -132,22 +134,22 @@ def measure(name, shape, dtype, with_bundles):
         "floor": floor,
         "beside": sum(found[each] for each in found if each not in ours) / size,
     }
-    if with_bundles:
+    if with_bundles and len(shape) == 2:
         outside, loops = bundles()
         # Loops come in pairs, over whole chunks and over one that hangs over the end.
         passes = {"columns": loops[:4:2], "backward": loops[:1]}.get(name, loops)
+        groups = grouped(shape)
         if name == "columns":
-            plan = plan_columns(shape, itemsize)
-            width = plan.width
+            _, width, walk = plan_columns(groups, itemsize)
         else:
-            plan, width = kernels.plan(shape, floor * itemsize), shape[1]
-        all_chunks = outside + sum(passes) * (plan.block // plan.chunk)
+            walk, width = kernels.plan(groups, floor * itemsize), shape[1]
+        all_chunks = outside + sum(passes) * (walk.block // walk.chunk)
         row |= {
-            "block": [plan.block, width],
-            "chunk": [plan.chunk, width],
+            "block": [walk.block, width],
+            "chunk": [walk.chunk, width],
             "bundles_outside": outside,
             "bundles_per_chunk": sum(passes),
-            "bundles_per_1024": all_chunks * 1024 / (plan.block * width),
+            "bundles_per_1024": all_chunks * 1024 / (walk.block * width),
         }
     return row
 
@@ -181,12 +183,12 @@ def table(rows):
             row["dtype"],
             f"{row['bytes']:.3f}",
             row["floor"],
-            by(row["block"]),
-            by(row["chunk"]),
-            row["bundles_per_chunk"],
-            row["bundles_outside"],
-            f"{row['bundles_per_1024']:.2f}",
         ]
+        if "block" in row:
+            cells += [by(row["block"]), by(row["chunk"])]
+            cells += [row["bundles_per_chunk"], row["bundles_outside"]]
+            cells += [f"{row['bundles_per_1024']:.2f}"]
+        cells += [""] * (len(heads) - len(cells))
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
@@ -201,7 +203,7 @@ def main():
     rows = [
         measure(name, shape, dtype, not options.bytes_only)
         for name in options.only
-        for shape in [*SHAPES, *([LONG[name]] if name in LONG else [])]
+        for shape in [*SHAPES, *([LONG[name]] if name in LONG else []), *GROUPS]
         for dtype in DTYPES
     ]
     if options.json or options.bytes_only:  # a table has both

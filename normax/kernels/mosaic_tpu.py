@@ -6,7 +6,6 @@ hangs over the end needs a mask only where rows are summed.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,13 +34,7 @@ class Rows(NamedTuple):
     centered: bool
     epsilon: float
     length: int
-    block: int
-    chunk: int
-
-    @property
-    def chunks(self) -> int:
-        """Chunks in a block."""
-        return self.block // self.chunk
+    walk: bl.Walk
 
 
 def supports(x: Any, *, dtype: DTypeLike | None = None, gradient: bool = True) -> str | None:
@@ -145,9 +138,11 @@ def backward(
     length = x.shape[-1]
     if 0 in x.shape:
         return x, jnp.zeros(length, jnp.float32), jnp.zeros(length, jnp.float32)
-    flat = x.reshape(-1, length)
-    moved = 2 * x.dtype.itemsize + dy.dtype.itemsize
-    rows = plan(flat.shape, moved, centered=centered, epsilon=epsilon)
+    shape = bl.grouped(x.shape)
+    flat = x.reshape(shape)
+    rows = Rows(
+        centered, float(epsilon), length, plan(shape, 2 * x.dtype.itemsize + dy.dtype.itemsize)
+    )
     scales = _parameters(scale)
     at_rows, at_features = _specs(rows)
     accumulator = pltpu.VMEM((bl.SUBLANES, length), jnp.float32)
@@ -156,13 +151,13 @@ def backward(
         [(flat.shape, x.dtype), ((1, length), jnp.float32), ((1, length), jnp.float32)],
         flat,
         dy.reshape(flat.shape),
-        bl.count_of(flat.shape[0]),
+        bl.counts_of(shape),
         *scales,
-        grid=(pl.cdiv(flat.shape[0], rows.block),),
+        grid=rows.walk.grid(shape),
         in_specs=[at_rows, at_rows, bl.IN_SMEM(), *[at_features] * len(scales)],
         out_specs=[at_rows, at_features, at_features],
         scratch_shapes=[accumulator] * 6,
-        semantics=("arbitrary",),
+        semantics=("arbitrary", "arbitrary"),
         name="normax_rows_backward",
         flops=25,
         interpret=interpret,
@@ -176,15 +171,9 @@ def _check(x, dtype, gradient):
         raise ValueError(reason)
 
 
-def plan(
-    shape: tuple[Any, int], moved: int, *, centered: bool = True, epsilon: float = 1e-6
-) -> Rows:
-    """Returns how to walk rows of which `moved` bytes an entry are in flight, in two buffers."""
-    count, length = shape
-    chunk = max(bl.SUBLANES, bl.power_below(max(1, CHUNK // bl.padded(length))))
-    block = max(bl.SUBLANES, bl.power_below(bl.BUFFERS // (2 * moved * bl.padded(length))))
-    block = bl.at_most(block, count)
-    return Rows(centered, float(epsilon), length, block, min(chunk, block))
+def plan(shape: tuple[Any, Any, int], moved: int) -> bl.Walk:
+    """Returns how to walk groups of rows of which `moved` bytes an entry are in flight."""
+    return bl.Walk.over(shape, shape[-1], moved, CHUNK)
 
 
 def _parameters(*values):
@@ -195,8 +184,8 @@ def _parameters(*values):
 
 def _specs(rows):
     return (
-        pl.BlockSpec((rows.block, rows.length), lambda i: (i, 0)),
-        pl.BlockSpec((1, rows.length), lambda i: (0, 0)),
+        pl.BlockSpec((rows.walk.groups, rows.walk.block, rows.length), lambda i, j: (i, j, 0)),
+        pl.BlockSpec((1, rows.length), lambda i, j: (0, 0)),
     )
 
 
@@ -206,35 +195,36 @@ def _forward(x, scale, bias, centered, epsilon, dtype, interpret, with_statistic
     if 0 in x.shape:
         nothing = jnp.zeros(x.shape[:-1], jnp.float32)
         return [jnp.zeros(x.shape, dtype), nothing, nothing]
-    flat = x.reshape(-1, x.shape[-1])
-    count, moved = flat.shape[0], x.dtype.itemsize + dtype.itemsize
-    rows = plan(flat.shape, moved, centered=centered, epsilon=epsilon)
+    shape = groups, count, length = bl.grouped(x.shape)
+    flat = x.reshape(shape)
+    walk = plan(shape, x.dtype.itemsize + dtype.itemsize)
+    rows = Rows(centered, float(epsilon), length, walk)
     parameters = _parameters(scale, bias)
     at_rows, at_features = _specs(rows)
     outputs, out_specs = [(flat.shape, dtype)], [at_rows]
     if with_statistics:
-        # A number for each row, a hundred and twenty-eight to a row of the output.
-        held = max(1, rows.block // bl.LANES)
-        blocks_to_a_row = max(1, bl.LANES // rows.block)
+        # A number for each row, a hundred and twenty-eight to a line of the output.
+        held, shared = max(1, walk.block // bl.LANES), max(1, bl.LANES // walk.block)
+        lines = pl.BlockSpec(
+            (walk.groups, held, 1, bl.LANES), lambda i, j: (i, lax.div(j, shared), 0, 0)
+        )
         number = 2 if centered else 1
-        outputs += [((pl.cdiv(count, bl.LANES), 1, bl.LANES), jnp.float32)] * number
-        out_specs += [
-            pl.BlockSpec((held, 1, bl.LANES), lambda i: (lax.div(i, blocks_to_a_row), 0, 0))
-        ] * number
+        outputs += [((groups, pl.cdiv(count, bl.LANES), 1, bl.LANES), jnp.float32)] * number
+        out_specs += [lines] * number
     y, *statistics = bl.call(
         functools.partial(_forward_kernel, rows, scale is not None, bias is not None),
         outputs,
         flat,
         *parameters,
-        grid=(pl.cdiv(count, rows.block),),
+        grid=walk.grid(shape),
         in_specs=[at_rows, *[at_features] * len(parameters)],
         out_specs=out_specs,
-        semantics=("arbitrary",) if with_statistics else ("parallel",),
+        semantics=("parallel", "arbitrary" if with_statistics else "parallel"),
         name="normax_rows_forward",
         flops=15,
         interpret=interpret,
     )
-    statistics = [v.reshape(-1)[:count].reshape(x.shape[:-1]) for v in statistics]
+    statistics = [v.reshape(groups, -1)[:, :count].reshape(x.shape[:-1]) for v in statistics]
     return [y.reshape(x.shape), *statistics]
 
 
@@ -281,75 +271,69 @@ def _forward_kernel(rows, scaled, biased, x_ref, *refs):
     scale_ref = refs.pop(0) if scaled else None
     bias_ref = refs.pop(0) if biased else None
     y_ref, *statistics = refs
-    first = pl.program_id(0) * rows.block
+    walk = rows.walk
+    first = pl.program_id(1) * walk.block
+    chunks = walk.block // walk.chunk
 
-    def each(i, carry):
-        here = pl.ds(pl.multiple_of(i * rows.chunk, rows.chunk), rows.chunk)
-        done = _standardize(rows, x_ref[here, :].astype(jnp.float32))
+    def each(k, carry):
+        group, i = (0, k) if walk.groups == 1 else (lax.div(k, chunks), lax.rem(k, chunks))
+        here = pl.ds(pl.multiple_of(i * walk.chunk, walk.chunk), walk.chunk)
+        done = _standardize(rows, x_ref[group, here, :].astype(jnp.float32))
         y = done.d * done.rstd
         y = y if scale_ref is None else y * scale_ref[...].astype(jnp.float32)
         y = y if bias_ref is None else y + bias_ref[...].astype(jnp.float32)
-        y_ref[here, :] = y.astype(y_ref.dtype)
+        y_ref[group, here, :] = y.astype(y_ref.dtype)
         measured = [done.mean, done.var] if rows.centered else [done.var]
         for ref, column in zip(statistics, measured, strict=False):
-            _lay_down(rows, first, i, ref, column)
+            _lay_down(walk, first, i, ref.at[group], column)
         return carry
 
-    lax.fori_loop(0, rows.chunks, each, 0)
+    lax.fori_loop(0, walk.groups * chunks, each, 0)
 
 
-def _lay_down(rows, first, i, ref, column):
+def _lay_down(walk, first, i, ref, column):
     """Writes a number for each row of chunk i along the lanes."""
-    first += i * rows.chunk
-    size = min(rows.chunk, bl.LANES)
+    first += i * walk.chunk
+    size = min(walk.chunk, bl.LANES)
     lane = lax.broadcasted_iota(jnp.int32, (size, bl.LANES), 1)
     ahead = first & (bl.LANES - 1)
     row = lax.broadcasted_iota(jnp.int32, (size, bl.LANES), 0) + ahead
-    for start in range(0, rows.chunk, size):
+    for start in range(0, walk.chunk, size):
         spread = jnp.where(row == lane, column[start : start + size], jnp.float32(0))
         line = jnp.sum(spread, 0, keepdims=True)
-        slot = lax.div(i * rows.chunk + start, bl.LANES) if rows.block > bl.LANES else 0
+        slot = lax.div(i * walk.chunk + start, bl.LANES) if walk.block > bl.LANES else 0
         if size < bl.LANES:
             before = jnp.where(ahead == 0, jnp.float32(0), ref[slot])
             line = line + before
         ref[slot] = line
 
 
-def _backward_kernel(rows, scaled, x_ref, dy_ref, count_ref, *refs):
+def _backward_kernel(rows, scaled, x_ref, dy_ref, counts_ref, *refs):
     scale_ref = refs[0] if scaled else None
     dx_ref, dscale_ref, dbias_ref, *sums = refs[scaled:]
     dscale, dbias = _Sum(*sums[:3]), _Sum(*sums[3:])
-    step = pl.program_id(0)
-    present = jnp.minimum(count_ref[0] - step * rows.block, rows.block)
+    i, j = pl.program_id(0), pl.program_id(1)
+    last = (i == pl.num_programs(0) - 1) & (j == pl.num_programs(1) - 1)
 
-    @pl.when(step == 0)
+    @pl.when((i == 0) & (j == 0))
     def _():
         for ref in sums:
             ref[...] = jnp.zeros_like(ref)
 
-    def each(masked: bool) -> Callable:
-        def body(i, carry):
-            here = pl.ds(pl.multiple_of(i * rows.chunk, rows.chunk), rows.chunk)
-            x, dy = (ref[here, :].astype(jnp.float32) for ref in (x_ref, dy_ref))
-            if masked:
-                row = lax.broadcasted_iota(jnp.int32, x.shape, 0) + i * rows.chunk
-                x, dy = (jnp.where(row < present, v, jnp.float32(0)) for v in (x, dy))
-            scale = None if scale_ref is None else scale_ref[...].astype(jnp.float32)
-            dx, xhat = _row_gradients(rows, x, scale, dy)
-            dx_ref[here, :] = dx.astype(dx_ref.dtype)
-            dscale.block[...] += bl.fold(dy * xhat)
-            dbias.block[...] += bl.fold(dy)
-            return carry
+    def each(group, here, mask, carry):
+        x, dy = (mask(ref[group, here, :].astype(jnp.float32)) for ref in (x_ref, dy_ref))
+        scale = None if scale_ref is None else scale_ref[...].astype(jnp.float32)
+        dx, xhat = _row_gradients(rows, x, scale, dy)
+        dx_ref[group, here, :] = dx.astype(dx_ref.dtype)
+        dscale.block[...] += bl.fold(dy * xhat)
+        dbias.block[...] += bl.fold(dy)
+        return carry
 
-        return body
+    rows.walk.each(rows.walk.present(counts_ref, i, j), each, 0)
+    dscale.close_block()
+    dbias.close_block()
 
-    whole = lax.div(present, rows.chunk)
-    lax.fori_loop(0, whole, each(False), 0)
-    lax.fori_loop(whole, lax.div(present + rows.chunk - 1, rows.chunk), each(True), 0)
-    for each_sum in (dscale, dbias):
-        each_sum.close_block()
-
-    @pl.when(step == pl.num_programs(0) - 1)
+    @pl.when(last)
     def _():
         dscale_ref[...] = dscale.total()
         dbias_ref[...] = dbias.total()

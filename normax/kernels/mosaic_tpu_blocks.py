@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +49,79 @@ def is_static(size: Any) -> bool:
     return isinstance(size, int)
 
 
-def at_most(block: int, count: Any) -> int:
-    """Returns the rows of a block, no more than it takes to hold all."""
-    if not is_static(count):
-        return block
-    return min(block, max(SUBLANES, 2 * power_below(max(1, count - 1))))
+def grouped(shape: tuple[Any, ...]) -> tuple[Any, Any, int]:
+    """Returns a shape as groups of rows, in which it lies in memory as it is.
+
+    Rows are tiled by eight: where the last axis but one is no multiple of that, to join it with
+    those before it is to copy the array. Groups of a few registers are not worth a step each.
+    """
+    *leading, rows, length = (1, *shape) if len(shape) == 1 else shape
+    fits = is_static(rows) and (rows % SUBLANES == 0 or rows == 1)
+    small = is_static(rows) and rows * padded(length) < 4 * SUBLANES * LANES
+    if leading and not (fits or small):
+        return math.prod(leading), rows, length
+    return 1, math.prod(shape[:-1]), length
+
+
+class Walk(NamedTuple):
+    """How groups of rows are walked: blocks of groups and rows, and chunks of a group's rows."""
+
+    groups: int
+    block: int
+    chunk: int
+
+    @classmethod
+    def over(cls, shape: tuple[Any, Any, int], width: int, moved: int, entries: int) -> "Walk":
+        """Returns the walk with `moved` bytes an entry in flight in two buffers."""
+        held = max(SUBLANES, power_below(BUFFERS // (2 * moved * padded(width))))
+        groups, rows, _ = shape
+        block = held
+        if is_static(rows):
+            block = min(held, max(SUBLANES, 2 * power_below(max(1, rows - 1))))
+        together = held // block
+        chunk = max(SUBLANES, power_below(max(1, entries // padded(width))))
+        together = min(together, groups) if is_static(groups) else together
+        return cls(together, block, min(chunk, block))
+
+    def grid(self, shape: tuple[Any, Any, int]) -> tuple[Any, Any]:
+        """Returns how many blocks there are."""
+        return pl.cdiv(shape[0], self.groups), pl.cdiv(shape[1], self.block)
+
+    def present(self, counts: Any, i: Any, j: Any) -> tuple[Any, Any]:
+        """Returns how many groups and rows of block (i, j) there are."""
+        groups = jnp.minimum(counts[0] - i * self.groups, self.groups)
+        return groups, jnp.minimum(counts[1] - j * self.block, self.block)
+
+    def each(self, present: tuple[Any, Any], body: Callable, carry: Any) -> Any:
+        """Folds `body(group, rows, mask, carry)` over the chunks of what is present in a block.
+
+        The mask makes zero of what hangs over the end.
+        """
+        groups, rows = present
+
+        def step(group, masked):
+            def run(i, carry):
+                here = pl.ds(pl.multiple_of(i * self.chunk, self.chunk), self.chunk)
+
+                def mask(v):
+                    if not masked:
+                        return v
+                    row = lax.broadcasted_iota(jnp.int32, v.shape, 0) + i * self.chunk
+                    return jnp.where(row < rows, v, jnp.float32(0))
+
+                return body(group, here, mask, carry)
+
+            return run
+
+        def over_group(group, carry):
+            whole = lax.div(rows, self.chunk)
+            end = lax.div(rows + self.chunk - 1, self.chunk)
+            carry = lax.fori_loop(0, whole, step(group, False), carry)
+            return lax.fori_loop(whole, end, step(group, True), carry)
+
+        if self.groups == 1:
+            return over_group(0, carry)
+        return lax.fori_loop(0, groups, over_group, carry)
 
 
 def total(v: jax.Array) -> jax.Array:
@@ -154,9 +222,11 @@ def call(
     )(*operands)
 
 
-def count_of(size: Any) -> jax.Array:
-    """Returns a dimension as an operand for SMEM, symbols included."""
-    return jnp.asarray(size, jnp.int32).reshape(1)
+def counts_of(shape: tuple[Any, Any, int]) -> jax.Array:
+    """Returns how many groups and rows there are as an operand for SMEM, symbols included."""
+    if all(map(is_static, shape)):
+        return jnp.asarray(np.asarray(shape[:2], np.int32))
+    return jnp.stack([jnp.asarray(size, jnp.int32) for size in shape[:2]])
 
 
 IN_SMEM = functools.partial(pl.BlockSpec, memory_space=pltpu.SMEM)

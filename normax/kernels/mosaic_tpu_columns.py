@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -26,8 +25,7 @@ class Columns(NamedTuple):
 
     in_units: bool
     width: int
-    block: int
-    chunk: int
+    walk: bl.Walk
 
 
 class Sums(NamedTuple):
@@ -80,14 +78,11 @@ def column_moments_in_units(
     return unit, mean, rest, var
 
 
-def plan_columns(shape: tuple[Any, int], itemsize: int, in_units: bool = False) -> Columns:
-    """Returns how to walk columns: blocks in two buffers, chunk by chunk."""
-    count, length = shape
-    width = min(length, WIDEST)
-    chunk = max(bl.SUBLANES, bl.power_below(CHUNK // bl.padded(width)))
-    block = bl.power_below(bl.BUFFERS // (4 * itemsize * bl.padded(width)))
-    block = bl.at_most(block, count)
-    return Columns(in_units, width, block, min(chunk, block))
+def plan_columns(shape: tuple[Any, Any, int], itemsize: int, in_units: bool = False) -> Columns:
+    """Returns how to walk the columns of groups of rows."""
+    width = min(shape[-1], WIDEST)
+    walk = bl.Walk.over(shape, width, 2 * itemsize, CHUNK)
+    return Columns(in_units, width, walk)
 
 
 def _measure(x, in_units, interpret):
@@ -98,20 +93,21 @@ def _measure(x, in_units, interpret):
     if 0 in x.shape:
         nothing = jnp.zeros(length, jnp.float32)
         return jnp.ones_like(nothing), nothing, nothing, nothing
-    flat = x.reshape(-1, length)
-    columns = plan_columns(flat.shape, x.dtype.itemsize, in_units)
-    width, block = columns.width, columns.block
-    line = pl.BlockSpec((1, width), lambda i, j: (0, i))
+    shape = bl.grouped(x.shape)
+    columns = plan_columns(shape, x.dtype.itemsize, in_units)
+    width, walk = columns.width, columns.walk
+    block = pl.BlockSpec((walk.groups, walk.block, width), lambda c, i, j: (i, j, c))
+    line = pl.BlockSpec((1, width), lambda c, i, j: (0, c))
     lines = bl.call(
         functools.partial(_kernel, columns),
         [((1, length), jnp.float32)] * 4,
-        flat,
-        bl.count_of(flat.shape[0]),
-        grid=(pl.cdiv(length, width), pl.cdiv(flat.shape[0], block)),
-        in_specs=[pl.BlockSpec((block, width), lambda i, j: (j, i)), bl.IN_SMEM()],
+        x.reshape(shape),
+        bl.counts_of(shape),
+        grid=(pl.cdiv(length, width), *walk.grid(shape)),
+        in_specs=[block, bl.IN_SMEM()],
         out_specs=[line] * 4,
         scratch_shapes=[pltpu.VMEM((1, width), jnp.float32)] * (2 * len(Sums._fields)),
-        semantics=("parallel", "arbitrary"),
+        semantics=("parallel", "arbitrary", "arbitrary"),
         name="normax_column_moments",
         flops=12,
         interpret=interpret,
@@ -119,12 +115,14 @@ def _measure(x, in_units, interpret):
     return [each.reshape(length) for each in lines]
 
 
-def _kernel(columns, x_ref, count_ref, *refs):
+def _kernel(columns, x_ref, counts_ref, *refs):
     size = len(Sums._fields)
     outputs, kept, here = refs[:4], Sums(*refs[4 : 4 + size]), Sums(*refs[4 + size :])
-    step = pl.program_id(1)
-    before = step * columns.block
-    present = jnp.minimum(count_ref[0] - before, columns.block)
+    walk, i, j = columns.walk, pl.program_id(1), pl.program_id(2)
+    begins = (i == 0) & (j == 0)
+    present = walk.present(counts_ref, i, j)
+    number = present[0] * present[1]
+    before = i * walk.groups * counts_ref[1] + present[0] * j * walk.block
     _keep(here, _measure_block(columns, x_ref, present, False))
 
     # What has left the range is measured again, in a unit; so is what is no number.
@@ -132,19 +130,19 @@ def _kernel(columns, x_ref, count_ref, *refs):
     def _():
         _keep(here, _measure_block(columns, x_ref, present, True))
 
-    @pl.when(step == 0)
+    @pl.when(begins)
     def _():
         _keep(kept, _read(here))
 
-    @pl.when(step > 0)
+    @pl.when(~begins)
     def _():
         a, b = _read(kept), _read(here)
-        _keep(kept, _merge(a, _as_float(before, a.mean), b, _as_float(present, b.mean)))
+        _keep(kept, _merge(a, _as_float(before, a.mean), b, _as_float(number, b.mean)))
 
-    @pl.when(step == pl.num_programs(1) - 1)
+    @pl.when((i == pl.num_programs(1) - 1) & (j == pl.num_programs(2) - 1))
     def _():
         sums = _read(kept)
-        var = (sums.squares + sums.lost) / _as_float(count_ref[0], sums.mean)
+        var = (sums.squares + sums.lost) / _as_float(counts_ref[0] * counts_ref[1], sums.mean)
         unit = bl.unit_of(sums.inverse)
         moments = unit, *bl.add_exactly(sums.mean, sums.rest), var
         powers = [0, 0, 0, 0] if columns.in_units else [0, 1, 1, 2]
@@ -172,11 +170,14 @@ def _measure_block(columns, x_ref, present, in_a_unit) -> Sums:
     So equal entries leave exact zeros, and what the second pass finds left of the mean is too
     small for its square to cancel the sum of squares.
     """
-    zero = jnp.zeros((bl.SUBLANES, x_ref.shape[1]), jnp.float32)
-    number = _as_float(present, zero[:1])
+    zero = jnp.zeros((bl.SUBLANES, columns.width), jnp.float32)
+    number = _as_float(present[0] * present[1], zero[:1])
 
     def over(step: Callable, start: Any) -> Any:
-        return _over_chunks(columns, x_ref, present, step, start)
+        def each(group, here, mask, carry):
+            return step(x_ref[group, here, :].astype(jnp.float32), mask, carry)
+
+        return columns.walk.each(present, each, start)
 
     inverse = jnp.ones_like(number)
     if in_a_unit:
@@ -186,7 +187,7 @@ def _measure_block(columns, x_ref, present, in_a_unit) -> Sums:
     def scaled(x):
         return x * inverse if in_a_unit else x
 
-    first = scaled(x_ref[:1, :].astype(jnp.float32))
+    first = scaled(x_ref[0, :1, :].astype(jnp.float32))
     sums = over(lambda x, there, s: s + bl.fold(there(scaled(x) - first)), zero)
     center = first + jnp.sum(sums, 0, keepdims=True) / number
 
@@ -198,25 +199,6 @@ def _measure_block(columns, x_ref, present, in_a_unit) -> Sums:
     rest = jnp.sum(left, 0, keepdims=True) / number
     squares = jnp.sum(squares, 0, keepdims=True) - rest * rest * number
     return Sums(inverse, center, rest, jnp.where(squares < 0, 0.0, squares), jnp.zeros_like(center))
-
-
-def _over_chunks(columns, x_ref, present, step, start):
-    """Returns `step(chunk, mask, carry)` over the rows that are present."""
-
-    def each(masked):
-        def body(i, carry):
-            here = pl.ds(pl.multiple_of(i * columns.chunk, columns.chunk), columns.chunk)
-            x = x_ref[here, :].astype(jnp.float32)
-            if not masked:
-                return step(x, lambda v: v, carry)
-            row = lax.broadcasted_iota(jnp.int32, x.shape, 0) + i * columns.chunk
-            return step(x, lambda v: jnp.where(row < present, v, jnp.float32(0)), carry)
-
-        return body
-
-    whole = lax.div(present, columns.chunk)
-    end = lax.div(present + columns.chunk - 1, columns.chunk)
-    return lax.fori_loop(whole, end, each(True), lax.fori_loop(0, whole, each(False), start))
 
 
 def _highest(v):
