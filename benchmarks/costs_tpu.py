@@ -134,15 +134,16 @@ def measure(name, shape, dtype, with_bundles):
         "floor": floor,
         "beside": sum(found[each] for each in found if each not in ours) / size,
     }
+    outside, loops = bundles() if with_bundles else (0, [])
     if with_bundles and len(shape) == 2:
-        outside, loops = bundles()
         # Loops come in pairs, over whole chunks and over one that hangs over the end.
         passes = {"columns": loops[:4:2], "backward": loops[:1]}.get(name, loops)
         groups = grouped(shape)
         if name == "columns":
             _, width, walk = plan_columns(groups, itemsize)
         else:
-            walk, width = kernels.plan(groups, floor * itemsize), shape[1]
+            plan = kernels.plan_backward if gradient else kernels.plan
+            walk, width = plan(groups, floor * itemsize), shape[1]
         all_chunks = outside + sum(passes) * (walk.block // walk.chunk)
         row |= {
             "block": [walk.block, width],
