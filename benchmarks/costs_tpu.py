@@ -1,0 +1,217 @@
+"""What the TPU kernels cost, as far as a compiler without a TPU can tell: bytes and bundles.
+
+    python benchmarks/costs_tpu.py [--json] [--bytes-only] [--only NAME ...]
+
+Compiles for TPU v5e; needs libtpu (pip install "jax[tpu]"), no TPU. Writes costs_tpu.md beside this
+file. Bytes are those of the operands and outputs of every kernel of the program, as a multiple of
+x's. Bundles are instructions of the final schedule: a cycle each where nothing waits for memory.
+Nothing here was timed.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+import tempfile
+
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_ACCELERATOR_TYPE="v5litepod-4",
+    TPU_WORKER_HOSTNAMES="localhost",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    TPU_STDERR_LOG_LEVEL="3",
+    TPU_MIN_LOG_LEVEL="3",
+)
+if "--bytes-only" not in sys.argv:
+    dump = tempfile.TemporaryDirectory()
+    os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump.name} --xla_jf_dump_llo_text=true"
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
+from jax.sharding import SingleDeviceSharding
+
+from normax.kernels import mosaic_tpu as kernels
+from normax.kernels.mosaic_tpu_blocks import grouped
+from normax.kernels.mosaic_tpu_columns import plan_columns
+
+SHAPES = [(131072, 1024), (8190, 1000), (200704, 64), (4096, 4096), (512, 16384)]
+GROUPS = [(64, 197, 1024), (64, 7, 7, 2048)]  # no multiple of eight before the last axis
+LONG = {"forward": (256, 65536), "backward": (256, 24576), "columns": (256, 65536)}
+DTYPES = ["bfloat16", "float32"]
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+LAYER = {"centered": True, "epsilon": 1e-6}
+RMS = {"centered": False, "epsilon": 1e-6}
+# Name: function, parameters it takes, whether it takes dy, and the multiple of x it must move.
+OPERATIONS = {
+    "forward": (lambda x, s, b: kernels.forward(x, s, b, **LAYER), 2, False, 2),
+    "rms": (lambda x, s: kernels.forward(x, s, None, **RMS), 1, False, 2),
+    "statistics": (
+        lambda x, s, b: kernels.forward_with_statistics(x, s, b, **LAYER),
+        2,
+        False,
+        2,
+    ),
+    "backward": (lambda x, dy, s: kernels.backward(x, s, dy, **LAYER), 1, True, 3),
+    "columns": (kernels.column_moments, 0, False, 1),
+}
+
+
+def size_of(types):
+    """Returns the bytes of the arrays that a piece of HLO names."""
+    bits = {"bf16": 16, "f32": 32, "s32": 32, "u32": 32, "pred": 8}
+    plain = re.sub(r"\{[^{}]*\}", "", types)
+    found = re.findall(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]", plain)
+    return sum(
+        bits[dtype] // 8 * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in found
+    )
+
+
+def kernels_of(text):
+    """Yields the name of each kernel that a program runs, with the bytes it reads and writes."""
+    types = {}
+    for line in text[text.index("ENTRY") :].splitlines()[1:]:
+        match = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:,|$)", line)
+        if match:
+            name, made, operation, operands = match.groups()
+            types[name] = made
+            if operation not in FREE:
+                read = sum(
+                    size_of(types[each]) for each in set(re.findall(r"%([\w.\-]+)", operands))
+                )
+                yield name, size_of(made) + read
+
+
+def bundles():
+    """Returns the bundles outside the loops over chunks, and of each such loop, in order."""
+    outside, loops = 0, []
+    for path in sorted(pathlib.Path(dump.name).iterdir()):
+        if re.search(r"normax_.*-\d+-final_bundles\.txt$", path.name):
+            for line in path.read_text().splitlines():
+                match = re.match(r"\s*0x[0-9a-f]+\s*(\w\w)?\s*:\s*((?:> ?)*)\{", line)
+                if match:
+                    label, depth = match[1], match[2].count(">")
+                    if depth == 2 and label == "LB":
+                        loops.append(0)
+                    if depth == 2 and loops:
+                        loops[-1] += 1
+                    outside += depth == 1
+        path.unlink()
+    return outside, loops
+
+
+def compile_for_tpu(function, *shapes):
+    """Returns the program, all arrays row by row as between two layers of a model."""
+    sharding = SingleDeviceSharding(topologies.get_topology_desc("v5e:2x2", "tpu").devices[0])
+    row_by_row = lambda array: Format(Layout(tuple(range(array.ndim))), sharding)
+    arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    outputs = jax.tree.map(row_by_row, jax.eval_shape(function, *arrays))
+    inputs = tuple(map(row_by_row, arrays))
+    jitted = jax.jit(function, in_shardings=inputs, out_shardings=outputs)
+    return jitted.lower(*arrays).compile()
+
+
+def measure(name, shape, dtype, with_bundles):
+    """Returns a row of the table."""
+    function, parameters, gradient, floor = OPERATIONS[name]
+    x, itemsize = (shape, dtype), jnp.dtype(dtype).itemsize
+    operands = [x, *[x] * gradient, *[(shape[-1:], "float32")] * parameters]
+    found = dict(kernels_of(compile_for_tpu(function, *operands).as_text()))
+    ours = [each for each in found if each.startswith("normax_")]
+    size = math.prod(shape) * itemsize
+    row = {
+        "operation": name,
+        "shape": list(shape),
+        "dtype": dtype,
+        "kernels": len(ours),
+        "bytes": sum(found.values()) / size,
+        "floor": floor,
+        "beside": sum(found[each] for each in found if each not in ours) / size,
+    }
+    outside, loops = bundles() if with_bundles else (0, [])
+    if with_bundles and len(shape) == 2:
+        # Loops come in pairs, over whole chunks and over one that hangs over the end.
+        passes = {"columns": loops[:4:2], "backward": loops[:1]}.get(name, loops)
+        groups = grouped(shape)
+        if name == "columns":
+            _, width, walk = plan_columns(groups, itemsize)
+        else:
+            plan = kernels.plan_backward if gradient else kernels.plan
+            walk, width = plan(groups, floor * itemsize), shape[1]
+        all_chunks = outside + sum(passes) * (walk.block // walk.chunk)
+        row |= {
+            "block": [walk.block, width],
+            "chunk": [walk.chunk, width],
+            "bundles_outside": outside,
+            "bundles_per_chunk": sum(passes),
+            "bundles_per_1024": all_chunks * 1024 / (walk.block * width),
+        }
+    return row
+
+
+def versions():
+    """Returns what compiled it."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+
+
+def table(rows):
+    """Returns the rows in Markdown."""
+    made = ", ".join(f"{name} {number}" for name, number in versions().items())
+    by = lambda size: " x ".join(map(str, size))
+    lines = [
+        "# Costs of the TPU kernels, by their compiler",
+        "",
+        f"Made by `python benchmarks/costs_tpu.py` with {made}, for TPU v5e. Nothing was timed.",
+        "",
+        "Bytes: of all operands and outputs of the program, over those of x; then the floor.",
+        "Bundles: instructions of the final schedule, for a chunk, for the rest of a block (what",
+        "only the first or last block does counts too), and together for 1024 entries of a block.",
+        "",
+    ]
+    heads = ["operation", "shape", "dtype", "bytes", "floor", "block", "chunk"]
+    heads += ["bundles a chunk", "the rest", "bundles per 1024"]
+    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows:
+        cells = [
+            row["operation"],
+            by(row["shape"]),
+            row["dtype"],
+            f"{row['bytes']:.3f}",
+            row["floor"],
+        ]
+        if "block" in row:
+            cells += [by(row["block"]), by(row["chunk"])]
+            cells += [row["bundles_per_chunk"], row["bundles_outside"]]
+            cells += [f"{row['bundles_per_1024']:.2f}"]
+        cells += [""] * (len(heads) - len(cells))
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    """Compiles every row, and prints or writes them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", action="store_true", help="print, write nothing")
+    parser.add_argument("--bytes-only", action="store_true", help="count no bundles; print")
+    parser.add_argument("--only", nargs="*", default=list(OPERATIONS), choices=list(OPERATIONS))
+    options = parser.parse_args()
+    rows = [
+        measure(name, shape, dtype, not options.bytes_only)
+        for name in options.only
+        for shape in [*SHAPES, *([LONG[name]] if name in LONG else []), *GROUPS]
+        for dtype in DTYPES
+    ]
+    if options.json or options.bytes_only:  # a table has both
+        print(json.dumps(rows))
+    else:
+        pathlib.Path(__file__).with_suffix(".md").write_text(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Moments over all but the last axis on TPU, in one read: what batch norm measures.
+
+A block is measured in VMEM about its own mean, and again in a unit if its squares leave the range.
+Blocks are merged in their order, by Chan's formula, with the mean and the squares kept to twice the
+precision.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from normax.kernels import mosaic_tpu_blocks as bl
+
+WIDEST = 1024
+CHUNK = 2**15  # entries that are worked on together
+
+
+class Columns(NamedTuple):
+    """How columns are walked, known when it is traced."""
+
+    in_units: bool
+    width: int
+    walk: bl.Walk
+
+
+class Sums(NamedTuple):
+    """What is known of some rows of each column, in multiples of a unit."""
+
+    inverse: Any  # one over the unit
+    mean: Any
+    rest: Any  # what the mean lacks
+    squares: Any  # the sum of squared deviations
+    lost: Any  # what that lacks
+
+
+def supports_columns(x: Any) -> str | None:
+    """Returns why the kernel over columns cannot take `x`, or None."""
+    return bl.unsupported_dtype(x.dtype) or bl.unsupported_shape(x.shape)
+
+
+def column_moments(
+    x: jax.Array, *, interpret: Any = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Measures every column over all rows.
+
+    Args:
+      x: array of any leading shape, bfloat16 or float32.
+      interpret: run it in Pallas' interpreter; True or `pltpu.InterpretParams`.
+
+    Returns:
+      mean, rest and var, float32 of shape `x.shape[-1:]`; mean + rest is the mean to twice the
+      precision. A variance above the largest float32 is infinite, one below the smallest is zero;
+      `column_moments_in_units` keeps the former.
+
+    Raises:
+      ValueError: what `supports_columns` names.
+    """
+    _, *moments = _measure(x, False, interpret)
+    return moments[0], moments[1], moments[2]
+
+
+def column_moments_in_units(
+    x: jax.Array, *, interpret: Any = False
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Measures as `column_moments`, in multiples of a power of two for each column.
+
+    Returns:
+      unit, mean, rest and var: the mean is (mean + rest) * unit, the variance var * unit^2. The
+      unit is one up to entries of 2^50, so that an epsilon of 1e-24 or more can be added to var:
+      where the unit is larger, var is too.
+    """
+    unit, mean, rest, var = _measure(x, True, interpret)
+    return unit, mean, rest, var
+
+
+def plan_columns(shape: tuple[Any, Any, int], itemsize: int, in_units: bool = False) -> Columns:
+    """Returns how to walk the columns of groups of rows."""
+    width = min(shape[-1], WIDEST)
+    walk = bl.Walk.over(shape, width, 2 * itemsize, CHUNK)
+    return Columns(in_units, width, walk)
+
+
+def _measure(x, in_units, interpret):
+    reason = supports_columns(x)
+    if reason:
+        raise ValueError(reason)
+    length = x.shape[-1]
+    if 0 in x.shape:
+        nothing = jnp.zeros(length, jnp.float32)
+        return jnp.ones_like(nothing), nothing, nothing, nothing
+    shape = bl.grouped(x.shape)
+    columns = plan_columns(shape, x.dtype.itemsize, in_units)
+    width, walk = columns.width, columns.walk
+    block = pl.BlockSpec((walk.groups, walk.block, width), lambda c, i, j: (i, j, c))
+    line = pl.BlockSpec((1, width), lambda c, i, j: (0, c))
+    lines = bl.call(
+        functools.partial(_kernel, columns),
+        [((1, length), jnp.float32)] * 4,
+        x.reshape(shape),
+        bl.counts_of(shape),
+        grid=(pl.cdiv(length, width), *walk.grid(shape)),
+        in_specs=[block, bl.IN_SMEM()],
+        out_specs=[line] * 4,
+        scratch_shapes=[pltpu.VMEM((1, width), jnp.float32)] * (2 * len(Sums._fields)),
+        semantics=("parallel", "arbitrary", "arbitrary"),
+        name="normax_column_moments",
+        flops=12,
+        interpret=interpret,
+    )
+    return [each.reshape(length) for each in lines]
+
+
+def _kernel(columns, x_ref, counts_ref, *refs):
+    size = len(Sums._fields)
+    outputs, kept, here = refs[:4], Sums(*refs[4 : 4 + size]), Sums(*refs[4 + size :])
+    walk, i, j = columns.walk, pl.program_id(1), pl.program_id(2)
+    begins = (i == 0) & (j == 0)
+    present = walk.present(counts_ref, i, j)
+    number = present[0] * present[1]
+    before = i * walk.groups * counts_ref[1] + present[0] * j * walk.block
+    _keep(here, _measure_block(columns, x_ref, present, False))
+
+    # What has left the range is measured again, in a unit; so is what is no number.
+    @pl.when(jnp.max(jnp.where(here.squares[...] < jnp.inf, 0.0, 1.0)) > 0)
+    def _():
+        _keep(here, _measure_block(columns, x_ref, present, True))
+
+    @pl.when(begins)
+    def _():
+        _keep(kept, _read(here))
+
+    @pl.when(~begins)
+    def _():
+        a, b = _read(kept), _read(here)
+        _keep(kept, _merge(a, _as_float(before, a.mean), b, _as_float(number, b.mean)))
+
+    @pl.when((i == pl.num_programs(1) - 1) & (j == pl.num_programs(2) - 1))
+    def _():
+        sums = _read(kept)
+        var = (sums.squares + sums.lost) / _as_float(counts_ref[0] * counts_ref[1], sums.mean)
+        unit = bl.unit_of(sums.inverse)
+        moments = unit, *bl.add_exactly(sums.mean, sums.rest), var
+        powers = [0, 0, 0, 0] if columns.in_units else [0, 1, 1, 2]
+        for ref, value, power in zip(outputs, moments, powers, strict=True):
+            ref[...] = functools.reduce(jnp.multiply, [unit] * power, value)
+
+
+def _read(refs):
+    return Sums(*(ref[...] for ref in refs))
+
+
+def _keep(refs, sums):
+    for ref, value in zip(refs, sums, strict=True):
+        ref[...] = value
+
+
+def _as_float(number, like):
+    """Returns an integer of the kernel as a line of floats."""
+    return jnp.full(like.shape, number, jnp.int32).astype(jnp.float32)
+
+
+def _measure_block(columns, x_ref, present, in_a_unit) -> Sums:
+    """Measures a block about its mean, which is first taken about its first row.
+
+    So equal entries leave exact zeros, and what the second pass finds left of the mean is too
+    small for its square to cancel the sum of squares.
+    """
+    zero = jnp.zeros((bl.SUBLANES, columns.width), jnp.float32)
+    number = _as_float(present[0] * present[1], zero[:1])
+
+    def over(step: Callable, start: Any) -> Any:
+        def each(group, here, mask, carry):
+            return step(x_ref[group, here, :].astype(jnp.float32), mask, carry)
+
+        return columns.walk.each(present, each, start)
+
+    inverse = jnp.ones_like(number)
+    if in_a_unit:
+        peak = over(lambda x, there, m: jnp.maximum(m, _highest(there(jnp.abs(x)))), zero)
+        inverse = bl.inverse_unit(jnp.max(peak, 0, keepdims=True))
+
+    def scaled(x):
+        return x * inverse if in_a_unit else x
+
+    first = scaled(x_ref[0, :1, :].astype(jnp.float32))
+    sums = over(lambda x, there, s: s + bl.fold(there(scaled(x) - first)), zero)
+    center = first + jnp.sum(sums, 0, keepdims=True) / number
+
+    def about_center(x, there, sums):
+        d = there(scaled(x) - center)
+        return sums[0] + bl.fold(d), sums[1] + bl.fold(d * d)
+
+    left, squares = over(about_center, (zero, zero))
+    rest = jnp.sum(left, 0, keepdims=True) / number
+    squares = jnp.sum(squares, 0, keepdims=True) - rest * rest * number
+    return Sums(inverse, center, rest, jnp.where(squares < 0, 0.0, squares), jnp.zeros_like(center))
+
+
+def _highest(v):
+    """Returns the largest entries over rows in as many rows as a register has."""
+    rows = v.shape[0]
+    while rows > bl.SUBLANES:
+        rows //= 2
+        v = jnp.maximum(v[:rows], v[rows:])
+    return v
+
+
+def _merge(a: Sums, count_a: jax.Array, b: Sums, count_b: jax.Array) -> Sums:
+    """Returns the sums of two sets of rows taken together: Chan, Golub and LeVeque, 1979."""
+    inverse = jnp.minimum(a.inverse, b.inverse)
+    a, b = _in_unit(a, inverse), _in_unit(b, inverse)
+    share = count_b / (count_a + count_b)
+    apart, lost = bl.add_exactly(b.mean, -a.mean)
+    apart += lost + (b.rest - a.rest)
+    mean, lost = bl.add_exactly(a.mean, apart * share)
+    rest = a.rest + lost
+    squares, lost = bl.add_exactly(a.squares, b.squares + apart * apart * (count_a * share))
+    return Sums(inverse, mean, rest, squares, a.lost + lost)
+
+
+def _in_unit(sums, inverse):
+    ratio = inverse * bl.unit_of(sums.inverse)
+    squared = ratio * ratio
+    return Sums(
+        inverse,
+        sums.mean * ratio,
+        sums.rest * ratio,
+        sums.squares * squared,
+        sums.lost * squared,
+    )
