@@ -22,6 +22,7 @@ ROOMS = [
     ["units"],
     ["measure"],
     ["moments", "order"],
+    ["kernels"],
     ["standardize"],
     ["batch", "layer", "group", "weight", "regularize", "state", "length", "features"],
     [
