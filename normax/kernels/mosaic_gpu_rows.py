@@ -120,6 +120,7 @@ def launch(
         [plgpu.SMEM((plan.stages, *held), x.dtype) for x in inputs],
         [plgpu.SMEM(held, jnp.float32) for _ in parameters],
         [plgpu.SMEM(held, dtype) for dtype in task.outputs],
+        [plgpu.SMEM((WARPS,), jnp.float32) for _ in range(task.statistics * plan.narrow)],
         plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages * plan.warpgroups),
         plgpu.Barrier(num_arrivals=max(1, len(parameters)), num_barriers=plan.warpgroups),
     ]
@@ -183,7 +184,7 @@ def _interpreter():
 def _body(plan, task, n_inputs, n_parameters, interpret, *refs):
     counts = [n_inputs, n_parameters, len(task.outputs), task.statistics, int(task.sums > 0)]
     inputs, parameters, outputs, statistics, partials, scratch = _split(refs, counts)
-    arriving, gains, leaving, arrived, gains_arrived, *exchange = scratch
+    arriving, gains, leaving, measures, arrived, gains_arrived, *exchange = scratch
     program = lax.axis_index("program")
     group = lax.axis_index("warpgroup") if plan.warpgroups > 1 else 0
     layout = functools.partial(_layout, plan, interpret)
@@ -214,15 +215,19 @@ def _body(plan, task, n_inputs, n_parameters, interpret, *refs):
         for output, target in zip(made, leaving, strict=True):
             for piece, value in enumerate(output):
                 target[group, piece] = value.astype(target.dtype)
+        if plan.narrow:
+            for value, target in zip(measured, measures, strict=True):
+                target[...] = jnp.max(value, axis=1)
         # All warps have read their entries by now, so that the next copy may overwrite them.
         plgpu.commit_smem()
         for source, target in zip(leaving, outputs, strict=True):
             for there, here in _runs(plan, place, group):
                 plgpu.copy_smem_to_gmem(source.at[(group, *here)], target.at[there])
-        for value, target in zip(measured, statistics, strict=True):
-            if plan.narrow:
-                target[pl.ds(place * WARPS, WARPS)] = jnp.max(value, axis=1)
-            else:
+        if plan.narrow:
+            for source, target in zip(measures, statistics, strict=True):
+                plgpu.copy_smem_to_gmem(source, target.at[pl.ds(place * WARPS, WARPS)])
+        else:
+            for value, target in zip(measured, statistics, strict=True):
                 target[place] = value
         return sums
 
