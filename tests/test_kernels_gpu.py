@@ -3,6 +3,7 @@
 Nothing here shows speed, or that a GPU agrees with the interpreter: that takes one.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -49,6 +50,15 @@ for_h200 = pytest.mark.skipif(
     not (importlib.util.find_spec("jax_cuda12_plugin") and ENDS),
     reason="needs jax-cuda12-pjrt to compile with",
 )
+
+
+@pytest.fixture(autouse=True)
+def races(monkeypatch):
+    """Has the interpreter raise where a warpgroup or a copy reads or writes too early."""
+    if ENDS:
+        found = rows._interpreter()
+        watchful = dataclasses.replace(found, detect_races=True)
+        monkeypatch.setattr(rows, "_interpreter", lambda: watchful)
 
 
 def data(shape, dtype, seed=0, mean=0.0, deviation=1.0):
@@ -286,7 +296,7 @@ def test_an_h200_moves_each_array_once(shape):
     assert len(found) == 8
     for name, row in found.items():
         assert row["mosaic_gpu"] == (2 if name == "layer both" else 1), name
-        assert row["over floor"] <= (1.1 if "back" in name or "both" in name else 1.001), name
+        assert row["over floor"] <= (1.1 if "back" in name or "both" in name else 1.005), name
 
 
 @pytest.mark.parametrize("length", [512, 1000, 4096, 8192])

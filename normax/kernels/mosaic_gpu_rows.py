@@ -227,8 +227,7 @@ def _body(plan, task, n_inputs, n_parameters, interpret, *refs):
             for source, target in zip(measures, statistics, strict=True):
                 plgpu.copy_smem_to_gmem(source, target.at[pl.ds(place * WARPS, WARPS)])
         else:
-            for value, target in zip(measured, statistics, strict=True):
-                target[place] = value
+            pl.when(group == 0)(functools.partial(_leave, measured, statistics, place))
         return sums
 
     for source, target in zip(parameters, gains, strict=True):
@@ -246,6 +245,11 @@ def _body(plan, task, n_inputs, n_parameters, interpret, *refs):
             else:
                 partials[0][program, index, group, piece] = value
     plgpu.wait_smem_to_gmem(0)
+
+
+def _leave(measured, statistics, place):
+    for value, target in zip(measured, statistics, strict=True):
+        target[place] = value
 
 
 def _split(refs, counts):
