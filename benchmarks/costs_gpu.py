@@ -1,8 +1,7 @@
 """What the Mosaic GPU kernels compile to for an H200, on a machine that has none.
 
-For each kernel and shape: bytes that kernels read and write, over those that have to be moved;
-programs, copies on their way, shared memory; registers and spills, where ptxas is found. It takes
-jax >= 0.11 and jax-cuda12-pjrt, jax-cuda12-plugin of that version. No time is measured.
+For each kernel and shape: bytes that kernels read and write, over those that have to be moved, and
+registers and spills, where ptxas is found. It takes jax >= 0.11 and jax-cuda12-pjrt, jax-cuda12-plugin of that version. No time is measured.
 
   python benchmarks/costs_gpu.py --write      benchmarks/costs_gpu.md
   python benchmarks/costs_gpu.py --json 32768x4096xbfloat16
@@ -125,8 +124,8 @@ def measure(shapes, names, folder, ptxas):
         row["mosaic_gpu"] = sum("mosaic_gpu" in target for target, _ in ran)
         row["bytes"] = sum(size for _, size in ran)
         row["over floor"] = round(row["bytes"] / floor, 3)
-        if ptxas:
-            used = registers(folder, ptxas).values()
+        # A kernel that was met before is not compiled again, and leaves nothing to ask ptxas about.
+        if ptxas and (used := registers(folder, ptxas).values()):
             row["registers"] = ", ".join(str(each) for each, _ in used)
             row["spilled"] = sum(spilled for _, spilled in used)
         yield row
@@ -170,7 +169,7 @@ def main():
             f"By `python benchmarks/costs_gpu.py --write`, jax {jax.__version__}; nothing was run."
             " Kernels and bytes are of the whole program, the sums over partial sums included;"
             " the floor is every array of the size of x once. Registers are of a thread, one"
-            " number for each Mosaic GPU kernel; spilled are bytes.\n\n"
+            " number for each Mosaic GPU kernel that no row above has; spilled are bytes.\n\n"
         )
         (HERE / "costs_gpu.md").write_text(head + text + "\n")
     print(text)
