@@ -1,7 +1,8 @@
 """What the Mosaic GPU kernels compile to for an H200, on a machine that has none.
 
 For each kernel and shape: bytes that kernels read and write, over those that have to be moved, and
-registers and spills, where ptxas is found. It takes jax >= 0.11 and jax-cuda12-pjrt, jax-cuda12-plugin of that version. No time is measured.
+registers and spills, where ptxas is found. It takes jax >= 0.11 and of that version
+jax-cuda12-pjrt and jax-cuda12-plugin. No time is measured.
 
   python benchmarks/costs_gpu.py --write      benchmarks/costs_gpu.md
   python benchmarks/costs_gpu.py --json 32768x4096xbfloat16
