@@ -1,0 +1,180 @@
+"""What the Mosaic GPU kernels compile to for an H200, on a machine that has none.
+
+For each kernel and shape: bytes that kernels read and write, over those that have to be moved, and
+registers and spills, where ptxas is found. It takes jax >= 0.11 and of that version
+jax-cuda12-pjrt and jax-cuda12-plugin. No time is measured.
+
+  python benchmarks/costs_gpu.py --write      benchmarks/costs_gpu.md
+  python benchmarks/costs_gpu.py --json 32768x4096xbfloat16
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import tempfile
+
+HERE = pathlib.Path(__file__).parent
+SHAPES = [
+    *((2**27 // length, length, "bfloat16") for length in (512, 768, 1024, 2048, 4096, 5120, 8192)),
+    *((2**26 // length, length, "float32") for length in (1024, 4096, 8192)),
+    (2**17, 1000, "bfloat16"),
+]
+SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
+
+
+def programs():
+    """Returns name: (function, arguments of the size of x, parameters, least bytes over x's)."""
+    from normax.kernels import mosaic_gpu as kernels
+
+    layer = {"centered": True, "epsilon": 1e-6}
+    rms = {"centered": False, "epsilon": 1e-6}
+
+    def both(x, dy, scale, bias):
+        y = kernels.forward(x, scale, bias, **layer)
+        return y, kernels.backward(x, scale, dy, **layer)
+
+    return {
+        "layer": (lambda x, s, b: kernels.forward(x, s, b, **layer), 1, 2, 2),
+        "layer statistics": (
+            lambda x, s, b: kernels.forward_with_statistics(x, s, b, **layer),
+            1,
+            2,
+            2,
+        ),
+        "layer backward": (lambda x, dy, s: kernels.backward(x, s, dy, **layer), 2, 1, 3),
+        "layer both": (both, 2, 2, 5),
+        "rms": (lambda x, s: kernels.forward(x, s, **rms), 1, 1, 2),
+        "rms backward": (lambda x, dy, s: kernels.backward(x, s, dy, **rms), 2, 1, 3),
+        "add layer": (lambda x, r, s, b: kernels.add_forward(x, r, s, b, **layer), 2, 2, 4),
+        "add layer backward": (
+            lambda x, dy, ds, s: kernels.add_backward(x, s, dy, ds, **layer),
+            3,
+            1,
+            4,
+        ),
+    }
+
+
+def sizes(text):
+    """Returns the bytes of the arrays named in a type."""
+    arrays = re.findall(r"([a-z]+[0-9]*)\[([0-9,]*)\]", re.sub(r"\{[^{}]*\}", "", text))
+    return sum(SIZES[d] * math.prod(int(n) for n in dims.split(",") if n) for d, dims in arrays)
+
+
+def kernels_of(text):
+    """Returns (opcode and target, bytes in and out) of what an HLO module runs."""
+    types, found = {}, []
+    for line in text[text.index("ENTRY") :].splitlines()[1:]:
+        match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, |$)", line)
+        if not match:
+            continue
+        name, kind, opcode, operands = match.groups()
+        types[name] = kind
+        if opcode in FREE:
+            continue
+        operands = {re.sub(r".*%", "", each.strip()) for each in operands.split(", ")}
+        target = re.search(r'custom_call_target="([^"]+)"', line)
+        bytes_ = sizes(kind) + sum(sizes(types.get(each, "")) for each in operands)
+        found.append((target[1] if target else opcode, bytes_))
+    return found
+
+
+def registers(folder, ptxas):
+    """Returns {kernel: (registers, bytes spilled)} of the PTX in a folder."""
+    found = {}
+    for path in sorted(pathlib.Path(folder).glob("*.ptx")):
+        command = [ptxas, "-v", "-arch=sm_90a", str(path), "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True)
+        said = said.stdout + said.stderr
+        spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
+        found[path.stem] = (int(re.search(r"Used (\d+) registers", said)[1]), spilled)
+        path.unlink()
+    return found
+
+
+def measure(shapes, names, folder, ptxas):
+    """Yields a row of the table for each program and shape."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+
+    from normax.kernels import mosaic_gpu as kernels
+
+    jax.devices()
+    config = (HERE / "targets" / "h200.txtpb").read_text()
+    described = topologies.get_topology_desc("h200", "cuda", target_config=config, topology="1x1x1")
+    there = jax.sharding.SingleDeviceSharding(described.devices[0])
+    for (count, length, dtype), name in ((s, n) for s in shapes for n in names):
+        function, arrays, parameters, least = programs()[name]
+        x = jax.ShapeDtypeStruct((count, length), dtype, sharding=there)
+        scale = jax.ShapeDtypeStruct((length,), "float32", sharding=there)
+        row = {"program": name, "shape": f"{count} x {length}", "dtype": dtype}
+        if why := kernels.supports(x, residual="add" in name, backward="back" in name):
+            yield row | {"refused": why}
+            continue
+        text = jax.jit(function).lower(*[x] * arrays, *[scale] * parameters).compile().as_text()
+        ran = kernels_of(text)
+        floor = least * count * length * jnp.dtype(dtype).itemsize
+        row["kernels"] = len(ran)
+        row["mosaic_gpu"] = sum("mosaic_gpu" in target for target, _ in ran)
+        row["bytes"] = sum(size for _, size in ran)
+        row["over floor"] = round(row["bytes"] / floor, 3)
+        # A kernel that was met before is not compiled again, and leaves nothing to ask ptxas about.
+        if ptxas and (used := registers(folder, ptxas).values()):
+            row["registers"] = ", ".join(str(each) for each, _ in used)
+            row["spilled"] = sum(spilled for _, spilled in used)
+        yield row
+
+
+def table(measured):
+    """Returns Markdown."""
+    columns = ["program", "shape", "dtype", "kernels", "over floor", "registers", "spilled"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for row in measured:
+        if "refused" in row:
+            cells = [row["program"], row["shape"], row["dtype"], row["refused"], "", "", ""]
+        else:
+            cells = [str(row.get(column, "")) for column in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    """Prints, or writes, the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("shapes", nargs="*", help="such as 32768x4096xbfloat16")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--write", action="store_true", help="to costs_gpu.md")
+    parser.add_argument("--ptxas", default=shutil.which("ptxas"))
+    options = parser.parse_args()
+    shapes = [(int(n), int(c), d) for n, c, d in (s.split("x") for s in options.shapes)] or SHAPES
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1"} if options.ptxas else {}
+        os.environ.update(JAX_PLATFORMS="cpu", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", **dump)
+        measured = list(measure(shapes, list(programs()), folder, options.ptxas))
+    if options.json:
+        print(json.dumps(measured))
+        return
+    text = table(measured)
+    if options.write:
+        import jax
+
+        head = (
+            "# Kernels of rows, compiled for an H200\n\n"
+            f"By `python benchmarks/costs_gpu.py --write`, jax {jax.__version__}; nothing was run."
+            " Kernels and bytes are of the whole program, the sums over partial sums included;"
+            " the floor is every array of the size of x once. Registers are of a thread, one"
+            " number for each Mosaic GPU kernel that no row above has; spilled are bytes.\n\n"
+        )
+        (HERE / "costs_gpu.md").write_text(head + text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
