@@ -15,6 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normax.checks import axis_size as axis_size
 from normax.checks import check_all_or_none as check_all_or_none
+from normax.checks import check_available as check_available
 from normax.checks import check_axis_index_groups as check_axis_index_groups
 from normax.checks import check_axis_name_with_groups as check_axis_name_with_groups
 from normax.checks import check_bound as check_bound

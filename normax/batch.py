@@ -1,5 +1,6 @@
 """Batch normalization: statistics of each feature over everything else, remembered for later."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ def batch_norm(
     nonfinite: str = "skip",
     dtype: DTypeLike | None = None,
     epsilon_on: str = "variance",
+    activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, RunningStats]:
     r"""Normalizes each feature over the batch and every other axis.
 
@@ -57,6 +59,8 @@ def batch_norm(
         not finite; "keep" lets NaN and inf in. The output shows them either way.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
       epsilon_on: "variance", inside the root, or "deviation", outside of it.
+      activation: function applied to the output, entry by entry, before it is rounded; what goes
+        into it is not kept for the backward pass.
 
     Returns:
       The output, of the shape of `x`, and the new `RunningStats`, of the dtypes of `stats`. No
@@ -92,7 +96,9 @@ def batch_norm(
     name = "batch_norm"
     x, features = prepare(name, x, stats, use_running_average, momentum, feature_axes)
     if use_running_average:
-        y = infer(name, x, stats, scale, bias, features, epsilon, mask, dtype, epsilon_on)
+        y = infer(
+            name, x, stats, scale, bias, features, epsilon, mask, dtype, epsilon_on, activation
+        )
         return y, stats
     check_trainable(name, x, features, axis_name, axis_index_groups)
     y, m = normalize_batch(
@@ -106,6 +112,7 @@ def batch_norm(
         axis_index_groups=axis_index_groups,
         dtype=dtype,
         epsilon_on=epsilon_on,
+        activation=activation,
     )
     return y, update(stats, lax.stop_gradient(m), momentum, unbiased=unbiased, nonfinite=nonfinite)
 
@@ -129,7 +136,19 @@ def check_trainable(name, x, features, axis_name=None, axis_index_groups=None):
     ax.check_more_than_one_value(name, me.count_entries(reduction, x), x)
 
 
-def infer(name, x, stats, scale, bias, features, epsilon, mask, dtype, epsilon_on="variance"):
+def infer(
+    name,
+    x,
+    stats,
+    scale,
+    bias,
+    features,
+    epsilon,
+    mask,
+    dtype,
+    epsilon_on="variance",
+    activation=None,
+):
     """Returns x normalized by running statistics."""
     mean, var = (ax.along(jnp.asarray(v), x.ndim, features) for v in (stats.mean, stats.var))
     return normalize(
@@ -142,6 +161,7 @@ def infer(name, x, stats, scale, bias, features, epsilon, mask, dtype, epsilon_o
         mask=ax.to_weights(name, mask, x),
         dtype=ax.to_dtype(name, dtype, x, x=x, scale=scale, bias=bias, stats=stats.mean),
         epsilon_on=epsilon_on,
+        activation=activation,
     )
 
 
@@ -157,6 +177,7 @@ def normalize_batch(
     axis_index_groups: Any = None,
     dtype: DTypeLike | None = None,
     epsilon_on: str = "variance",
+    activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalizes by the statistics of this batch and returns them; nothing is remembered.
 
@@ -174,6 +195,7 @@ def normalize_batch(
       axis_index_groups: as in `batch_norm`.
       dtype: as in `batch_norm`.
       epsilon_on: as in `batch_norm`.
+      activation: as in `batch_norm`.
 
     Returns:
       The output, of the shape of `x`, and the `Moments` of the batch, differentiable.
@@ -204,5 +226,6 @@ def normalize_batch(
         axis_index_groups=axis_index_groups,
         dtype=dtype,
         epsilon_on=epsilon_on,
+        activation=activation,
         caller="batch_norm",
     )

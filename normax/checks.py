@@ -280,3 +280,12 @@ def check_ghosts(name: str, size: int, batch: int, devices: int) -> None:
             f"{name}: expected ghost_size to divide the {batch} examples of a device, or to be a "
             f"multiple of them that divides {devices} devices, got {size}"
         )
+
+
+def check_available(name: str, implementation: str | None, reason: str | None) -> None:
+    """Refuses a kernel that was asked for and cannot be had, for a reason."""
+    if reason is not None:
+        raise ValueError(
+            f"{name}: expected what implementation={implementation!r} can do, got {reason}; "
+            'implementation="xla" does all'
+        )

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from normax import implementations, rows, sums, units
 from normax import measure as me
-from normax import rows, sums, units
-from normax.kernels.dispatch import by_platform
 from normax.kernels.linear import linear
 from normax.rescale import alike, reciprocal_per_unit, rescale, standardized
 
@@ -67,7 +66,7 @@ def _backward(plan, shape, known, dy):
         on_gpu = functools.partial(_rows, plan, shape)
     else:
         on_gpu = functools.partial(_columns, plan, shape)
-    return by_platform(whole, cuda=on_gpu, rocm=on_gpu)(known, dy)
+    return implementations.backward(plan, shape, whole, on_gpu, known, dy)
 
 
 def _columns(plan, shape, known, dy):

@@ -1,5 +1,6 @@
 """Group normalization: each example's features in groups, each group by itself."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ def group_norm(
     axis_name: Any = None,
     axis_index_groups: Any = None,
     dtype: DTypeLike | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     r"""Normalizes groups of neighbouring features of each example.
 
@@ -49,6 +51,8 @@ def group_norm(
       axis_name: name, or names, of a mapped axis over which the reduced axes are sharded.
       axis_index_groups: groups of device indices that pool among themselves.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
+      activation: function applied to the output, entry by entry, before it is rounded; what goes
+        into it is not kept for the backward pass.
 
     Returns:
       An array of the shape of `x`.
@@ -95,6 +99,7 @@ def group_norm(
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         dtype=dtype,
+        activation=activation,
         caller=name,
     )
     return pool.reshape(y, x.shape, jax.typeof(x).sharding.spec)

@@ -1,5 +1,6 @@
 """Normalization of each example by itself: layer, root mean square, instance."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ def layer_norm(
     axis_name: Any = None,
     axis_index_groups: Any = None,
     dtype: DTypeLike | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     r"""Normalizes over the trailing axis, or over any others.
 
@@ -40,6 +43,10 @@ def layer_norm(
       axis_name: name, or names, of a mapped axis over which the reduced axes are sharded.
       axis_index_groups: groups of device indices that pool among themselves.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
+      activation: function applied to the output, entry by entry, before it is rounded; what goes
+        into it is not kept for the backward pass.
+      implementation: None or "xla", or a kernel by name: "mosaic_gpu" or "mosaic_tpu". One that
+        cannot be had is refused, here or when the program is lowered.
 
     Returns:
       An array of the shape of `x`.
@@ -74,6 +81,8 @@ def layer_norm(
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         dtype=dtype,
+        activation=activation,
+        implementation=implementation,
         caller="layer_norm",
     )
     return y
@@ -91,6 +100,8 @@ def rms_norm(
     axis_index_groups: Any = None,
     dtype: DTypeLike | None = None,
     scale_offset: float = 0.0,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     r"""Divides by the root mean square over the trailing axis, or over any others.
 
@@ -110,6 +121,10 @@ def rms_norm(
       axis_index_groups: groups of device indices that pool among themselves.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
       scale_offset: o, added to a scale that is given; 1 for weights that were stored less one.
+      activation: function applied to the output, entry by entry, before it is rounded; what goes
+        into it is not kept for the backward pass.
+      implementation: None or "xla", or a kernel by name: "mosaic_gpu" or "mosaic_tpu". One that
+        cannot be had is refused, here or when the program is lowered.
 
     Returns:
       An array of the shape of `x`.
@@ -146,6 +161,8 @@ def rms_norm(
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         dtype=dtype,
+        activation=activation,
+        implementation=implementation,
         caller="rms_norm",
     )
     return y
@@ -162,6 +179,7 @@ def instance_norm(
     axis_name: Any = None,
     axis_index_groups: Any = None,
     dtype: DTypeLike | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     r"""Normalizes each feature of each example over the axes in between.
 
@@ -180,6 +198,8 @@ def instance_norm(
       axis_name: name, or names, of a mapped axis over which the reduced axes are sharded.
       axis_index_groups: groups of device indices that pool among themselves.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
+      activation: function applied to the output, entry by entry, before it is rounded; what goes
+        into it is not kept for the backward pass.
 
     Returns:
       An array of the shape of `x`. Where no axis is left to reduce each entry is alone, equals
@@ -215,6 +235,7 @@ def instance_norm(
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         dtype=dtype,
+        activation=activation,
         caller="instance_norm",
     )
     return y

@@ -20,6 +20,7 @@ class Plan(NamedTuple):
     dtype: Any
     on_deviation: bool = False
     activation: Callable[[jax.Array], jax.Array] | None = None
+    implementation: str | None = None
 
 
 def standardized(plan, x, measured, mask, divide=units.divide):

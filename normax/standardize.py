@@ -10,9 +10,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
-from normax import gradient, rows, units
+from normax import gradient, implementations, units
 from normax import measure as me
-from normax.kernels.dispatch import by_platform
 from normax.moments import Moments, to_moments
 from normax.rescale import Plan, alike, rescale, standardized
 from normax.rescale import reciprocal_deviation as reciprocal_deviation
@@ -37,6 +36,7 @@ def standardize(
     dtype: DTypeLike | None = None,
     epsilon_on: str = "variance",
     activation: Callable[[jax.Array], jax.Array] | None = None,
+    implementation: str | None = None,
     caller: str = "standardize",
 ) -> tuple[jax.Array, Moments]:
     r"""Standardizes `x` by its own statistics, then rescales it; every normalizer is a call of it.
@@ -70,6 +70,8 @@ def standardize(
         the derivative of a division by epsilon.
       activation: function applied to the output, entry by entry, before it is rounded; what goes
         into it is not kept for the backward pass.
+      implementation: None or "xla", or a kernel by name: "mosaic_gpu" or "mosaic_tpu", for groups
+        over the last axis. One that cannot be had is refused.
       caller: the function to name in error messages.
 
     Returns:
@@ -78,8 +80,9 @@ def standardize(
 
     Raises:
       ValueError: axes out of range or repeated; a scale or bias that is not of the feature shape;
-        epsilon below 0; a mask that does not broadcast; an unbound axis_name; `epsilon_on`
-        another word.
+        epsilon below 0; a mask that does not broadcast; an unbound axis_name; `epsilon_on` another
+        word; an `implementation` that is not for these arguments.
+      NotImplementedError: an `implementation` that is not for the platform, when lowered.
       TypeError: integer `x`.
 
     Example:
@@ -97,13 +100,14 @@ def standardize(
     reduction = reduction._replace(least=units.least(max(epsilon, floor)))
     dtype = ax.to_dtype(caller, dtype, x, x=x, scale=scale, bias=bias)
     ax.check_choice(caller, "epsilon_on", epsilon_on, EPSILON_ON)
-    return _standardize_and_report(
-        Plan(reduction, epsilon, floor, dtype, epsilon_on == "deviation", activation),
-        x,
-        ax.to_parameter(caller, "scale", scale, x, features),
-        ax.to_parameter(caller, "bias", bias, x, features),
-        ax.to_weights(caller, mask, x),
-    )
+    on_deviation = epsilon_on == "deviation"
+    plan = Plan(reduction, epsilon, floor, dtype, on_deviation, activation, implementation)
+    scale = ax.to_parameter(caller, "scale", scale, x, features)
+    bias = ax.to_parameter(caller, "bias", bias, x, features)
+    mask = ax.to_weights(caller, mask, x)
+    ax.check_choice(caller, "implementation", implementation, (None, "xla", *implementations.NAMED))
+    ax.check_available(caller, implementation, implementations.why_not(plan, x, scale, bias, mask))
+    return _standardize_and_report(plan, x, scale, bias, mask)
 
 
 # So that outside jit this is one program, not forty.
@@ -148,20 +152,12 @@ def _normalize(how, dtype, x, mean, var, scale, bias, mask):
 def _standardize(plan, x, scale, bias, mask):
     measured = me.measure(plan.reduction, x, mask)
     form = functools.partial(_from_measured, plan)
-    if rows.stay_on_chip(plan, x, mask):
-        on_chip = functools.partial(_on_chip, plan)
-        form = by_platform(form, cuda=on_chip, rocm=on_chip)
-    return form(x, scale, bias, mask, measured), measured
+    return implementations.forward(plan, form, x, scale, bias, mask, measured), measured
 
 
 def _from_measured(plan, x, scale, bias, mask, measured):
     _, xhat = standardized(plan, x, measured, mask, units.divide_exactly)
     return rescale(xhat, scale, bias, plan.activation).astype(plan.dtype)
-
-
-def _on_chip(plan, x, scale, bias, mask, measured):
-    del mask, measured  # measuring a row again costs less than to have it written down
-    return rows.forward(plan, x, scale, bias)
 
 
 @functools.partial(_standardize.defjvp, symbolic_zeros=True)

@@ -60,7 +60,7 @@ def form(request, monkeypatch):
     def chosen(default, **others):
         return by_platform(default, cpu=others.get(request.param, default))
 
-    for module in ("forms", "standardize", "gradient"):
+    for module in ("forms", "implementations"):
         monkeypatch.setattr(sys.modules[f"normax.{module}"], "by_platform", chosen)
     jax.clear_caches()
     yield request.param

@@ -24,7 +24,9 @@ ROOMS = [
     ["forms"],
     ["measure"],
     ["moments", "order", "rescale"],
-    ["rows", "gradient"],
+    ["rows"],
+    ["implementations"],
+    ["gradient"],
     ["standardize"],
     ["batch", "layer", "group", "weight", "regularize", "state", "length", "features"],
     [

@@ -44,6 +44,8 @@ BAD = [
     (lambda: normax.moments(jnp.ones(3, int), 0), TypeError, r"moments: expected x .* got int32"),
     (lambda: normax.weight_norm(jnp.ones(3, int)), TypeError, r"weight_norm: expected v .* got int"),
     (lambda: normax.layer_norm(X, jnp.ones(8, int)), TypeError, r"expected scale .* got int32"),
+    (lambda: normax.layer_norm(X, implementation="cuda"), ValueError, r"implementation to be one of \(None, 'xla', .* got 'cuda'"),
+    (lambda: normax.layer_norm(IMAGE, reduction_axes=1, implementation="mosaic_tpu"), ValueError, r"implementation='mosaic_tpu' can do, got groups over axes \(1,\)"),
     (lambda: normax.layer_norm(IMAGE, reduction_axes=-5), ValueError, r"layer_norm: expected reduction_axes within \[-3, 3\) for an array of rank 3, got -5"),
     (lambda: normax.layer_norm(IMAGE, reduction_axes=3), ValueError, r"reduction_axes within .* got 3"),
     (lambda: normax.layer_norm(IMAGE, reduction_axes=(-1, 2)), ValueError, r"without repeats .* got \(-1, 2\)"),
@@ -233,7 +235,7 @@ def test_every_message_of_the_room_is_in_the_table():
 def test_raises_only_where_checks_belong():
     folder = pathlib.Path(normax.axes.__file__).parent
     allowed = {"axes.py": 99, "checks.py": 99, "moments.py": 3, "regularize.py": 1, "trees.py": 2}
-    allowed |= {"order.py": 4, "features.py": 2}
+    allowed |= {"order.py": 4, "features.py": 2, "implementations.py": 1}
     for path in folder.glob("*.py"):
         if path.name not in ("train.py", "bind.py"):
             number = len(re.findall(r"^\s+raise ", path.read_text(), re.MULTILINE))

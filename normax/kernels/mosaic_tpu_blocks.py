@@ -224,9 +224,8 @@ def call(
 
 def counts_of(shape: tuple[Any, Any, int]) -> jax.Array:
     """Returns how many groups and rows there are as an operand for SMEM, symbols included."""
-    if all(map(is_static, shape)):
-        return jnp.asarray(np.asarray(shape[:2], np.int32))
-    return jnp.stack([jnp.asarray(size, jnp.int32) for size in shape[:2]])
+    # Computed, not a constant: `custom_partitioning` takes no function that has one.
+    return jnp.concatenate([jnp.full(1, size, jnp.int32) for size in shape[:2]])
 
 
 IN_SMEM = functools.partial(pl.BlockSpec, memory_space=pltpu.SMEM)

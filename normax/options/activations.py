@@ -11,6 +11,7 @@ from normax.options.fields import (
     FeatureAxes,
     GroupAxes,
     Groups,
+    Implemented,
     LayerAxes,
     Normalizer,
     Pooled,
@@ -51,14 +52,14 @@ class BatchNormOptions(RunningNormalizer, Pooled, Affine):
 
 
 @options
-class LayerNormOptions(Normalizer, Pooled, LayerAxes, Affine):
+class LayerNormOptions(Implemented, Normalizer, Pooled, LayerAxes, Affine):
     """What a `LayerNorm` is."""
 
     _function = staticmethod(layer_norm)
 
 
 @options
-class RMSNormOptions(Normalizer, Pooled, LayerAxes, Scaled):
+class RMSNormOptions(Implemented, Normalizer, Pooled, LayerAxes, Scaled):
     """What an `RMSNorm` is.
 
     Args:

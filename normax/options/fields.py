@@ -280,3 +280,15 @@ class PowerIteration(Wrapper):
     """
 
     n_steps: int = 1
+
+
+@options
+class Implemented:
+    """Which implementation it is.
+
+    Args:
+      implementation: None or "xla", or a kernel by name: "mosaic_gpu" or "mosaic_tpu". One that
+        cannot be had is refused.
+    """
+
+    implementation: str | None = None
