@@ -35,9 +35,15 @@ LIMITS = {
     ("h200", "batch_norm", "forward + backward"): 1.02,
     ("h200", "batch_norm + relu", "forward"): 1.02,
     ("h200", "batch_norm + relu", "forward + backward"): 1.02,
+    ("h200", "layer_norm by mosaic_gpu", "forward"): 1.1,
+    ("h200", "layer_norm by mosaic_gpu", "forward + backward"): 1.1,
+    ("v5e", "layer_norm by mosaic_tpu", "forward"): 1.1,
+    ("v5e", "layer_norm by mosaic_tpu", "forward + backward"): 1.1,
 }
-# What bytes may be over the committed ones, and over Flax's, whose parameters may be kept apart.
-COMMITTED, FLAX = 1.02, 1.001
+# Rows shorter than this have statistics of a weight beside them: there Flax's is the limit.
+SHORT = 256
+# What bytes may be over the committed ones, and over Flax's: sums in parts, numbers of each row.
+COMMITTED, FLAX = 1.02, 1.02
 
 # Set before JAX is imported: no accelerator is looked for, and no flags change what comes out.
 ENVIRONMENT = {
@@ -75,7 +81,7 @@ their logical sizes, over T, the bytes of the norm's input x.
   3 x 3. What the products would move by themselves is left out, and they are no kernels; what is
   fused into them can fall below the floor.
 - `(+ n)`: so much more if each loop and branch that may run does so once.
-- Caches are not seen, a slice counts as what it is cut from, padding to tiles as nothing. On TPU
+- Caches are not seen, and padding to tiles counts as nothing. On TPU
   only the memory outside of the chip counts, an asynchronous copy is no kernel, and x is made 256
   MiB, so that it does not fit on the chip. GPU products are not tuned for the shape.
 """
@@ -210,6 +216,8 @@ def worse(row: Row, committed: Row | None, exact: bool) -> list[list[str]]:
             found.append([*where, what, f"{counted:.6g}", f"{allowed:.6g}"])
 
     limit = LIMITS.get((row.target, row.norm, row.context))
+    if "layer_norm" in row.norm and int(row.shape.split()[-1]) < SHORT:
+        limit = None
     if limit is not None:
         hold("bytes over floor", row.ratio(mine), limit)
     if mine["bytes"] > FLAX * row.flax["bytes"]:

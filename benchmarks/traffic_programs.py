@@ -1,5 +1,6 @@
 """The programs whose traffic is counted: a norm of normax or of Flax, in a context."""
 
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterator
@@ -40,6 +41,9 @@ class Norm(NamedTuple):
       flax: Flax's module of the same, of a dtype.
       after: function of the output and of a second input of its shape.
       residual: whether there is a second input.
+      activated: whether normax's function does what comes after by itself. That is for GPUs: on
+        TPU, XLA fuses into the products what stands alone.
+      target: the only one it is counted for, if not all.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -48,6 +52,8 @@ class Norm(NamedTuple):
     flax: Callable[[Any], nn.Module]
     after: Callable[..., jax.Array] = lambda y, residual: y
     residual: bool = False
+    activated: bool = False
+    target: str = ""
 
 
 class Case(NamedTuple):
@@ -136,7 +142,10 @@ def target(name: str) -> Target:
 def cases(name: str) -> Iterator[Case]:
     """Yields all that is counted for a target."""
     for norm, about in NORMS.items():
-        for context in CONTEXTS:
+        if about.target not in ("", name):
+            continue
+        # A kernel that is asked for cannot be fused into a product, as XLA's form can.
+        for context in CONTEXTS[:2] if " by " in norm else CONTEXTS:
             for dtype in ("bfloat16", "float32"):
                 for shape in about.shapes:
                     case = Case(norm, context, dtype, shape)
@@ -157,16 +166,26 @@ def _alone(function):
     return lambda x, scale, bias, stats: (function(x, scale, bias), stats)
 
 
-def _batch(x, scale, bias, stats):
-    return normax.batch_norm(x, stats, scale, bias, use_running_average=False)
+def _batch(x, scale, bias, stats, activation=None):
+    return normax.batch_norm(
+        x, stats, scale, bias, use_running_average=False, activation=activation
+    )
 
 
 def _batch_of_flax(dtype):
     return nn.BatchNorm(use_running_average=False, dtype=dtype)
 
 
-def _group(x, scale, bias):
-    return normax.group_norm(x, scale, bias, num_groups=GROUPS)
+def _group(x, scale, bias, activation=None):
+    return normax.group_norm(x, scale, bias, num_groups=GROUPS, activation=activation)
+
+
+def _by_kernel(function, implementation):
+    return _alone(functools.partial(function, implementation=implementation))
+
+
+def _rms(x, scale, bias, implementation=None):
+    return normax.rms_norm(x, scale, implementation=implementation)
 
 
 def _group_of_flax(dtype):
@@ -178,21 +197,34 @@ _BATCH = Norm(IMAGES, (3, 8), _batch, _batch_of_flax)
 _GROUP = Norm(SLABS, (3, 8), _alone(_group), _group_of_flax)
 NORMS = {
     "layer_norm": _LAYER,
-    "rms_norm": _LAYER._replace(
-        normax=_alone(lambda x, scale, bias: normax.rms_norm(x, scale)),
-        flax=lambda dtype: nn.RMSNorm(dtype=dtype),
-    ),
+    "rms_norm": _LAYER._replace(normax=_alone(_rms), flax=lambda dtype: nn.RMSNorm(dtype=dtype)),
     "batch_norm": _BATCH,
-    "batch_norm + relu": _BATCH._replace(after=lambda y, residual: jax.nn.relu(y)),
+    "batch_norm + relu": _BATCH._replace(
+        normax=functools.partial(_batch, activation=jax.nn.relu),
+        after=lambda y, residual: jax.nn.relu(y),
+        activated=True,
+        target="h200",
+    ),
+    "batch_norm, then relu": _BATCH._replace(after=lambda y, residual: jax.nn.relu(y)),
     "batch_norm + add + relu": _BATCH._replace(
         floors=(4, 10), after=lambda y, residual: jax.nn.relu(y + residual), residual=True
     ),
     "group_norm": _GROUP,
-    "group_norm + silu": _GROUP._replace(after=lambda y, residual: jax.nn.silu(y)),
+    "group_norm + silu": _GROUP._replace(
+        normax=_alone(functools.partial(_group, activation=jax.nn.silu)),
+        after=lambda y, residual: jax.nn.silu(y),
+        activated=True,
+    ),
     "instance_norm": _GROUP._replace(
         normax=_alone(normax.instance_norm), flax=lambda dtype: nn.InstanceNorm(dtype=dtype)
     ),
 }
+
+for name, kernel in (("h200", "mosaic_gpu"), ("v5e", "mosaic_tpu")):
+    for norm, function in (("layer_norm", normax.layer_norm), ("rms_norm", _rms)):
+        NORMS[f"{norm} by {kernel}"] = NORMS[norm]._replace(
+            normax=_by_kernel(function, kernel), target=name
+        )
 
 QUICK = {
     "h200": {
@@ -200,14 +232,17 @@ QUICK = {
         "rms_norm": CONTEXTS,
         "batch_norm": (FORWARD, BOTH),
         "batch_norm + relu": CONTEXTS,
+        "batch_norm, then relu": (BOTH,),
         "batch_norm + add + relu": (BOTH,),
         "group_norm + silu": CONTEXTS,
         "instance_norm": (BOTH,),
+        "layer_norm by mosaic_gpu": (FORWARD, BOTH),
     },
     "v5e": {
         "layer_norm": CONTEXTS,
         "rms_norm": (FORWARD, BOTH),
-        "batch_norm + relu": CONTEXTS,
+        "batch_norm, then relu": CONTEXTS,
+        "layer_norm by mosaic_tpu": (FORWARD, BOTH),
     },
 }
 
@@ -259,8 +294,14 @@ def _layer(case, library):
         x, scale, bias = given["x"], given["scale"], given["bias"]
         if library == "normax":
             y, stats = norm.normax(x, scale, bias, stats)
+            if norm.activated:
+                return y, stats
         else:
-            params = {"scale": scale} if case.norm == "rms_norm" else {"scale": scale, "bias": bias}
+            params = (
+                {"scale": scale}
+                if case.norm.startswith("rms_norm")
+                else {"scale": scale, "bias": bias}
+            )
             variables = {"params": params, "batch_stats": stats}
             y, stats = module.apply(variables, x, mutable=["batch_stats"])
         return norm.after(y, given.get("residual")), stats

@@ -29,10 +29,11 @@ def tangent(plan, x, scale, bias, measured, dx, dscale, dbias):
     """Returns the tangent of `y`; None is zero."""
     one = next((v for v in (scale, bias) if v is not None), None)
     shape = None if one is None else one.shape
+    dtypes = tuple(v if v is None else v.dtype for v in (scale, bias))
     known = x, scale, None if plan.activation is None else bias, measured
     return linear(
         functools.partial(_forward, plan),
-        functools.partial(_backward, plan, shape),
+        functools.partial(_backward, plan, shape, dtypes),
         known,
         (dx, dscale, dbias),
     )
@@ -60,13 +61,18 @@ def _forward(plan, known, dx, dscale, dbias):
     return t.astype(plan.dtype)
 
 
-def _backward(plan, shape, known, dy):
+def _backward(plan, shape, dtypes, known, dy):
     whole = functools.partial(_whole, plan, shape, sums.total)
     if rows.stay_on_chip(plan, known[0], None):
         on_gpu = functools.partial(_rows, plan, shape)
     else:
         on_gpu = functools.partial(_columns, plan, shape)
-    return implementations.backward(plan, shape, whole, on_gpu, known, dy)
+    dx, *of_parameters = implementations.backward(plan, shape, whole, on_gpu, known, dy)
+    rounded = (
+        None if dtype is None else v.astype(dtype)
+        for v, dtype in zip(of_parameters, dtypes, strict=True)
+    )
+    return dx, *rounded
 
 
 def _columns(plan, shape, known, dy):

@@ -13,7 +13,7 @@ from jax import lax
 
 from normax import measure as me
 from normax.entries import settled
-from normax.rescale import rescale
+from normax.rescale import alike, rescale
 
 # A deviation beside its entry that is nothing but what rounding left.
 NOTHING = 2.0**-44
@@ -42,7 +42,7 @@ def gradient(plan, x, scale, dy):
     d, rstd = _deviations(plan, entries)
     xhat, n = d * rstd, d.shape[-1]
     t = dy.astype(d.dtype)
-    t = (t if scale is None else t * scale).reshape(d.shape)
+    t = (t if scale is None else jnp.multiply(*alike(t, scale))).reshape(d.shape)
     if plan.reduction.centered:
         t = t - jnp.sum(t, -1, keepdims=True) / n
     dx = (t - xhat * (jnp.sum(xhat * t, -1, keepdims=True) / n)) * rstd

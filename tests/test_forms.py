@@ -117,3 +117,11 @@ def test_mapped_where_one_alone_loses_digits():
     twice = jax.jit(jax.vmap(jax.vmap(norm)))(x)
     exact = reference.forward(Case("", None, x.shape, (2,)), x)
     assert test_accuracy.units(twice, exact, "float32") <= 4
+
+
+def test_parameters_of_another_dtype():
+    x = jax.random.normal(jax.random.key(0), (3, 16), jnp.bfloat16)
+    for scale, bias in (("bfloat16", "float32"), ("float16", "bfloat16")):
+        args = x, jnp.ones(16, scale), jnp.zeros(16, bias)
+        y, backward = jax.vjp(normax.layer_norm, *args)
+        assert [d.dtype for d in backward(y)] == [a.dtype for a in args]

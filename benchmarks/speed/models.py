@@ -136,15 +136,25 @@ class ResNet(nn.Module):
 def norm_modules() -> dict[str, Any]:
     """Returns what has LayerNorm, RMSNorm and BatchNorm, by contestant."""
     found: dict[str, Any] = {"normax": normax.linen, "flax linen": nn, "no norms": NOTHING}
-    if "implementation" in inspect.signature(normax.linen.LayerNorm).parameters:
-        for name in ("xla", *KERNELS.get(jax.default_backend(), [])):
-            found[f"normax {name}"] = types.SimpleNamespace(
-                **{
-                    kind: functools.partial(getattr(normax.linen, kind), implementation=name)
-                    for kind in ("LayerNorm", "RMSNorm", "BatchNorm")
-                }
-            )
+    for name in ("xla", *KERNELS.get(jax.default_backend(), [])):
+        options = {"implementation": name}
+        kinds = {
+            kind: getattr(normax.linen, kind) for kind in ("LayerNorm", "RMSNorm", "BatchNorm")
+        }
+        found[f"normax {name}"] = types.SimpleNamespace(
+            **{
+                kind: functools.partial(module, **options)
+                if takes_implementation(module)
+                else module
+                for kind, module in kinds.items()
+            }
+        )
     return found
+
+
+def takes_implementation(module: Any) -> bool:
+    """Returns whether an implementation can be asked for."""
+    return "implementation" in inspect.signature(module).parameters
 
 
 def make(kind: str, norms: Any, size: Size, dtype: str) -> tuple[nn.Module, jax.Array]:
