@@ -8,6 +8,7 @@ there is one read, if that is enough.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +27,14 @@ def measure_here(reduction, x, mask, n):
         anywhere, where_asked = _in_a_unit, _in_a_unit_where_needed
     else:
         anywhere = where_asked = _in_no_unit
-    forms = {"default": anywhere, "cpu": where_asked, "tpu": where_asked}
+    forms: dict[str, Any] = {"cpu": where_asked, "tpu": where_asked}
     if _one_read_is_enough(reduction, x, mask):
         forms |= {"cuda": _about_samples, "rocm": _about_samples, "tpu": _about_zero}
-    form = by_platform(**{name: functools.partial(f, reduction) for name, f in forms.items()})
-    return _equal_in_no_unit(*form(x, mask, n))
+    chosen = by_platform(
+        functools.partial(anywhere, reduction),
+        **{name: functools.partial(form, reduction) for name, form in forms.items()},
+    )
+    return _equal_in_no_unit(*chosen(x, mask, n))
 
 
 def _equal_in_no_unit(unit, mean, rest, var):

@@ -7,6 +7,7 @@ next to nothing and is near the mean where that matters, or zero, whose result i
 
 import functools
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -101,7 +102,7 @@ def about_samples(x, axes, n, least, centered):
     return unit, mean, rest, jnp.maximum(var, 0)
 
 
-def about_zero(x, axes, n, centered):
+def about_zero(x, axes, n, centered) -> tuple[Any, Any, Any, Any]:
     """Returns mean, rest and var of `x`, and where digits of the variance were lost."""
     squares = total(x * x, axes) / n
     if not centered:
