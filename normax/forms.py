@@ -27,14 +27,12 @@ def measure_here(reduction, x, mask, n):
         anywhere, where_asked = _in_a_unit, _in_a_unit_where_needed
     else:
         anywhere = where_asked = _in_no_unit
-    forms: dict[str, Any] = {"cpu": where_asked, "tpu": where_asked}
+    forms = {"cpu": where_asked, "tpu": where_asked}
     if _one_read_is_enough(reduction, x, mask):
         forms |= {"cuda": _about_samples, "rocm": _about_samples, "tpu": _about_zero}
-    chosen = by_platform(
-        functools.partial(anywhere, reduction),
-        **{name: functools.partial(form, reduction) for name, form in forms.items()},
-    )
-    return _equal_in_no_unit(*chosen(x, mask, n))
+    partials: dict[str, Any] = {k: functools.partial(f, reduction) for k, f in forms.items()}
+    form = by_platform(functools.partial(anywhere, reduction), **partials)
+    return _equal_in_no_unit(*form(x, mask, n))
 
 
 def _equal_in_no_unit(unit, mean, rest, var):
