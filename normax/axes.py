@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normax.checks import axis_size as axis_size
+from normax.checks import check_activation as check_activation
 from normax.checks import check_all_or_none as check_all_or_none
 from normax.checks import check_available as check_available
 from normax.checks import check_axis_index_groups as check_axis_index_groups

@@ -60,7 +60,7 @@ def batch_norm(
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
       epsilon_on: "variance", inside the root, or "deviation", outside of it.
       activation: function applied to the output, entry by entry, before it is rounded; what goes
-        into it is not kept for the backward pass.
+        into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
 
     Returns:
       The output, of the shape of `x`, and the new `RunningStats`, of the dtypes of `stats`. No

@@ -289,3 +289,26 @@ def check_available(name: str, implementation: str | None, reason: str | None) -
             f"{name}: expected what implementation={implementation!r} can do, got {reason}; "
             'implementation="xla" does all'
         )
+
+
+def check_activation(name: str, activation: Any, x: jax.Array) -> None:
+    """Refuses what is no function of entries alone: it is traced once, and kept."""
+    if activation is None:
+        return
+    held = [cell.cell_contents for cell in getattr(activation, "__closure__", None) or ()]
+    held += [
+        getattr(activation, "args", ()),
+        vars(activation) if hasattr(activation, "__dict__") else (),
+    ]
+    arrays = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(held))
+    if not callable(activation) or arrays:
+        raise TypeError(
+            f"{name}: expected activation to be a function that holds no arrays, such as "
+            f"jax.nn.relu, got {activation!r}; apply another one to the output"
+        )
+    out = jax.eval_shape(activation, jax.ShapeDtypeStruct(x.shape, jnp.float32))
+    if getattr(out, "shape", None) != x.shape:
+        raise ValueError(
+            f"{name}: expected activation to act entry by entry, got {activation!r}, which makes "
+            f"{out} of an array of shape {x.shape}"
+        )

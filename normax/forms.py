@@ -36,10 +36,10 @@ def measure_here(reduction, x, mask, n):
 
 
 def _equal_in_no_unit(unit, mean, rest, var):
-    """Returns the same, with one as the unit of equal entries: epsilon would vanish in another."""
+    """Returns the same, with one as the unit of equal entries: epsilon would vanish in a larger."""
     if unit is None or mean is None:
         return unit, mean, rest, var
-    own = jnp.where(var == 0, unit, 1)
+    own = jnp.where((var == 0) & (unit > 1), unit, 1)
     return unit / own, times(mean, own), times(rest, own), var
 
 

@@ -106,22 +106,22 @@ def _whole(plan, shape, total, known, dy, summed=None):
     x, scale, _, measured = known
     rstd = reciprocal_per_unit(plan, measured)
     d, dy = _factors(plan, known, dy)
-    d = d if measured.rest is None else d - measured.rest
+    xhat = (d if measured.rest is None else d - measured.rest) * rstd
     axes = plan.reduction.axes
     shared = () if shape is None else tuple(i for i, size in enumerate(shape) if size == 1)
     common = tuple(axis for axis in axes if shape is None or axis in shared)
     if summed is None:
-        ones, along = total(dy, common), total(dy * d, common)
+        ones, along = total(dy, common), total(dy * xhat, common)
     else:
         about_mean, alone = _factors(plan, *summed)
         # As one sum: to two, XLA would have written down what both are made of.
-        both = total(lax.complex(alone, alone * about_mean), common)
+        both = total(lax.complex(alone, alone * (about_mean * rstd)), common)
         ones, along = both.real, both.imag
-        along = along if measured.rest is None else along - measured.rest * ones
+        along = along if measured.rest is None else along - measured.rest * rstd * ones
     dscale = dbias = None
     if shape is not None:
         others = tuple(axis for axis in shared if axis not in axes)
-        dscale, dbias = total(along * rstd, others), total(ones, others)
+        dscale, dbias = total(along, others), total(ones, others)
     if scale is not None:
         dy, ones, along = (jnp.multiply(*alike(v, scale)) for v in (dy, ones, along))
     n = math.prod(x.shape[axis] for axis in axes)
@@ -129,7 +129,7 @@ def _whole(plan, shape, total, known, dy, summed=None):
         total(v, tuple(axis for axis in axes if axis not in common)) / n for v in (ones, along)
     )
     t = dy - ones if plan.reduction.centered else dy
-    dx = (t - d * (along * rstd * rstd)) * units.divide(rstd, measured.unit)
+    dx = (t - xhat * along) * units.divide(rstd, measured.unit)
     return dx.astype(x.dtype), dscale, dbias
 
 

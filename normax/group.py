@@ -52,7 +52,7 @@ def group_norm(
       axis_index_groups: groups of device indices that pool among themselves.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
       activation: function applied to the output, entry by entry, before it is rounded; what goes
-        into it is not kept for the backward pass.
+        into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
 
     Returns:
       An array of the shape of `x`.

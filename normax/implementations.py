@@ -45,8 +45,8 @@ def why_not(plan, x, scale, bias, mask):
         return "a mask or an axis_name"
     if plan.activation is not None:
         return "an activation"
-    if plan.floor or plan.on_deviation:
-        return "a floor, or epsilon on the deviation"
+    if plan.floor or plan.on_deviation or plan.epsilon > 1:
+        return "a floor, epsilon on the deviation, or above 1"
     if jnp.iscomplexobj(x):
         return "complex entries"
     return _module(plan).supports(x, dtype=plan.dtype)
@@ -78,7 +78,7 @@ def _named(plan, form, kernel):
     refusal = functools.partial(_refuse, plan.implementation)
     platform = NAMED[plan.implementation].platform
     others = {name: refusal for name in PLATFORMS if name != platform}
-    return by_platform(form, **others, **{platform: kernel})
+    return by_platform(form, sharded=True, **others, **{platform: kernel})
 
 
 def _refuse(implementation, *operands):

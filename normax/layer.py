@@ -44,7 +44,7 @@ def layer_norm(
       axis_index_groups: groups of device indices that pool among themselves.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
       activation: function applied to the output, entry by entry, before it is rounded; what goes
-        into it is not kept for the backward pass.
+        into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
       implementation: None or "xla", or a kernel by name: "mosaic_gpu" or "mosaic_tpu". One that
         cannot be had is refused, here or when the program is lowered.
 
@@ -122,7 +122,7 @@ def rms_norm(
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
       scale_offset: o, added to a scale that is given; 1 for weights that were stored less one.
       activation: function applied to the output, entry by entry, before it is rounded; what goes
-        into it is not kept for the backward pass.
+        into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
       implementation: None or "xla", or a kernel by name: "mosaic_gpu" or "mosaic_tpu". One that
         cannot be had is refused, here or when the program is lowered.
 
@@ -199,7 +199,7 @@ def instance_norm(
       axis_index_groups: groups of device indices that pool among themselves.
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
       activation: function applied to the output, entry by entry, before it is rounded; what goes
-        into it is not kept for the backward pass.
+        into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
 
     Returns:
       An array of the shape of `x`. Where no axis is left to reduce each entry is alone, equals

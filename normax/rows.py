@@ -15,9 +15,6 @@ from normax import measure as me
 from normax.entries import settled
 from normax.rescale import alike, rescale
 
-# A deviation beside its entry that is nothing but what rounding left.
-NOTHING = 2.0**-44
-
 
 def stay_on_chip(plan, x, mask):
     """Returns whether the groups are rows, alone on their device, that this form is right for."""
@@ -25,8 +22,9 @@ def stay_on_chip(plan, x, mask):
     trailing = axes == tuple(range(x.ndim - len(axes), x.ndim)) and len(axes) > 0
     plain = mask is None and plan.reduction.axis_name is None and not jnp.iscomplexobj(x)
     one_epsilon = plan.floor == 0 and not plan.on_deviation
-    # Smaller entries than can be squared are nothing beside such an epsilon.
-    return trailing and plain and one_epsilon and x.size > 0 and plan.epsilon >= 1e-24
+    # Smaller entries than can be squared are nothing beside it, and it beside those in a unit.
+    usual = 1e-24 <= plan.epsilon <= 1.0
+    return trailing and plain and one_epsilon and usual and x.size > 0
 
 
 def forward(plan, x, scale, bias):
@@ -69,7 +67,8 @@ def _deviations(plan, x):
         for _ in range(2):
             d = d - settled(jnp.sum(d, -1, keepdims=True) / d.shape[-1])
         # What is left of equal entries is rounding, twice; no other deviation is so small.
-        d = jnp.where(jnp.abs(d) < jnp.abs(entries) * NOTHING, 0, d)
+        nothing = 4 * jnp.finfo(d.dtype).eps ** 2
+        d = jnp.where(jnp.abs(d) < jnp.abs(entries) * nothing, 0, d)
     var = jnp.sum(d * d, -1, keepdims=True) / d.shape[-1]
     # A unit above one is so large that epsilon is nothing beside the variance in it, unless that is
     # zero: so epsilon can be added as it is.

@@ -69,7 +69,7 @@ def standardize(
       epsilon_on: "variance", inside the root, or "deviation", outside: then a constant group has
         the derivative of a division by epsilon.
       activation: function applied to the output, entry by entry, before it is rounded; what goes
-        into it is not kept for the backward pass.
+        into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
       implementation: None or "xla", or a kernel by name: "mosaic_gpu" or "mosaic_tpu", for groups
         over the last axis. One that cannot be had is refused.
       caller: the function to name in error messages.
@@ -100,6 +100,7 @@ def standardize(
     reduction = reduction._replace(least=units.least(max(epsilon, floor)))
     dtype = ax.to_dtype(caller, dtype, x, x=x, scale=scale, bias=bias)
     ax.check_choice(caller, "epsilon_on", epsilon_on, EPSILON_ON)
+    ax.check_activation(caller, activation, x)
     on_deviation = epsilon_on == "deviation"
     plan = Plan(reduction, epsilon, floor, dtype, on_deviation, activation, implementation)
     scale = ax.to_parameter(caller, "scale", scale, x, features)
@@ -132,6 +133,7 @@ def normalize(
 ):
     """Standardizes `x` by the statistics it is given, then rescales it; all broadcast to x."""
     ax.check_choice("normalize", "epsilon_on", epsilon_on, EPSILON_ON)
+    ax.check_activation("normalize", activation, x)
     dtype = x.dtype if dtype is None else dtype
     how = epsilon, epsilon_on == "deviation", activation
     return _normalize(how, dtype, x, mean, var, scale, bias, mask)

@@ -16,7 +16,7 @@ from normax import axes as ax
 from normax import units
 
 SAMPLES = 5
-FEW = 4
+FEW, MANY = 4, 64
 # A sum of squares may hold this many times the variance before digits of it are missed.
 LOST = 4.0
 
@@ -43,20 +43,22 @@ def total_in_one_read(x, axes):
             x = _total_of_parts(x, run)
         else:
             x = jnp.sum(x, run, keepdims=True)
-        x, length = x / max(size, 1), length * size
-    return x * length
+        x, length = _over(x, max(size, 1)), length * size
+    return _times(x, length)
 
 
 def _total_of_parts(x, run):
     """Returns the sum over neighbouring axes, the first of them in parts."""
     axis = run[0]
     size = x.shape[axis]
-    parts = next((parts for parts in range(FEW, size) if size % parts == 0), 1)
+    parts = 1
+    if isinstance(size, int):  # not a symbol of a program to export
+        parts = next((parts for parts in range(FEW, MANY) if size % parts == 0), 1)
     x = x.reshape(*x.shape[:axis], parts, size // parts, *x.shape[axis + 1 :])
     within = [other + 1 for other in run]
     size = math.prod(x.shape[other] for other in within)
-    x = jnp.sum(x, within, keepdims=True) / max(size, 1)
-    return jnp.squeeze(jnp.sum(x, axis, keepdims=True), axis) * size
+    x = _over(jnp.sum(x, within, keepdims=True), max(size, 1))
+    return _times(jnp.squeeze(jnp.sum(x, axis, keepdims=True), axis), size)
 
 
 def _runs(axes):
@@ -74,9 +76,22 @@ def _one_after_the_other(x, runs):
     length = 1
     for run in runs[:-1]:
         size = math.prod(x.shape[axis] for axis in run)
-        x, length = jnp.sum(x, run, keepdims=True) / max(size, 1), length * size
+        x, length = _over(jnp.sum(x, run, keepdims=True), max(size, 1)), length * size
     result = jnp.sum(x, runs[-1] if runs else (), keepdims=True)
-    return result * length if len(runs) > 1 else result
+    return _times(result, length) if len(runs) > 1 else result
+
+
+def _parts_of(function, x):
+    """Returns a function of the two parts of complex numbers, as two sums may be one."""
+    return lax.complex(function(x.real), function(x.imag)) if jnp.iscomplexobj(x) else function(x)
+
+
+def _over(x, size):
+    return _parts_of(lambda part: part / size, x)
+
+
+def _times(x, size):
+    return _parts_of(lambda part: part * size, x)
 
 
 def about_samples(x, axes, n, least, centered):
@@ -115,7 +130,8 @@ def about_zero(x, axes, n, centered) -> tuple[Any, Any, Any, Any]:
 def _sample(x, axes, index):
     """Returns an entry of each group: along each axis another one."""
     for order, axis in enumerate(axes):
-        place = (x.shape[axis] - 1) * ((index * (order + 1)) % SAMPLES) // (SAMPLES - 1)
+        # In thousandths: nothing that is periodic, or padded at its ends, has such places.
+        place = x.shape[axis] * ((index + 1) * (order + 1) * 618 % 1000) // 1000
         x = lax.slice_in_dim(x, place, place + 1, axis=axis)
     return x
 

@@ -1,6 +1,7 @@
 """Bad input is refused when traced: which argument, what it was, what was expected."""
 
 import ast
+import functools
 import pathlib
 import re
 
@@ -44,6 +45,9 @@ BAD = [
     (lambda: normax.moments(jnp.ones(3, int), 0), TypeError, r"moments: expected x .* got int32"),
     (lambda: normax.weight_norm(jnp.ones(3, int)), TypeError, r"weight_norm: expected v .* got int"),
     (lambda: normax.layer_norm(X, jnp.ones(8, int)), TypeError, r"expected scale .* got int32"),
+    (lambda: normax.layer_norm(X, activation="relu"), TypeError, r"layer_norm: expected activation to be a function .* got 'relu'"),
+    (lambda: normax.layer_norm(X, activation=functools.partial(jnp.multiply, X)), TypeError, r"holds no arrays"),
+    (lambda: normax.layer_norm(X, activation=jax.nn.glu), ValueError, r"entry by entry, got .*glu"),
     (lambda: normax.layer_norm(X, implementation="cuda"), ValueError, r"implementation to be one of \(None, 'xla', .* got 'cuda'"),
     (lambda: normax.layer_norm(IMAGE, reduction_axes=1, implementation="mosaic_tpu"), ValueError, r"implementation='mosaic_tpu' can do, got groups over axes \(1,\)"),
     (lambda: normax.layer_norm(IMAGE, reduction_axes=-5), ValueError, r"layer_norm: expected reduction_axes within \[-3, 3\) for an array of rank 3, got -5"),

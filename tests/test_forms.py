@@ -125,3 +125,51 @@ def test_parameters_of_another_dtype():
         args = x, jnp.ones(16, scale), jnp.zeros(16, bias)
         y, backward = jax.vjp(normax.layer_norm, *args)
         assert [d.dtype for d in backward(y)] == [a.dtype for a in args]
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-5, 1e30])
+@pytest.mark.parametrize("reduced", [(0,), (1,)], ids=["batch", "layer"])
+@pytest.mark.parametrize(("size", "along"), [(1e-10, 1e-25), (1e18, 1e16), (1e10, 1e25), (1, 1)])
+def test_cotangents_of_any_size(size, along, reduced, epsilon):
+    x = size * jax.random.normal(jax.random.key(0), (64, 48))
+    ct = along * jax.random.normal(jax.random.key(1), x.shape)
+    case = Case("", None, x.shape, reduced, epsilon=epsilon)
+    options = {"reduction_axes": reduced, "epsilon": epsilon}
+    f = lambda x, scale: normax.standardize(x, scale, **options)[0]
+    y, backward = jax.vjp(f, x, jnp.ones(48))
+    dx, dscale = backward(ct)
+    xhat = reference.forward(case, x)
+    assert test_accuracy.units(y, xhat, "float32") <= 4
+    exact = reference.backward(case, x, ct)
+    if 1e-30 < np.abs(exact).max() < 1e37:
+        assert test_accuracy.units(dx, exact, "float32") <= 8
+    weighted = (np.asarray(ct, np.longdouble) * xhat).sum(0)
+    if np.abs(weighted).max() > 1e-30:
+        assert test_accuracy.units(dscale, weighted, "float32") <= 64
+
+
+def test_sizes_that_are_symbols():
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, h, w, 4"), jnp.float32)
+    for norm in (normax.instance_norm, lambda x: normax.group_norm(x, num_groups=2)):
+        step = jax.jit(jax.grad(lambda x, norm=norm: jnp.sum(norm(x) ** 3)))
+        there = jax.export.export(step, platforms=("cpu", "cuda", "tpu"))(x)
+        here = jax.random.normal(jax.random.key(0), (2, 5, 8, 4))
+        np.testing.assert_allclose(there.call(here), step(here), rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_samples_do_not_show():
+    x = jnp.abs(jax.random.normal(jax.random.key(0), (401, 4))) * 1e20
+    for step, value in ((100, 0.0), (80, 0.0), (50, 1e30)):
+        rows = x.at[::step].set(value)
+        case = Case("", None, x.shape, (0,), epsilon=1e-5)
+        y = test_accuracy.batch_norm(rows)[0]
+        assert test_accuracy.units(y, reference.forward(case, rows), "float32") <= 32
+
+
+@pytest.mark.usefixtures("x64")
+def test_float64_has_digits_of_its_own():
+    steps = np.random.default_rng(0).integers(-3, 4, (2, 64))
+    x = jnp.asarray((1 + steps * 2.0**-50) * 2.0**60)
+    case = Case("", None, x.shape, (1,), epsilon=1e-6)
+    y = np.asarray(normax.layer_norm(x))
+    np.testing.assert_allclose(y, reference.forward(case, x).astype(float), atol=1e-9)

@@ -90,7 +90,7 @@ def backward_on_cpu(residuals, dy):
     return backward_sharded(*residuals, dy)
 
 
-backward_by_platform = by_platform(backward, cpu=backward_on_cpu)
+backward_by_platform = by_platform(backward, sharded=True, cpu=backward_on_cpu)
 
 
 def moves_of(tangents):
@@ -99,7 +99,7 @@ def moves_of(tangents):
 
 @jax.custom_jvp
 def wave(x, scale):
-    return by_platform(plain, tpu=plain)(x, scale)
+    return by_platform(plain, sharded=True, tpu=plain)(x, scale)
 
 
 @functools.partial(wave.defjvp, symbolic_zeros=True)
@@ -109,7 +109,7 @@ def _wave_jvp(primals, tangents):
 
 @jax.custom_jvp
 def kernel_wave(x, scale):
-    return by_platform(plain, cpu=forward_sharded)(x, scale)
+    return by_platform(plain, sharded=True, cpu=forward_sharded)(x, scale)
 
 
 @functools.partial(kernel_wave.defjvp, symbolic_zeros=True)

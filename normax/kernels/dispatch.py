@@ -19,14 +19,17 @@ DEFAULT = "default"
 
 
 def by_platform(
-    default: Callable[..., Any], *, tell_used: bool = False, **others: Callable[..., Any]
+    default: Callable[..., Any],
+    *,
+    tell_used: bool = False,
+    sharded: bool = False,
+    **others: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Returns a function that is `default`, or another one on the platforms that are named.
 
     It can be traced, batched, exported and differentiated. Its derivatives are those of `default`
     on every platform: for a kernel's own derivative, call this inside the rules of a `custom_jvp`.
-    Outputs that nobody uses are dropped from a program. A program with it is lowered for devices
-    that are known: not for an `AbstractMesh` alone, and for one mesh.
+    Outputs that nobody uses are dropped from a program.
 
     Args:
       default: function of arrays, in pytrees, that any platform can run. It and the others must
@@ -35,6 +38,8 @@ def by_platform(
       tell_used: where some outputs are not used, call the other functions with a keyword `used`,
         a bool for each array of the output, so that a kernel need not write them all. They may
         return None for the rest.
+      sharded: whether one of the functions calls a kernel that is `sharded`. The program is then
+        lowered for devices that are known: not for an `AbstractMesh` alone, and for one mesh.
       **others: functions by platform: "cpu", "cuda", "rocm" or "tpu". Each returns what `default`
         returns: the same tree, shapes and dtypes.
 
@@ -61,10 +66,8 @@ def by_platform(
             for name, function in functions.items()
         )
         used = (True,) * len(outputs)
-        # A branch that is not traced here may hold a kernel that is sharded.
-        results = _primitive(names).bind(
-            *leaves, branches=branches, used=used, devices=pr.devices()
-        )
+        devices = pr.devices() if sharded else None
+        results = _primitive(names).bind(*leaves, branches=branches, used=used, devices=devices)
         return out_tree.unflatten(results)
 
     return chosen
