@@ -216,7 +216,7 @@ def worse(row: Row, committed: Row | None, exact: bool) -> list[list[str]]:
             found.append([*where, what, f"{counted:.6g}", f"{allowed:.6g}"])
 
     limit = LIMITS.get((row.target, row.norm, row.context))
-    if "layer_norm" in row.norm and int(row.shape.split()[-1]) < SHORT:
+    if row.context != "forward" and int(row.shape.split()[-1]) < SHORT and "layer" in row.norm:
         limit = None
     if limit is not None:
         hold("bytes over floor", row.ratio(mine), limit)

@@ -236,7 +236,7 @@ def test_what_is_as_it_was_passes(capsys):
         ({"maybe_kernels": 1}, "maybe_kernels, committed"),
         ({"bytes": 204.5}, "bytes/T, committed"),
         ({"bytes": 204.5}, "bytes over floor"),
-        ({"bytes": 301}, "bytes/T, Flax's"),
+        ({"bytes": 307}, "bytes/T, Flax's"),
         ({"maybe_bytes": 1}, "maybe_bytes/T, committed"),
     ],
 )
