@@ -69,7 +69,7 @@ MUTATIONS = [
     Mutation("mask ignored in the backward pass of moments", "measure.py", "jnp.zeros_like(d) if t is None else present(t, mask)", "jnp.zeros_like(d) if t is None else t", "test_derivatives.py -k moments"),
     Mutation("rounding passes for a rest", "forms.py", "jnp.where(jnp.abs(lacking) <= size, 0, lacking)", "lacking", "test_accuracy.py -k constant_rows"),
     Mutation("the rest forgotten", "forms.py", "return unit, mean, rest, total(", "return unit, mean, mean if mean is None else 0 * mean, total(", ACCURACY),
-    Mutation("one sum over separate axes", "sums.py", "x, length = jnp.sum(x, run, keepdims=True) / max(size, 1), length * size", "x, length = jnp.sum(x, run, keepdims=True), length * size", "test_moments.py -k numpy"),
+    Mutation("one sum over separate axes", "sums.py", "x, length = _over(jnp.sum(x, run, keepdims=True), max(size, 1)), length * size", "x, length = jnp.sum(x, run, keepdims=True), length * size", "test_moments.py -k numpy"),
     # Units.
     Mutation("squares may overflow", "forms.py", "needed = (tiny & (unit < 2.0**-10)) | wild", "needed = tiny & (unit < 2.0**-10)", RANGE),
     Mutation("squares may vanish", "forms.py", "needed = (tiny & (unit < 2.0**-10)) | wild", "needed = wild", RANGE),
