@@ -166,6 +166,16 @@ def test_what_the_samples_do_not_show():
         assert test_accuracy.units(y, reference.forward(case, rows), "float32") <= 32
 
 
+@pytest.mark.parametrize("odd", [0, 4])
+def test_a_sample_that_is_like_nothing_else(odd):
+    x = jax.random.normal(jax.random.key(0), (20000, 2))
+    rows = sums._sample(jnp.arange(len(x))[:, None], (0,), odd)
+    rows = x.at[rows[0, 0]].set(1e6)
+    case = Case("", None, x.shape, (0,), epsilon=1e-5)
+    y = test_accuracy.batch_norm(rows)[0]
+    assert test_accuracy.units(y, reference.forward(case, rows), "float32") <= 8
+
+
 @pytest.mark.usefixtures("x64")
 def test_float64_has_digits_of_its_own():
     steps = np.random.default_rng(0).integers(-3, 4, (2, 64))
