@@ -28,7 +28,7 @@ def measure_here(reduction, x, mask, n):
     else:
         anywhere = where_asked = _in_no_unit
     forms = {"cpu": where_asked, "tpu": where_asked}
-    if _one_read_is_enough(reduction, x, mask):
+    if one_read_is_enough(reduction, x, mask):
         forms |= {"cuda": _about_samples, "rocm": _about_samples, "tpu": _about_zero}
     partials: dict[str, Any] = {k: functools.partial(f, reduction) for k, f in forms.items()}
     form = by_platform(functools.partial(anywhere, reduction), **partials)
@@ -43,7 +43,7 @@ def _equal_in_no_unit(unit, mean, rest, var):
     return unit / own, times(mean, own), times(rest, own), var
 
 
-def _one_read_is_enough(reduction, x, mask):
+def one_read_is_enough(reduction, x, mask):
     """Returns whether deviations from something near the mean, in one unit, tell all."""
     small_do_not_matter = reduction.least > 2.0**-90 or not units.needed(x.dtype)
     plain = mask is None and not jnp.iscomplexobj(x)

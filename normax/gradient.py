@@ -15,7 +15,7 @@ from jax import lax
 from normax import implementations, rows, sums, units
 from normax import measure as me
 from normax.kernels.linear import linear
-from normax.rescale import alike, reciprocal_per_unit, rescale, standardized
+from normax.rescale import alike, reciprocal_per_unit, rescale, rescaled, standardized
 
 
 def by_hand(plan, x, scale, bias, mask):
@@ -86,16 +86,45 @@ def _columns(plan, shape, known, dy):
 
 def _rows(plan, shape, known, dy):
     """Returns the cotangents of x, scale and bias: rows on chip for x, then the columns."""
-    # Behind barriers, or XLA would find the same sums in two of the three kernels, write what they
-    # have in common down in float32, and keep no row on chip.
-    known, dy = lax.optimization_barrier((known, dy))
+    known, dy = _apart(plan, known, dy)
     x, scale, *_ = known
     before = dy if plan.activation is None else _factors(plan, known, dy)[1]
     dx = rows.gradient(plan, x, scale, before)
     if shape is None:
         return dx, None, None
-    known, dy = lax.optimization_barrier((known, dy))
-    return dx, *_whole(plan, shape, sums.total, known, dy)[1:]
+    known, dy = _apart(plan, known, dy)
+    if plan.activation is None:
+        return dx, *_whole(plan, shape, sums.total, known, dy)[1:]
+    d, alone = _factors(plan, known, dy)
+    rest = known[-1].rest
+    xhat = (d if rest is None else d - rest) * reciprocal_per_unit(plan, known[-1])
+    both = _both_totals(alone, xhat, _shared(shape))
+    return dx, both.imag, both.real
+
+
+def _apart(plan, known, dy):
+    """Returns the same behind a barrier.
+
+    Else XLA would find the same sums in two of the three kernels, write what they have in common
+    down in float32, and keep no row on chip. Uncentred they have nothing in common but what `dy`
+    comes from, and that it does better to compute twice.
+    """
+    if plan.reduction.centered:
+        return lax.optimization_barrier((known, dy))
+    return lax.optimization_barrier(known), dy
+
+
+def _both_totals(dy, xhat, axes):
+    """Returns the sums of dy and, as the imaginary part, of dy xhat.
+
+    As one sum: to two, XLA would have written down what both are made of.
+    """
+    return sums.total_in_one_read(lax.complex(dy, dy * xhat), axes)
+
+
+def _shared(shape):
+    """Returns along which axes the parameters do not differ."""
+    return () if shape is None else tuple(i for i, size in enumerate(shape) if size == 1)
 
 
 def _whole(plan, shape, total, known, dy, summed=None):
@@ -108,14 +137,13 @@ def _whole(plan, shape, total, known, dy, summed=None):
     d, dy = _factors(plan, known, dy)
     xhat = (d if measured.rest is None else d - measured.rest) * rstd
     axes = plan.reduction.axes
-    shared = () if shape is None else tuple(i for i, size in enumerate(shape) if size == 1)
+    shared = _shared(shape)
     common = tuple(axis for axis in axes if shape is None or axis in shared)
     if summed is None:
         ones, along = total(dy, common), total(dy * xhat, common)
     else:
         about_mean, alone = _factors(plan, *summed)
-        # As one sum: to two, XLA would have written down what both are made of.
-        both = total(lax.complex(alone, alone * (about_mean * rstd)), common)
+        both = _both_totals(alone, about_mean * rstd, common)
         ones, along = both.real, both.imag
         along = along if measured.rest is None else along - measured.rest * rstd * ones
     dscale = dbias = None
@@ -139,16 +167,6 @@ def _factors(plan, known, dy):
     d = me.deviation(x, None, measured._replace(rest=None))
     dy = dy.astype(d.dtype)
     if plan.activation is not None:
-        # The fewer arrays there are to spread out, the less does XLA think of writing it down.
-        slope = reciprocal_per_unit(plan, measured)
-        slope = slope if scale is None else jnp.multiply(*alike(slope, scale))
-        rest = None if measured.rest is None else -measured.rest * slope
-        offset = [jnp.add(*alike(rest, bias))] if None not in (rest, bias) else [rest, bias]
-        before = rescale(d, slope, next((v for v in offset if v is not None), None))
-        dy = _through(plan, before, dy)
+        before = rescaled(plan, d, measured, scale, bias)
+        (dy,) = jax.vjp(plan.activation, before)[1](dy.astype(before.dtype))
     return d, dy
-
-
-def _through(plan, before, dy):
-    """Returns the cotangent of what goes into the activation."""
-    return jax.vjp(plan.activation, before)[1](dy.astype(before.dtype))[0]

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from normax import rows
 from normax.kernels.dispatch import by_platform
 from normax.kernels.sharding import sharded
 
@@ -52,13 +51,10 @@ def why_not(plan, x, scale, bias, mask):
     return _module(plan).supports(x, dtype=plan.dtype)
 
 
-def forward(plan, form, x, scale, bias, mask, measured):
-    """Returns `y`, by the kernel of the plan or by `form`."""
+def forward(plan, form, on_gpu, x, scale, bias, mask, measured):
+    """Returns `y`, by the kernel of the plan or by one of the two forms."""
     if plan.implementation in (None, XLA):
-        if rows.stay_on_chip(plan, x, mask):
-            on_chip = functools.partial(_on_chip, plan)
-            form = by_platform(form, cuda=on_chip, rocm=on_chip)
-        return form(x, scale, bias, mask, measured)
+        return by_platform(form, cuda=on_gpu, rocm=on_gpu)(x, scale, bias, mask, measured)
     return _named(plan, form, functools.partial(_forward, plan))(x, scale, bias, mask, measured)
 
 
@@ -87,11 +83,6 @@ def _refuse(implementation, *operands):
         f"implementation={implementation!r} is for {NAMED[implementation].platform} alone, and "
         'this program is lowered for another platform; implementation="xla" is for all'
     )
-
-
-def _on_chip(plan, x, scale, bias, mask, measured):
-    del mask, measured  # measuring a row again costs less than to have it written down
-    return rows.forward(plan, x, scale, bias)
 
 
 def _forward(plan, x, scale, bias, mask, measured):

@@ -30,6 +30,18 @@ def standardized(plan, x, measured, mask, divide=units.divide):
     return rstd, me.times(d, rstd)
 
 
+def rescaled(plan, d, measured, scale, bias):
+    """Returns what goes into the activation, of entries less their rounded mean.
+
+    The fewer arrays there are to spread out, the less does XLA think of writing it down.
+    """
+    slope = reciprocal_per_unit(plan, measured)
+    slope = slope if scale is None else jnp.multiply(*alike(slope, scale))
+    rest = None if measured.rest is None else -measured.rest * slope
+    offset = [jnp.add(*alike(rest, bias))] if None not in (rest, bias) else [rest, bias]
+    return rescale(d, slope, next((v for v in offset if v is not None), None))
+
+
 def reciprocal_per_unit(plan, measured):
     """Returns the reciprocal deviation of what was measured in units, in those units."""
     per_unit = 1 if measured.unit is None else 1 / measured.unit

@@ -10,10 +10,11 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
-from normax import gradient, implementations, units
+from normax import gradient, implementations, rows, units
 from normax import measure as me
+from normax.forms import one_read_is_enough
 from normax.moments import Moments, to_moments
-from normax.rescale import Plan, alike, rescale, standardized
+from normax.rescale import Plan, alike, rescale, rescaled, standardized
 from normax.rescale import reciprocal_deviation as reciprocal_deviation
 from normax.rescale import root as root
 
@@ -152,9 +153,20 @@ def _normalize(how, dtype, x, mean, var, scale, bias, mask):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _standardize(plan, x, scale, bias, mask):
+    return _measured_too(plan, x, scale, bias, mask)
+
+
+def _measured_too(plan, x, scale, bias, mask, differentiated=False):
     measured = me.measure(plan.reduction, x, mask)
-    form = functools.partial(_from_measured, plan)
-    return implementations.forward(plan, form, x, scale, bias, mask, measured), measured
+    form = on_gpu = functools.partial(_from_measured, plan)
+    if rows.stay_on_chip(plan, x, mask) and not differentiated:
+        # Measuring a row again costs less there than to have it written down. The backward pass
+        # needs that all the same, and what comes after y, which it may need too, joins no row.
+        on_gpu = functools.partial(_row_by_row, plan)
+    elif one_read_is_enough(plan.reduction, x, mask):
+        on_gpu = functools.partial(_in_few_steps, plan)
+    args = x, scale, bias, mask, measured
+    return implementations.forward(plan, form, on_gpu, *args), measured
 
 
 def _from_measured(plan, x, scale, bias, mask, measured):
@@ -162,10 +174,21 @@ def _from_measured(plan, x, scale, bias, mask, measured):
     return rescale(xhat, scale, bias, plan.activation).astype(plan.dtype)
 
 
+def _row_by_row(plan, x, scale, bias, mask, measured):
+    del mask, measured
+    return rows.forward(plan, x, scale, bias)
+
+
+def _in_few_steps(plan, x, scale, bias, mask, measured):
+    d = me.deviation(x, mask, measured._replace(rest=None))
+    y = rescaled(plan, d, measured, scale, bias)
+    return (y if plan.activation is None else plan.activation(y)).astype(plan.dtype)
+
+
 @functools.partial(_standardize.defjvp, symbolic_zeros=True)
 def _standardize_jvp(plan, primals, tangents):
     x, scale, bias, mask = primals
-    y, measured = _standardize(plan, x, scale, bias, mask)
+    y, measured = _measured_too(plan, x, scale, bias, mask, differentiated=True)
     moves = [None if isinstance(t, SymbolicZero) else t for t in tangents]
     if not gradient.by_hand(plan, x, scale, bias, mask):
         return (y, measured), _tangents(plan, x, scale, bias, mask, measured, *moves)

@@ -100,7 +100,7 @@ MUTATIONS = [
     Mutation("by hand: the scale forgotten", "gradient.py", "dy, ones, along = (jnp.multiply(*alike(v, scale)) for v in (dy, ones, along))", "pass", VALUES),
     Mutation("by hand: a gradient of the scale over too few", "gradient.py", "dscale, dbias = total(along, others), total(ones, others)", "dscale, dbias = along, total(ones, others)", VALUES),
     Mutation("by hand: forwards no projection", "gradient.py", "t = t - xhat * (sums.total(xhat * t, plan.reduction.axes) / n)", "pass", VALUES),
-    Mutation("by hand: the activation's slope at the wrong place", "gradient.py", "slope = slope if scale is None else jnp.multiply(*alike(slope, scale))", "pass", "test_forms.py -k activation"),
+    Mutation("by hand: the activation's slope at the wrong place", "rescale.py", "slope = slope if scale is None else jnp.multiply(*alike(slope, scale))", "pass", "test_forms.py -k activation"),
     Mutation("rows: one centring", "rows.py", "for _ in range(2):", "for _ in range(1):", "test_forms.py -k cuda and (grid or stress)"),
     Mutation("rows: what rounding leaves of equal entries", "rows.py", "nothing = 4 * jnp.finfo(d.dtype).eps ** 2", "nothing = 0.0", "test_forms.py -k cuda and constant"),
     Mutation("rows: no unit", "rows.py", "return jnp.maximum(power * (1 / largest), 1)", "return jnp.ones_like(power)", "test_range.py -k cuda"),
