@@ -523,8 +523,7 @@ def test_zeta_of_a_skewed_input_and_of_a_masked_one():
     np.testing.assert_allclose(found.skewness, expected.skewness, rtol=1e-4)
 
 
-@pytest.mark.parametrize("activation", [nn.softplus, nn.relu])
-@pytest.mark.parametrize("library", ["linen", "nnx"])
+@pytest.mark.parametrize(("library", "activation"), [("linen", nn.softplus), ("nnx", nn.relu)])
 def test_an_activation_in_the_norm_is_as_one_behind(library, activation):
     class OfLinen(nn.Module):
         within: bool
@@ -556,7 +555,7 @@ def test_an_activation_in_the_norm_is_as_one_behind(library, activation):
     batch = data(64)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
     zeta = lambda state: diagnostics.decay_coefficients(
-        loss, state, batch, batch_size=8, key=KEY, probes=2
+        loss, state, batch, batch_size=8, key=KEY, probes=1
     )
     ours, expected = (zeta(state(within))["norm"] for within in (True, False))
     jax.tree.map(close, ours, expected)
