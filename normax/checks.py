@@ -301,6 +301,10 @@ def check_activation(name: str, activation: Any, x: jax.Array) -> None:
         vars(activation) if hasattr(activation, "__dict__") else (),
     ]
     arrays = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(held))
+    try:
+        hash(activation)
+    except TypeError:  # a module of linen, which has parameters
+        arrays = True
     if not callable(activation) or arrays:
         raise TypeError(
             f"{name}: expected activation to be a function that holds no arrays, such as "

@@ -31,14 +31,25 @@ def as_if(options_of: Callable[[linen.Module], dict[str, Any]]) -> Any:
     """
 
     def look(call, args, kwargs, context):
-        module, options = context.module, options_of(context.module)
-        before = {name: getattr(module, name) for name in options}
-        for name, value in options.items():
-            object.__setattr__(module, name, value)
-        try:
+        with having(context.module, options_of(context.module)):
             return call(*args, **kwargs)
-        finally:
-            for name, value in before.items():
-                object.__setattr__(module, name, value)
 
     return look
+
+
+@contextlib.contextmanager
+def having(module: Any, options: dict[str, Any]) -> Iterator[None]:
+    """Gives a module other options for a while.
+
+    Args:
+      module: of linen or nnx.
+      options: by name; those that it has now come back.
+    """
+    before = {name: getattr(module, name) for name in options}
+    for name, value in options.items():
+        object.__setattr__(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(module, name, value)

@@ -132,9 +132,11 @@ def _by_population(
     mask=None,
     axis_name=None,
     axis_index_groups=None,
-    dtype=None,
+    dtype,
+    activation=None,
 ):
     """Returns the input normalized by the statistics, with a gradient as batch norm's; and them."""
+    wide = dtype if activation is None else ax.promote(jnp.float32, x, dtype)
     y, _ = batch_renorm(
         x,
         stats,
@@ -148,9 +150,9 @@ def _by_population(
         mask=mask,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
-        dtype=dtype,
+        dtype=wide,
     )
-    return y, stats
+    return y if activation is None else activation(y).astype(dtype), stats
 
 
 def _held(gradient, norm) -> dict[str, Any]:

@@ -170,6 +170,7 @@ MUTATIONS = [
     Mutation("bake: a kernel read elsewhere", "interop/graph.py", "(owners[path] if times is None", "(math.inf if times is None", "test_baking.py -k whatever"),
     Mutation("fold: through a padding of zeros", "interop/marking.py", "padding in _OF_THE_INPUT if isinstance(padding, str) else", "True if isinstance(padding, str) else", "test_folding.py -k a_model_of"),
     Mutation("fold: what is used elsewhere too", "interop/graph.py", "made.get(source) if used[source] == 1 else None", "made.get(source)", "test_folding.py -k a_model_of"),
+    Mutation("fold: a module's activation goes with the norm", "interop/marking.py", "x = norm.activation(x.astype(ax.promote(jnp.float32, x)))", "pass", "test_folding.py -k activation and None and True"),
     # Sample weights.
     Mutation("weights read as a mask", "entries.py", "return times(x, jnp.where(there(mask), mask, 0))", "return x", "test_sample_weights.py -k average or merge"),
     Mutation("weights below zero count", "entries.py", "return mask if mask.dtype == jnp.bool_ else mask > 0", "return mask if mask.dtype == jnp.bool_ else mask != 0", "test_sample_weights.py -k below_zero"),
@@ -186,6 +187,9 @@ MUTATIONS = [
     Mutation("gamma decay: half a gradient", "theory/decay.py", "(2 * coefficient * leaf", "(coefficient * leaf", "test_diagnostics.py -k gradient_of_its_penalty"),
     Mutation("gamma decay: measured once", "theory/decay.py", "state.steps % every == 0", "state.steps == 0", "test_diagnostics.py -k on_a_schedule and linen"),
     Mutation("population: the past has a weight", "population_training.py", 'return {"momentum": 0.0}', 'return {"momentum": 0.5}', "test_diagnostics.py -k population_training_by_hand"),
+    Mutation("diagnostics: behind a module's activation", "diagnostics/decay.py", 'return {"activation": None} if path in shifts and is_active(module) else {}', "return {}", "test_diagnostics.py -k activation_in and linen"),
+    Mutation("population: a module's activation dropped", "population_training.py", "y if activation is None else activation(y).astype(dtype)", "y", "test_diagnostics.py -k activation_in and linen"),
+    Mutation("initialization without a module's activation", "options/activations.py", '("axis_name", "axis_index_groups")', '("axis_name", "axis_index_groups", "activation")', "test_modules.py -k activation_is and BatchNorm"),
     # Weights.
     Mutation("the length is a root mean square", "weight.py", "/ math.sqrt(size),", "/ 1.0,", "test_weights.py"),
     Mutation("no power iteration", "weight.py", "first if n_steps == 1 else", "first if n_steps else", "test_weights.py"),

@@ -523,6 +523,54 @@ def test_zeta_of_a_skewed_input_and_of_a_masked_one():
     np.testing.assert_allclose(found.skewness, expected.skewness, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("library", "activation"), [("linen", nn.softplus), ("nnx", nn.relu)])
+def test_an_activation_in_the_norm_is_as_one_behind(library, activation):
+    class OfLinen(nn.Module):
+        within: bool
+
+        @nn.compact
+        def __call__(self, x, train):
+            inside = {"activation": activation} if self.within else {}
+            x = nn.Dense(6, name="first")(x)
+            x = normax.linen.BatchNorm(use_running_average=not train, **inside, name="norm")(x)
+            return nn.Dense(1, name="last")(x if self.within else activation(x))
+
+    class OfNNX(NNX):
+        def __init__(self, within):
+            super().__init__(nnx.Rngs(0))
+            self.within = within
+            if within:
+                self.norm = normax.nnx.BatchNorm(6, activation=activation, rngs=nnx.Rngs(0))
+
+        def __call__(self, x, train):
+            x = self.norm(self.first(x))
+            return self.last(x if self.within else activation(x))
+
+    def state(within):
+        if library == "nnx":
+            return train.TrainState.from_nnx(OfNNX(within), optax.sgd(0.1))
+        x = jnp.ones((2, 4))
+        return train.TrainState.create(OfLinen(within), optax.sgd(0.1), KEY, x, train=False)
+
+    batch = data(64)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    zeta = lambda state: diagnostics.decay_coefficients(
+        loss, state, batch, batch_size=8, key=KEY, probes=1
+    )
+    ours, expected = (zeta(state(within))["norm"] for within in (True, False))
+    jax.tree.map(close, ours, expected)
+    assert jnp.abs(ours.zeta).max() > 0
+    for gradient in ("none", "batch"):
+        step = population_step(loss, gradient=gradient, donate=False)
+        ours, expected = (step(state(within), batch, batch)[0] for within in (True, False))
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+            if jnp.issubdtype(jnp.asarray(a).dtype, jnp.floating):
+                close(a, b)
+    found = diagnostics.layer_statistics(loss, state(True), batch)["norm"].output
+    expected = diagnostics.layer_statistics(loss, state(False), batch)["last"].input
+    jax.tree.map(close, found, expected)
+
+
 def test_frozen_norms_have_no_noise():
     class Model(nn.Module):
         @nn.compact

@@ -47,6 +47,7 @@ BAD = [
     (lambda: normax.layer_norm(X, jnp.ones(8, int)), TypeError, r"expected scale .* got int32"),
     (lambda: normax.layer_norm(X, activation="relu"), TypeError, r"layer_norm: expected activation to be a function .* got 'relu'"),
     (lambda: normax.layer_norm(X, activation=functools.partial(jnp.multiply, X)), TypeError, r"holds no arrays"),
+    (lambda: linen.LayerNorm(activation=flax.linen.PReLU()).init(jax.random.key(0), X), TypeError, r"holds no arrays"),
     (lambda: normax.layer_norm(X, activation=jax.nn.glu), ValueError, r"entry by entry, got .*glu"),
     (lambda: normax.layer_norm(X, implementation="cuda"), ValueError, r"implementation to be one of \(None, 'xla', .* got 'cuda'"),
     (lambda: normax.layer_norm(IMAGE, reduction_axes=1, implementation="mosaic_tpu"), ValueError, r"implementation='mosaic_tpu' can do, got groups over axes \(1,\)"),

@@ -1,5 +1,6 @@
 """Batch norms folded into the layers beside them: the same outputs, and nothing left of the norm."""
 
+import functools
 import pickle
 
 import chex
@@ -129,6 +130,38 @@ def test_a_model_of_linen(norm):
         apply(new, IMAGE), model.apply(variables, IMAGE), rtol=1e-5, atol=1e-5
     )
     chex.assert_trees_all_equal(variables, before)
+
+
+@pytest.mark.parametrize("activation", [jax.nn.silu, functools.partial(jnp.clip, max=0.1)])
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("fits", [True, False])
+def test_an_activation_stays_where_the_norm_was(fits, activation, dtype):
+    norm = {"use_running_average": True, "activation": activation, "dtype": dtype}
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype is None else {"rtol": 0.02, "atol": 0.02}
+    x = jax.random.normal(KEY, (6, 4))
+    first = nn.Dense(4) if fits else nn.relu
+    norms = [normax.linen.BatchNorm(**norm) for _ in range(2)]
+    model = nn.Sequential([first, norms[0], nn.Dense(4, dtype=dtype), norms[1]])
+    variables = randomized(model.init(KEY, x))
+    apply, new, folded, left = interop.fold_linen(model, variables, x)
+    assert folded == ((("layers_1", "layers_0"),) if fits else ()) + (("layers_3", "layers_2"),)
+    assert fits or "behind an activation" in dict(left)["layers_1"]
+    y, expected = apply(new, x), model.apply(variables, x)
+    assert y.dtype == expected.dtype
+    np.testing.assert_allclose(*(v.astype(jnp.float32) for v in (y, expected)), **close)
+
+    rngs = nnx.Rngs(0)
+    first = nnx.Linear(4, 4, rngs=rngs) if fits else nn.relu
+    norms = [normax.nnx.BatchNorm(4, **norm, rngs=rngs) for _ in range(2)]
+    for each in norms:
+        each.mean[...], each.scale[...] = jnp.full(4, 0.5), jnp.full(4, 2.0)
+    model = nnx.Sequential(first, norms[0], nnx.Linear(4, 4, dtype=dtype, rngs=rngs), norms[1])
+    new, _, folded, _ = interop.fold_nnx(model, x)
+    assert len(folded) == 1 + fits
+    np.testing.assert_allclose(*(v.astype(jnp.float32) for v in (new(x), model(x))), **close)
+    again, _, folded, _ = interop.fold_nnx(new, x)
+    assert folded == ()
+    np.testing.assert_array_equal(again(x), new(x))
 
 
 def test_nothing_of_the_norm_is_left_in_the_program():

@@ -127,6 +127,49 @@ def test_batch_norm_shells_are_the_function_bit_for_bit(momentum, x_dtype, dtype
     np.testing.assert_array_equal(y, module(xs[0]))
 
 
+FUNCTIONS = {name: function for name, options, function in NORMALIZERS if len(options) < 2}
+
+
+MODES = [("BatchNorm", True), ("BatchNorm", False), *((name, True) for name in FUNCTIONS)]
+
+
+@pytest.mark.parametrize(("name", "train"), MODES)
+def test_an_activation_is_that_of_the_function_and_the_same_as_one_behind(name, train):
+    x = 3 * jax.random.normal(KEY, (6, 5, 4)) + 1
+    options = {"num_groups": 2} if name == "GroupNorm" else {}
+    mode = {"use_running_average": not train} if name == "BatchNorm" else {}
+
+    def function(params, activation):
+        scale, bias, stats = params["scale"], params.get("bias"), normax.RunningStats.create(4)
+        if name == "BatchNorm":
+            return normax.batch_norm(x, stats, scale, bias, **mode, activation=activation)[0]
+        return FUNCTIONS[name](x, scale, bias, activation=activation)
+
+    linen = getattr(normax.linen, name)(**options, activation=jax.nn.silu)
+    variables = linen.init(KEY, x, **mode)
+    start = getattr(normax.linen, name)(**options).init_with_output(KEY, x, **mode)[0]
+    ours = linen.init_with_output(KEY, x, **mode)[0]
+    np.testing.assert_allclose(ours, jax.nn.silu(start), rtol=1e-6, atol=1e-6)
+    module = getattr(normax.nnx, name)(4, **options, activation=jax.nn.silu, rngs=nnx.Rngs(0))
+    params = jax.tree.map(lambda leaf: leaf + jnp.linspace(-1, 1, 4), variables["params"])
+    graph, _, rest = nnx.split(module, nnx.Param, ...)
+    runs = [
+        lambda p: linen.apply({**variables, "params": p}, x, **mode, mutable=["batch_stats"])[0],
+        lambda p: nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, p)), rest, copy=True)(
+            x, **mode
+        ),
+        lambda p: function(p, jax.nn.silu),
+        lambda p: jax.nn.silu(function(p, None)),
+    ]
+    y, *others, behind = (run(params) for run in runs)
+    for other in others:
+        np.testing.assert_array_equal(y, other)
+    np.testing.assert_allclose(y, behind, rtol=1e-6, atol=1e-6)
+    slope, *others = (jax.grad(lambda p, run=run: jnp.sum(run(p) ** 2))(params) for run in runs)
+    for other in others:
+        chex.assert_trees_all_close(slope, other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"])
 def test_flax_checkpoints_load_and_agree(name):
     options = {"num_groups": 2} if name == "GroupNorm" else {}

@@ -17,6 +17,7 @@ import normax.linen
 import normax.nnx
 from normax import axes as ax
 from normax.diagnostics.watch import watched
+from normax.options import Activated
 from normax.regularize import names_of
 from normax.theory.regularizer import FORMS, Coefficient, coefficient
 from normax.theory.shape import excess_kurtosis, skewness
@@ -63,7 +64,7 @@ def decay_coefficients(
       `Coefficient` by the path of each `BatchNorm` and `VarianceOnlyBatchNorm` that has a scale and
       is not frozen, normax's or Flax's, each leaf of the shape of the scale. Those within `nn.scan`
       or `nn.vmap` are left out. Of one that is called several times kurtosis and skewness are those
-      of the first call.
+      of the first call. One with an activation is as if it were written behind.
 
     Raises:
       ValueError: a batch of one, no probe, another form; a model without batch norms.
@@ -105,10 +106,18 @@ def decay_coefficients(
             if call.path not in shifts:
                 return call.output
             shift = _along(call, shifts[call.path])
-            return call.output + shift.astype(call.output.dtype)
+            shifted = call.output + shift.astype(call.output.dtype)
+            return call.module.activation(shifted) if is_active(call.module) else shifted
 
-        params = _with_scales(state.params, scales)
-        return watched(loss, state.replace(params=params), batch, train=False, change=change)[0]
+        def options(path, module):
+            # The shift is of what goes into the activation.
+            return {"activation": None} if path in shifts and is_active(module) else {}
+
+        def is_active(module):
+            return isinstance(module, Activated) and module.activation is not None
+
+        bound = state.replace(params=_with_scales(state.params, scales))
+        return watched(loss, bound, batch, train=False, change=change, options=options)[0]
 
     def bends(inputs):
         # One layer at a time: what layers in a row do to one another is as large as what is sought.

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from normax import axes as ax
 from normax.bind import BoundLinen, BoundNNX
+from normax.intercept import having
 from normax.train import TrainState, value_and_metrics
 
 # The collection that brings what was noted out of a model, out of what it compiles or remats too.
@@ -57,6 +58,7 @@ def watched(
     train: bool,
     note: Callable[[Call], Any] | None = None,
     change: Callable[[Call], Any] | None = None,
+    options: Callable[[str, Any], dict[str, Any]] = lambda path, module: {},
 ) -> tuple[jax.Array, dict[str, tuple]]:
     """Evaluates a loss and notes something of each call of a layer: what holds variables itself.
 
@@ -68,6 +70,7 @@ def watched(
       note: returns what to keep of a call, a pytree of arrays, or None. What is noted within
         `nn.scan`, `nn.vmap` and their like stays there.
       change: returns what a layer gives in place of its output.
+      options: returns, of a path and the layer there, the other options that it is called with.
 
     Returns:
       The loss, and by the path of each layer, in the order of their calls, what was kept of each.
@@ -78,19 +81,22 @@ def watched(
     """
     model = state.bind(state.params, state.model_state, state.key, train=train, dtype=None)
     watch = _watched_nnx if isinstance(model, BoundNNX) else _watched_linen
-    value, notes = watch(loss, model, batch, train, note, change)
+    value, notes = watch(loss, model, batch, train, note, change, options)
     ax.check_found("diagnostics", "a layer with variables of its own", bool(notes))
     return value, {path: kept for path, kept in notes.items() if kept}
 
 
-def _watched_linen(loss, model, batch, train, note, change):
+def _watched_linen(loss, model, batch, train, note, change, options):
     order: dict[str, None] = {}
 
     def look(call, args, kwargs, context):
-        module, output = context.module, call(*args, **kwargs)
-        if context.method_name != "__call__" or not _holds_variables(module):
+        module, path = context.module, "/".join(context.module.path)
+        is_call = context.method_name == "__call__"
+        with having(module, options(path, module) if is_call else {}):
+            output = call(*args, **kwargs)
+        if not is_call or not _holds_variables(module):
             return output
-        seen = Call("/".join(module.path), module, args, kwargs, output)
+        seen = Call(path, module, args, kwargs, output)
         order[seen.path] = None
         kept = None if note is None else note(seen)
         # A collection that a lifted transformation was not told of does not get out of it.
@@ -138,12 +144,12 @@ def _holds_variables(module: linen.Module) -> bool:
     )
 
 
-def _watched_nnx(loss, model, batch, train, note, change):
+def _watched_nnx(loss, model, batch, train, note, change, options):
     found = {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model.nnx_model)}
     layers: dict[str, Any] = {path: layer for path, layer in found.items() if _is_layer(layer)}
     order: dict[str, None] = {}
     for path, layer in layers.items():
-        layer.watcher = functools.partial(_watch, path, order, note, change)
+        layer.watcher = functools.partial(_watch, path, order, note, change, options)
         layer.__class__ = _watched_kind(type(layer))
         if note is not None:
             setattr(layer, _NOTE, _Note(()))
@@ -163,13 +169,15 @@ def _watched_kind(kind):
     """Returns the class of the layers of a class that are watched."""
 
     def call(self, *args, **kwargs):
-        return self.watcher(self, args, kwargs, kind.__call__(self, *args, **kwargs))
+        return self.watcher(self, kind.__call__, args, kwargs)
 
     return type(kind.__name__, (kind,), {"__call__": call})
 
 
-def _watch(path, order, note, change, layer, args, kwargs, output):
-    """Notes and changes what a layer of nnx gave."""
+def _watch(path, order, note, change, options, layer, call, args, kwargs):
+    """Calls a layer of nnx, notes and changes what it gave."""
+    with having(layer, options(path, layer)):
+        output = call(layer, *args, **kwargs)
     seen = Call(path, layer, args, kwargs, output)
     order[path] = None
     if note is not None and (kept := note(seen)) is not None:

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 _MARKS = ("enter", "leave", "norm", "own")
+_NO_LAYER = "no layer is alone with it, or only one behind that pads, or behind an activation"
 
 
 @dataclasses.dataclass
@@ -95,7 +96,7 @@ def plan(
             sites.append(Site(path, follower, is_behind=True))
             taken.add(follower)
         else:
-            left.append((path, "no layer is alone with it, or only one behind that pads"))
+            left.append((path, _NO_LAYER))
     # A layer with a norm on either side: first what it is given, then what it gives.
     return sorted(sites, key=lambda site: not site.is_behind), tuple(left)
 

@@ -3,13 +3,16 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen, nnx
 from flax.linen.dtypes import promote_dtype
 from flax.nnx.nn.dtypes import promote_dtype as promote_dtype_of_nnx
 
 import normax.linen
 import normax.nnx
+from normax import axes as ax
 from normax.interop.graph import Seen, marked
+from normax.options import Activated
 
 # A class that extends one of these may compute something else.
 LINEN_NORMS = (linen.BatchNorm, normax.linen.BatchNorm)
@@ -88,7 +91,7 @@ def marked_call(
         if each.why_not:
             return call(*args, **kwargs)
         each.dtype = jax.eval_shape(lambda: call(*args, **kwargs)).dtype
-        return marked("norm", path, x).astype(each.dtype)
+        return without_norm(module, marked("norm", path, x), each.dtype)
     each.pads_nothing = _pads_nothing(module)
     x = marked("enter", path, x)
     args, kwargs = ((x, *args[1:]), kwargs) if args else ((), {**kwargs, name: x})
@@ -108,6 +111,19 @@ def _why_not(norm, x, args, kwargs) -> str:
     if [axis % x.ndim for axis in axes] != [x.ndim - 1]:
         return "its features are not last"
     return ""
+
+
+def without_norm(norm: Any, x: jax.Array, dtype: Any) -> jax.Array:
+    """Returns what a folded norm still makes of its input: the activation, and the dtype.
+
+    Args:
+      norm: the norm; Flax's have no activation.
+      x: what comes to it, normalized.
+      dtype: that of its output.
+    """
+    if isinstance(norm, Activated) and norm.activation is not None:
+        x = norm.activation(x.astype(ax.promote(jnp.float32, x)))
+    return x.astype(dtype)
 
 
 def inputs(args: Any, kwargs: Any) -> tuple[str, Any]:

@@ -23,7 +23,14 @@ from normax.interop.baking import (
 )
 from normax.interop.folding import affine_of, fold_into_next, fold_into_previous
 from normax.interop.graph import Seen, belongs, core, plan
-from normax.interop.marking import LINEN_NORMS, inputs, is_known, marked_call, marking
+from normax.interop.marking import (
+    LINEN_NORMS,
+    inputs,
+    is_known,
+    marked_call,
+    marking,
+    without_norm,
+)
 from normax.moments import RunningStats
 from normax.regularize import names_of
 
@@ -78,6 +85,7 @@ def fold_linen(model: linen.Module, variables: Any, *args: Any, **kwargs: Any) -
     layer that alone takes its output and pads it with no zeros. What counts is the computation, not
     the names: a norm with a mask, in training, or called twice stays, and so does one beside a
     layer whose kernel is read elsewhere too. Flax's batch norms are folded like those of `normax`.
+    One with an activation goes into the layer before it alone, and the activation stays.
 
     Args:
       model: the model.
@@ -137,7 +145,7 @@ def fold_linen(model: linen.Module, variables: Any, *args: Any, **kwargs: Any) -
         if path in baked:
             return _call_layer(call, args, kwargs, context)
         if context.method_name == "__call__" and path in gone:
-            return inputs(args, kwargs)[1].astype(seen[path].dtype)
+            return without_norm(module, inputs(args, kwargs)[1], seen[path].dtype)
         out = call(*args, **kwargs)
         if context.method_name == "__call__" and path in without_bias:
             bias = module.get_variable("params", "bias").astype(out.dtype)
@@ -220,7 +228,7 @@ def _is_alone(found, layer):
 
 
 def _identity(self, x, *args, **kwargs):
-    return x.astype(self.dtype)
+    return without_norm(self, x, self.dtype)
 
 
 class Identity(normax.nnx.BatchNorm):
@@ -251,8 +259,8 @@ def fold_nnx(model: nnx.Module, *args: Any, **kwargs: Any) -> Folded:
       **kwargs: likewise.
 
     Returns:
-      `Folded`: the new model, in evaluation, with an `Identity` in place of each norm; and what was
-      folded and what was not.
+      `Folded`: the new model, in evaluation, with an `Identity`, or the activation, in place of
+      each norm; and what was folded and what was not.
 
     Raises:
       Whatever the model raises when it is called so.

@@ -31,6 +31,7 @@ from normax.options.family import RunningInstanceNormOptions as RunningInstanceN
 from normax.options.family import SegmentNormOptions as SegmentNormOptions
 from normax.options.family import SwitchableNormOptions as SwitchableNormOptions
 from normax.options.family import VarianceOnlyBatchNormOptions as VarianceOnlyBatchNormOptions
+from normax.options.fields import Activated as Activated
 from normax.options.fields import Output as Output
 from normax.options.fields import documented as documented
 from normax.options.power import PowerNormOptions as PowerNormOptions

@@ -7,6 +7,7 @@ from normax.batch import batch_norm, normalize_batch
 from normax.group import group_norm
 from normax.layer import instance_norm, layer_norm, rms_norm
 from normax.options.fields import (
+    Activated,
     Affine,
     FeatureAxes,
     GroupAxes,
@@ -24,7 +25,7 @@ from normax.options.running import RunningNormalizer
 
 # In all of these the fields come in the order of the bases from last to first.
 @options
-class BatchNormOptions(RunningNormalizer, Pooled, Affine):
+class BatchNormOptions(Activated, RunningNormalizer, Pooled, Affine):
     """What a `BatchNorm` is.
 
     Args:
@@ -43,23 +44,22 @@ class BatchNormOptions(RunningNormalizer, Pooled, Affine):
             x,
             **parameters,
             feature_axes=self.axis,
-            epsilon=self.epsilon,
             mask=mask,
             dtype=self._output_dtype(x, *parameters.values()),
-            epsilon_on=self.epsilon_on,
+            **self._passed_on(normalize_batch, but=("axis_name", "axis_index_groups")),
         )
         return y
 
 
 @options
-class LayerNormOptions(Implemented, Normalizer, Pooled, LayerAxes, Affine):
+class LayerNormOptions(Activated, Implemented, Normalizer, Pooled, LayerAxes, Affine):
     """What a `LayerNorm` is."""
 
     _function = staticmethod(layer_norm)
 
 
 @options
-class RMSNormOptions(Implemented, Normalizer, Pooled, LayerAxes, Scaled):
+class RMSNormOptions(Activated, Implemented, Normalizer, Pooled, LayerAxes, Scaled):
     """What an `RMSNorm` is.
 
     Args:
@@ -78,7 +78,7 @@ class RMSNormOptions(Implemented, Normalizer, Pooled, LayerAxes, Scaled):
 
 
 @options
-class GroupNormOptions(Normalizer, Pooled, GroupAxes, Affine, Groups):
+class GroupNormOptions(Activated, Normalizer, Pooled, GroupAxes, Affine, Groups):
     """What a `GroupNorm` is.
 
     Args:
@@ -94,7 +94,7 @@ class GroupNormOptions(Normalizer, Pooled, GroupAxes, Affine, Groups):
 
 
 @options
-class InstanceNormOptions(Normalizer, Pooled, FeatureAxes, Affine):
+class InstanceNormOptions(Activated, Normalizer, Pooled, FeatureAxes, Affine):
     """What an `InstanceNorm` is."""
 
     _function = staticmethod(instance_norm)

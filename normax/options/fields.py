@@ -5,6 +5,7 @@ import functools
 import inspect
 import itertools
 import re
+from collections.abc import Callable
 from typing import Any, ClassVar, dataclass_transform
 
 import jax
@@ -280,6 +281,18 @@ class PowerIteration(Wrapper):
     """
 
     n_steps: int = 1
+
+
+@options
+class Activated:
+    """What is applied to the output.
+
+    Args:
+      activation: function applied to the output, entry by entry, before it is rounded; what goes
+        into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
+    """
+
+    activation: Callable[[jax.Array], jax.Array] | None = None
 
 
 @options
