@@ -41,6 +41,8 @@ GROUPS = {
     "Over each example": {
         "layer_norm": ("LayerNorm", ""),
         "rms_norm": ("RMSNorm", ""),
+        "add_layer_norm": ("AddLayerNorm", "returns the sum too"),
+        "add_rms_norm": ("AddRMSNorm", "returns the sum too"),
         "group_norm": ("GroupNorm", ""),
         "instance_norm": ("InstanceNorm", ""),
         "evonorm_s0": ("EvoNormS0", ""),

@@ -51,6 +51,8 @@ from normax.regularize import norm_labels as norm_labels
 from normax.regularize import norm_penalty as norm_penalty
 from normax.regularize import overwrite_drift as overwrite_drift
 from normax.renorm import batch_renorm as batch_renorm
+from normax.residual import add_layer_norm as add_layer_norm
+from normax.residual import add_rms_norm as add_rms_norm
 from normax.response import divisive_norm as divisive_norm
 from normax.response import filter_response_norm as filter_response_norm
 from normax.response import global_response_norm as global_response_norm

@@ -27,19 +27,25 @@ def by_hand(plan, x, scale, bias, mask):
 
 def tangent(plan, x, scale, bias, measured, dx, dscale, dbias):
     """Returns the tangent of `y`; None is zero."""
-    one = next((v for v in (scale, bias) if v is not None), None)
-    shape = None if one is None else one.shape
-    dtypes = tuple(v if v is None else v.dtype for v in (scale, bias))
     known = x, scale, None if plan.activation is None else bias, measured
+    shape, dtypes = of_parameters(scale, bias)
     return linear(
-        functools.partial(_forward, plan),
-        functools.partial(_backward, plan, shape, dtypes),
+        functools.partial(forward, plan),
+        functools.partial(backward, plan, shape, dtypes),
         known,
         (dx, dscale, dbias),
     )
 
 
-def _forward(plan, known, dx, dscale, dbias):
+def of_parameters(scale, bias):
+    """Returns the shape of the parameters and their dtypes; None where there is none."""
+    one = next((v for v in (scale, bias) if v is not None), None)
+    dtypes = tuple(v if v is None else v.dtype for v in (scale, bias))
+    return None if one is None else one.shape, dtypes
+
+
+def forward(plan, known, dx, dscale, dbias):
+    """Returns the tangent of `y`, of those of x, scale and bias."""
     x, scale, bias, measured = known
     rstd, xhat = standardized(plan, x, measured, None)
     terms = []
@@ -61,18 +67,23 @@ def _forward(plan, known, dx, dscale, dbias):
     return t.astype(plan.dtype)
 
 
-def _backward(plan, shape, dtypes, known, dy):
+def backward(plan, shape, dtypes, known, dy):
+    """Returns the cotangents of x, scale and bias, of that of `y`."""
     whole = functools.partial(_whole, plan, shape, sums.total)
     if rows.stay_on_chip(plan, known[0], None):
         on_gpu = functools.partial(_rows, plan, shape)
     else:
         on_gpu = functools.partial(_columns, plan, shape)
-    dx, *of_parameters = implementations.backward(plan, shape, whole, on_gpu, known, dy)
-    rounded = (
+    dx, *found = implementations.backward(plan, shape, whole, on_gpu, known, dy)
+    return dx, *rounded(found, dtypes)
+
+
+def rounded(cotangents, dtypes):
+    """Returns the cotangents of parameters in their dtypes; None where there is no parameter."""
+    return [
         None if dtype is None else v.astype(dtype)
-        for v, dtype in zip(of_parameters, dtypes, strict=True)
-    )
-    return dx, *rounded
+        for v, dtype in zip(cotangents, dtypes, strict=True)
+    ]
 
 
 def _columns(plan, shape, known, dy):

@@ -27,6 +27,7 @@ def group_norm(
     axis_index_groups: Any = None,
     dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     r"""Normalizes groups of neighbouring features of each example.
 
@@ -53,6 +54,8 @@ def group_norm(
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
       activation: function applied to the output, entry by entry, before it is rounded; what goes
         into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
+      implementation: None or "xla", or a kernel by name: "mosaic_gpu". One that cannot be had is
+        refused, here or when the program is lowered.
 
     Returns:
       An array of the shape of `x`.
@@ -100,6 +103,7 @@ def group_norm(
         axis_index_groups=axis_index_groups,
         dtype=dtype,
         activation=activation,
+        implementation=implementation,
         caller=name,
     )
     return pool.reshape(y, x.shape, jax.typeof(x).sharding.spec)

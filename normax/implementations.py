@@ -6,49 +6,109 @@ traced or, of the wrong platform, lowered. None of them is the default, as none 
 
 import functools
 import importlib
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from normax.kernels.dispatch import by_platform
 from normax.kernels.sharding import sharded
 
 XLA = "xla"
+PARAMETERS = "scale", "bias"
 
 
 class Kernels(NamedTuple):
-    """Where the kernels of an implementation are, and what for."""
+    """Where the kernels of an implementation are, of rows and of groups, and what for."""
 
-    module: str
+    rows: str
+    groups: str | None
     platform: str
     interpret: bool = False
 
 
 NAMED = {
-    "mosaic_gpu": Kernels("normax.kernels.mosaic_gpu", "cuda"),
-    "mosaic_tpu": Kernels("normax.kernels.mosaic_tpu", "tpu"),
+    "mosaic_gpu": Kernels("normax.kernels.mosaic_gpu", "normax.kernels.mosaic_gpu_groups", "cuda"),
+    "mosaic_tpu": Kernels("normax.kernels.mosaic_tpu", None, "tpu"),
 }
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
-def why_not(plan, x, scale, bias, mask):
+class Layout(NamedTuple):
+    """How the axes of an array are those of a kernel.
+
+    Of rows: any axes, and the row. Of groups: `examples` axes, `positions` axes, the groups, and
+    their members unless each feature is a group.
+    """
+
+    entries: str  # names of the axes, as in `sharded`
+    parameters: str  # those of a scale or bias
+    whole: str  # those that a group lies along
+    examples: int = 0
+    positions: int = 0
+
+    def four(self, shape: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Returns a shape with one axis each for examples, positions, groups and members."""
+        features = self.examples + self.positions
+        examples, positions = shape[: self.examples], shape[self.examples : features]
+        return math.prod(examples), math.prod(positions), *self.two(shape[features:])
+
+    def two(self, shape: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Returns the shape of a scale or bias, one axis each for groups and members."""
+        return (*shape, 1)[:2]
+
+
+ROWS = Layout("... d", "d", "d")
+
+
+def layout_of(plan, x, scale, bias) -> Layout | None:
+    """Returns the layout that the groups of a plan have, None where they have none."""
+    axes, ndim = plan.reduction.axes, x.ndim
+
+    def along(features):
+        shape = (1,) * (ndim - features) + x.shape[ndim - features :]
+        return all(v is None or v.shape == shape for v in (scale, bias))
+
+    if axes == (ndim - 1,) and along(1):
+        return ROWS
+    members = axes[-1:] == (ndim - 1,)
+    positions, features = len(axes) - members, 1 + members
+    examples = ndim - features - positions
+    middle = tuple(range(examples, examples + positions))
+    if examples < 1 or axes[:positions] != middle or not along(features):
+        return None
+    names = [f"n{i}" for i in range(examples)], [f"p{i}" for i in range(positions)]
+    parameters = ["g", "k"][:features]
+    entries = " ".join([*names[0], *names[1], *parameters])
+    return Layout(
+        entries, " ".join(parameters), " ".join([*names[1], *parameters[1:]]), examples, positions
+    )
+
+
+def why_not(plan, x, scale, bias, mask, residual=False):
     """Returns why the implementation of a plan cannot have these arguments, or None."""
     if plan.implementation in (None, XLA):
         return None
-    if plan.reduction.axes != (x.ndim - 1,):
-        return f"groups over axes {plan.reduction.axes} of {x.ndim}, and not over the last one"
-    for label, value in (("scale", scale), ("bias", bias)):
-        if value is not None and value.shape != (1,) * (x.ndim - 1) + x.shape[-1:]:
-            return f"a {label} along other axes than the last"
     if mask is not None or plan.reduction.axis_name is not None:
         return "a mask or an axis_name"
-    if plan.activation is not None:
-        return "an activation"
     if plan.floor or plan.on_deviation or plan.epsilon > 1:
         return "a floor, epsilon on the deviation, or above 1"
     if jnp.iscomplexobj(x):
         return "complex entries"
-    return _module(plan).supports(x, dtype=plan.dtype)
+    layout = layout_of(plan, x, scale, bias)
+    if layout == ROWS:
+        if plan.activation is not None:
+            return "an activation"
+        return _module(plan, layout).supports(x, dtype=plan.dtype, residual=residual)
+    if layout is None or NAMED[plan.implementation].groups is None:
+        shapes = ", ".join(str(v.shape) for v in (scale, bias) if v is not None)
+        beside = f", and parameters along other axes than the last: {shapes}" if shapes else ""
+        return f"groups over axes {plan.reduction.axes} of {x.ndim}{beside}"
+    if residual:
+        return f"a residual, with groups over axes {plan.reduction.axes} of {x.ndim}"
+    four = jax.ShapeDtypeStruct(layout.four(x.shape), x.dtype)
+    return _module(plan, layout).supports_groups(four, dtype=plan.dtype)
 
 
 def forward(plan, form, on_gpu, x, scale, bias, mask, measured):
@@ -65,8 +125,19 @@ def backward(plan, shape, whole, on_gpu, known, dy):
     return _named(plan, whole, functools.partial(_backward, plan, shape))(known, dy)
 
 
-def _module(plan):
-    return importlib.import_module(NAMED[plan.implementation].module)
+def add_forward(plan, form, x, residual, scale, bias):
+    """Returns `x + residual` and `y`, by the kernel of the plan; `form` says what they are."""
+    return _named(plan, form, functools.partial(_add_forward, plan))(x, residual, scale, bias)
+
+
+def add_backward(plan, shape, whole, known, dtotal, dy):
+    """Returns the cotangents of the sum, scale and bias, by the kernel of the plan."""
+    return _named(plan, whole, functools.partial(_add_backward, plan, shape))(known, dtotal, dy)
+
+
+def _module(plan, layout):
+    kernels = NAMED[plan.implementation]
+    return importlib.import_module(kernels.rows if layout == ROWS else str(kernels.groups))
 
 
 def _named(plan, form, kernel):
@@ -87,39 +158,78 @@ def _refuse(implementation, *operands):
 
 def _forward(plan, x, scale, bias, mask, measured):
     del mask, measured
-    given = [v.reshape(-1) for v in (scale, bias) if v is not None]
-    rule = f"... d{', d' * len(given)} -> ... d"
-    call = functools.partial(_call_forward, plan, scale is not None, bias is not None)
-    return sharded(call, rule, whole="d")(x, *given)
-
-
-def _call_forward(plan, scaled, biased, x, *given):
-    given = iter(given)
-    scale = next(given) if scaled else None
-    bias = next(given) if biased else None
-    return _module(plan).forward(x, scale, bias, dtype=plan.dtype, **_options(plan))
+    layout = layout_of(plan, x, scale, bias)
+    return _run(plan, layout, "forward", {"x": x, "scale": scale, "bias": bias})
 
 
 def _backward(plan, shape, known, dy):
-    x, scale, *_ = known
-    given = [] if scale is None else [scale.reshape(-1)]
-    rule = f"... d{', d' * len(given)}, ... d -> ... d, d, d"
-    call = functools.partial(_call_backward, plan, scale is not None)
-    dx, dscale, dbias = sharded(call, rule, whole="d")(x, *given, dy)
-    if shape is None:
-        return dx, None, None
-    return dx, dscale.reshape(shape), dbias.reshape(shape)
+    x, scale, bias, _ = known
+    layout = layout_of(plan, x, scale, bias)
+    operands = {"x": x, "scale": scale, "dy": dy} | ({} if layout == ROWS else {"bias": bias})
+    dx, *sums = _run(plan, layout, "backward", operands)
+    return dx, *_of_shape(shape, sums)
 
 
-def _call_backward(plan, scaled, x, *given):
-    scale, dy = given if scaled else (None, *given)
-    return _module(plan).backward(x, scale, dy, **_options(plan))
+def _add_forward(plan, x, residual, scale, bias):
+    operands = {"x": x, "residual": residual, "scale": scale, "bias": bias}
+    return _run(plan, ROWS, "add_forward", operands)
 
 
-def _options(plan):
-    interpret = NAMED[plan.implementation].interpret
-    return {
+def _add_backward(plan, shape, known, dtotal, dy):
+    total, scale, *_ = known
+    operands = {"s": total, "scale": scale, "dy": dy, "ds": dtotal}
+    dx, *sums = _run(plan, ROWS, "add_backward", operands)
+    return dx, *_of_shape(shape, sums)
+
+
+def _of_shape(shape, sums):
+    """Returns the sums in the shape of the parameters; None where there are none."""
+    return [None if shape is None else v.reshape(shape) for v in sums]
+
+
+def _run(plan, layout, function, operands):
+    """Returns what a kernel makes of operands by name, some of them None, where they lie."""
+    features = len(layout.parameters.split())
+    arrays, sides = [], []
+    for name, value in operands.items():
+        if value is not None:
+            is_line = name in PARAMETERS
+            arrays.append(value.reshape(value.shape[-features:]) if is_line else value)
+            sides.append(layout.parameters if is_line else layout.entries)
+    entries, line = layout.entries, layout.parameters
+    outputs = {
+        "forward": [entries],
+        "add_forward": [entries, entries],
+        "backward": [entries, line, line],
+        "add_backward": [entries, line, line],
+    }[function]
+    there = tuple((name, value is not None) for name, value in operands.items())
+    call = functools.partial(_call, plan, layout, function, there)
+    rule = f"{', '.join(sides)} -> {', '.join(outputs)}"
+    return sharded(call, rule, whole=layout.whole)(*arrays)
+
+
+def _call(plan, layout, function, there, *arrays):
+    given = iter(arrays)
+    operands = {name: next(given) if is_there else None for name, is_there in there}
+    options = {
         "centered": plan.reduction.centered,
         "epsilon": plan.epsilon,
-        "interpret": interpret,
+        "interpret": NAMED[plan.implementation].interpret,
     }
+    if function.endswith("forward"):
+        options["dtype"] = plan.dtype
+    module = _module(plan, layout)
+    if layout == ROWS:
+        return getattr(module, function)(**operands, **options)
+    shapes = {True: layout.two, False: layout.four}
+    operands = {
+        name: value if value is None else value.reshape(shapes[name in PARAMETERS](value.shape))
+        for name, value in operands.items()
+    }
+    outputs = getattr(module, f"{function}_groups")(
+        **operands, activation=plan.activation, **options
+    )
+    shape = arrays[0].shape
+    line = shape[layout.examples + layout.positions :]
+    return jax.tree.map(lambda out: out.reshape(shape if out.ndim == 4 else line), outputs)

@@ -180,6 +180,7 @@ def instance_norm(
     axis_index_groups: Any = None,
     dtype: DTypeLike | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     r"""Normalizes each feature of each example over the axes in between.
 
@@ -200,6 +201,8 @@ def instance_norm(
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
       activation: function applied to the output, entry by entry, before it is rounded; what goes
         into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
+      implementation: None or "xla", or a kernel by name: "mosaic_gpu". One that cannot be had is
+        refused, here or when the program is lowered.
 
     Returns:
       An array of the shape of `x`. Where no axis is left to reduce each entry is alone, equals
@@ -236,6 +239,7 @@ def instance_norm(
         axis_index_groups=axis_index_groups,
         dtype=dtype,
         activation=activation,
+        implementation=implementation,
         caller="instance_norm",
     )
     return y

@@ -92,6 +92,48 @@ def standardize(
       >>> print(y.round(3), m.mean, m.var)
       [[-1.  1.]] 2.0 1.0
     """
+    plan, *arguments = planned(
+        caller,
+        x,
+        scale,
+        bias,
+        reduction_axes=reduction_axes,
+        feature_axes=feature_axes,
+        centered=centered,
+        epsilon=epsilon,
+        floor=floor,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
+        epsilon_on=epsilon_on,
+        activation=activation,
+        implementation=implementation,
+    )
+    return from_measured(plan, *arguments)
+
+
+def planned(
+    caller,
+    x,
+    scale,
+    bias,
+    *,
+    reduction_axes,
+    feature_axes,
+    centered,
+    epsilon,
+    mask,
+    dtype,
+    implementation,
+    floor=0.0,
+    axis_name=None,
+    axis_index_groups=None,
+    epsilon_on="variance",
+    activation=None,
+    residual=False,
+):
+    """Returns the plan, and x, scale, bias and mask as it takes them; bad input is refused."""
     x = ax.to_float_array(caller, x)
     reduced = ax.sorted_axes(caller, "reduction_axes", reduction_axes, x.ndim)
     features = ax.sorted_axes(caller, "feature_axes", feature_axes, x.ndim)
@@ -108,13 +150,15 @@ def standardize(
     bias = ax.to_parameter(caller, "bias", bias, x, features)
     mask = ax.to_weights(caller, mask, x)
     ax.check_choice(caller, "implementation", implementation, (None, "xla", *implementations.NAMED))
-    ax.check_available(caller, implementation, implementations.why_not(plan, x, scale, bias, mask))
-    return _standardize_and_report(plan, x, scale, bias, mask)
+    reason = implementations.why_not(plan, x, scale, bias, mask, residual)
+    ax.check_available(caller, implementation, reason)
+    return plan, x, scale, bias, mask
 
 
 # So that outside jit this is one program, not forty.
 @functools.partial(jax.jit, static_argnums=0)
-def _standardize_and_report(plan, x, scale, bias, mask):
+def from_measured(plan, x, scale, bias, mask):
+    """Returns `y`, and the moments it was standardized by."""
     y, measured = _standardize(plan, x, scale, bias, mask)
     return y, to_moments(plan.reduction, x, measured)
 
@@ -158,7 +202,7 @@ def _standardize(plan, x, scale, bias, mask):
 
 def _measured_too(plan, x, scale, bias, mask, differentiated=False):
     measured = me.measure(plan.reduction, x, mask)
-    form = on_gpu = functools.partial(_from_measured, plan)
+    form = on_gpu = functools.partial(_form, plan)
     if rows.stay_on_chip(plan, x, mask) and not differentiated:
         # Measuring a row again costs less there than to have it written down. The backward pass
         # needs that all the same, and what comes after y, which it may need too, joins no row.
@@ -169,7 +213,7 @@ def _measured_too(plan, x, scale, bias, mask, differentiated=False):
     return implementations.forward(plan, form, on_gpu, *args), measured
 
 
-def _from_measured(plan, x, scale, bias, mask, measured):
+def _form(plan, x, scale, bias, mask, measured):
     _, xhat = standardized(plan, x, measured, mask, units.divide_exactly)
     return rescale(xhat, scale, bias, plan.activation).astype(plan.dtype)
 

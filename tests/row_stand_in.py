@@ -46,3 +46,13 @@ def backward(x, scale, dy, *, centered, epsilon, interpret):
     [dx], [share] = row_arithmetic.backward(rule, entries, piece(scale, x.ndim), [dy], total)
     rows = tuple(range(x.ndim - 1))
     return dx.astype(x.dtype), jnp.sum(share, rows), jnp.sum(dy, rows)
+
+
+def add_forward(x, residual, scale, bias, *, dtype, **options):
+    total = (x.astype(jnp.float32) + residual.astype(jnp.float32)).astype(x.dtype)
+    return total, forward(total, scale, bias, dtype=dtype, **options)
+
+
+def add_backward(s, scale, dy, ds, **options):
+    dx, *sums = backward(s, scale, dy, **options)
+    return dx + ds.astype(dx.dtype), *sums

@@ -28,7 +28,7 @@ ROOMS = [
     ["implementations"],
     ["gradient"],
     ["standardize"],
-    ["batch", "layer", "group", "weight", "regularize", "state", "length", "features"],
+    ["batch", "layer", "group", "weight", "regularize", "state", "length", "features", "residual"],
     [
         "partial",
         "renorm",

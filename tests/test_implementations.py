@@ -30,7 +30,7 @@ def name(request, monkeypatch):
         kernels = implementations.NAMED[request.param]
         here = kernels._replace(platform="cpu", interpret=True)
         if request.param == "mosaic_gpu":
-            here = here._replace(module="row_stand_in")
+            here = here._replace(rows="row_stand_in", groups="group_stand_in")
         monkeypatch.setitem(implementations.NAMED, request.param, here)
     jax.clear_caches()
     yield request.param

@@ -8,6 +8,8 @@ from normax.linen.activations import RMSNorm as RMSNorm
 from normax.linen.conditional import AdaLNZero as AdaLNZero
 from normax.linen.conditional import AdaptiveInstanceNorm as AdaptiveInstanceNorm
 from normax.linen.conditional import FiLM as FiLM
+from normax.linen.family import AddLayerNorm as AddLayerNorm
+from normax.linen.family import AddRMSNorm as AddRMSNorm
 from normax.linen.family import BatchRenorm as BatchRenorm
 from normax.linen.family import DivisiveNorm as DivisiveNorm
 from normax.linen.family import DomainBatchNorm as DomainBatchNorm

@@ -317,3 +317,35 @@ class SegmentNorm(options.SegmentNormOptions, Stateless):
       >>> y.shape
       (8, 3)
     """
+
+
+@options.documented
+class AddLayerNorm(options.AddLayerNormOptions, Stateless):
+    """Adds a residual, and layer-normalizes the sum; over `normax.add_layer_norm`.
+
+    Variables: `params/scale`, `params/bias`. Called with the residual after the
+    input, it returns the output and the sum.
+
+    Example:
+      >>> import jax, normax.linen as nn
+      >>> x, residual = jax.random.normal(jax.random.key(0), (2, 8, 3))
+      >>> (y, total), _ = nn.AddLayerNorm().init_with_output(jax.random.key(1), x, residual)
+      >>> bool((total == x + residual).all())
+      True
+    """
+
+
+@options.documented
+class AddRMSNorm(options.AddRMSNormOptions, Stateless):
+    """Adds a residual, and divides the sum by its root mean square; over `normax.add_rms_norm`.
+
+    Variables: `params/scale`. Called with the residual after the
+    input, it returns the output and the sum.
+
+    Example:
+      >>> import jax, normax.linen as nn
+      >>> x, residual = jax.random.normal(jax.random.key(0), (2, 8, 3))
+      >>> (y, total), _ = nn.AddRMSNorm().init_with_output(jax.random.key(1), x, residual)
+      >>> bool((total == x + residual).all())
+      True
+    """

@@ -8,6 +8,8 @@ from normax.nnx.activations import RMSNorm as RMSNorm
 from normax.nnx.conditional import AdaLNZero as AdaLNZero
 from normax.nnx.conditional import AdaptiveInstanceNorm as AdaptiveInstanceNorm
 from normax.nnx.conditional import FiLM as FiLM
+from normax.nnx.family import AddLayerNorm as AddLayerNorm
+from normax.nnx.family import AddRMSNorm as AddRMSNorm
 from normax.nnx.family import BatchRenorm as BatchRenorm
 from normax.nnx.family import DivisiveNorm as DivisiveNorm
 from normax.nnx.family import DomainBatchNorm as DomainBatchNorm

@@ -337,3 +337,39 @@ class SegmentNorm(Stateless, options.SegmentNormOptions, nnx.Module):
       >>> y.shape
       (8, 3)
     """
+
+
+@signed
+@options.documented
+class AddLayerNorm(Stateless, options.AddLayerNormOptions, nnx.Module):
+    """Adds a residual, and layer-normalizes the sum; over `normax.add_layer_norm`.
+
+    Variables: `scale` and `bias`, of type `nnx.Param`. Called with the residual after the
+    input, it returns the output and the sum.
+
+    Example:
+      >>> import jax, normax.nnx as nn
+      >>> from flax import nnx
+      >>> x, residual = jax.random.normal(jax.random.key(0), (2, 8, 3))
+      >>> y, total = nn.AddLayerNorm(3, rngs=nnx.Rngs(0))(x, residual)
+      >>> bool((total == x + residual).all())
+      True
+    """
+
+
+@signed
+@options.documented
+class AddRMSNorm(Stateless, options.AddRMSNormOptions, nnx.Module):
+    """Adds a residual, and divides the sum by its root mean square; over `normax.add_rms_norm`.
+
+    Variables: `scale`, of type `nnx.Param`. Called with the residual after the
+    input, it returns the output and the sum.
+
+    Example:
+      >>> import jax, normax.nnx as nn
+      >>> from flax import nnx
+      >>> x, residual = jax.random.normal(jax.random.key(0), (2, 8, 3))
+      >>> y, total = nn.AddRMSNorm(3, rngs=nnx.Rngs(0))(x, residual)
+      >>> bool((total == x + residual).all())
+      True
+    """

@@ -14,6 +14,8 @@ from normax.options.conditional import AdaLNZeroOptions as AdaLNZeroOptions
 from normax.options.conditional import AdaptiveInstanceNormOptions as AdaptiveInstanceNormOptions
 from normax.options.conditional import FiLMOptions as FiLMOptions
 from normax.options.conditional import Projected as Projected
+from normax.options.family import AddLayerNormOptions as AddLayerNormOptions
+from normax.options.family import AddRMSNormOptions as AddRMSNormOptions
 from normax.options.family import BatchRenormOptions as BatchRenormOptions
 from normax.options.family import DivisiveNormOptions as DivisiveNormOptions
 from normax.options.family import DomainBatchNormOptions as DomainBatchNormOptions

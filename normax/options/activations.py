@@ -78,7 +78,7 @@ class RMSNormOptions(Activated, Implemented, Normalizer, Pooled, LayerAxes, Scal
 
 
 @options
-class GroupNormOptions(Activated, Normalizer, Pooled, GroupAxes, Affine, Groups):
+class GroupNormOptions(Activated, Implemented, Normalizer, Pooled, GroupAxes, Affine, Groups):
     """What a `GroupNorm` is.
 
     Args:
@@ -94,7 +94,7 @@ class GroupNormOptions(Activated, Normalizer, Pooled, GroupAxes, Affine, Groups)
 
 
 @options
-class InstanceNormOptions(Activated, Normalizer, Pooled, FeatureAxes, Affine):
+class InstanceNormOptions(Activated, Implemented, Normalizer, Pooled, FeatureAxes, Affine):
     """What an `InstanceNorm` is."""
 
     _function = staticmethod(instance_norm)

@@ -15,14 +15,18 @@ from normax.options.fields import (
     Devices,
     FeatureAxes,
     Groups,
+    Implemented,
     Initializer,
+    LayerAxes,
     Normalizer,
     Output,
+    Scaled,
     options,
 )
 from normax.options.running import RunningNormalizer
 from normax.partial import mean_only_batch_norm, variance_only_batch_norm
 from normax.renorm import batch_renorm
+from normax.residual import add_layer_norm, add_rms_norm
 from normax.response import (
     divisive_norm,
     filter_response_norm,
@@ -304,6 +308,21 @@ class DynamicTanhOptions(Normalizer, FeatureAxes, Affine):
     learned: ClassVar[tuple[str, ...]] = ("scale", "bias", "alpha")
     scalars: ClassVar[tuple[str, ...]] = ("alpha",)
     alpha_init: Initializer = initializers.constant(0.5)
+
+
+@options
+class AddLayerNormOptions(Implemented, Normalizer, LayerAxes, Affine):
+    """What an `AddLayerNorm` is."""
+
+    _function = staticmethod(add_layer_norm)
+
+
+@options
+class AddRMSNormOptions(Implemented, Normalizer, LayerAxes, Scaled):
+    """What an `AddRMSNorm` is."""
+
+    _function = staticmethod(add_rms_norm)
+    learned: ClassVar[tuple[str, ...]] = ("scale",)
 
 
 @options
