@@ -1,0 +1,418 @@
+"""How a block of groups comes to a Hopper GPU's shared memory, stays there, and leaves.
+
+A program has one example and a block of whole groups: a slab of `positions` lines, each of them the
+block's features side by side. Threads have entries of it by their place in memory: a piece is as
+many whole lines as give every thread of a warpgroup the same features in each piece, whatever their
+number. So a thread adds up features of its own, and groups meet once, in shared memory.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from normax.kernels import mosaic_gpu_rows as rows
+from normax.kernels import row_arithmetic as arithmetic
+from normax.kernels.deferred import INDEX, Deferred
+
+THREADS = 128  # of a warpgroup
+ALIGNMENT = 16
+BOX = 256  # entries along an axis that a copy may have
+AT_ONCE = 2  # sums in one exchange
+MOST_SLOTS = 32  # entries of a piece that a thread may have
+HELD = 64  # entries of the slab that a thread may keep in registers
+MOST_WARPGROUPS = 4
+RESERVED = 2048  # barriers, and what the runtime takes
+
+
+class Task(NamedTuple):
+    """A kernel over slabs.
+
+    `work` gets totals, the rule, and inputs and parameters as pieces; it returns the pieces of the
+    output and those to be added up over lines, feature by feature. `dtype` is the output's.
+    """
+
+    name: str
+    rule: arithmetic.Rule
+    work: Callable
+    dtype: Any
+    sums: int = 0
+
+
+class Plan(NamedTuple):
+    """Which thread has which entries of which slab."""
+
+    shape: tuple[int, int, int, int]
+    groups: int
+    vector: int
+    warpgroups: int
+    in_place: bool
+    held: bool
+    shared: int
+
+    @property
+    def width(self) -> int:
+        """Features of a slab."""
+        return self.groups * self.shape[3]
+
+    @property
+    def blocks(self) -> int:
+        """Slabs of an example."""
+        return self.shape[2] // self.groups
+
+    @property
+    def slots(self) -> int:
+        """Entries of a piece that a thread has."""
+        return self.lines * self.width // THREADS
+
+    @property
+    def lines(self) -> int:
+        """Lines of a piece."""
+        return math.lcm(self.width, THREADS * self.vector) // self.width
+
+    @property
+    def pieces(self) -> int:
+        """Pieces of a warpgroup; the warpgroups take turns."""
+        return -(-self.shape[1] // (self.lines * self.warpgroups))
+
+    @property
+    def room(self) -> int:
+        """Lines that the pieces have room for."""
+        return self.pieces * self.lines * self.warpgroups
+
+    @property
+    def together(self) -> int:
+        """Pieces of one iteration."""
+        return max(1, 8 // self.slots)
+
+    @property
+    def iterations(self) -> int:
+        """Iterations of the loops over pieces; pieces beyond them stay in registers."""
+        if self.held:
+            return 0
+        return (self.pieces - (self.room > self.shape[1])) // self.together
+
+    @property
+    def columns(self) -> int:
+        """The width, to whole warpgroups."""
+        return -(-self.width // THREADS) * THREADS
+
+
+def make_plan(shape: tuple[int, ...], inputs: Sequence[Any], output: Any) -> Plan | str:
+    """Returns the plan for slabs of x of a shape (N, L, G, K), or why there is none."""
+    _, positions, groups, size = shape
+    least = min(jnp.dtype(dtype).itemsize for dtype in (*inputs, output))
+    aligned = [
+        count
+        for count in range(1, groups + 1)
+        if groups % count == 0 and count * size * least % ALIGNMENT == 0
+    ]
+    if not aligned:
+        line = groups * size * least
+        return f"a line of {line} bytes is no multiple of {ALIGNMENT}, as copies must be"
+    narrow = [count for count in aligned if count * size <= BOX]
+    if not narrow:
+        return f"no whole groups of {size} features are {ALIGNMENT} bytes and at most {BOX} wide"
+    plans = [_plan(shape, count, inputs, output) for count in narrow]
+    plans = [plan for plan in plans if plan.slots <= MOST_SLOTS]
+    if not plans:
+        return f"{size} features of a group are dealt out too unevenly to {THREADS} threads"
+    for programs in (3, 2, 1):  # of a processor: one computes while another waits for memory
+        fit = [plan for plan in plans if plan.shared * programs <= rows.SHARED_BYTES]
+        wide = [
+            plan
+            for plan in fit
+            if plan.width * least >= 64 and plan.width * positions * least >= 4096
+        ]
+        if fit:
+            return wide[0] if wide else fit[-1]
+    smallest = min(plan.shared for plan in plans)
+    return f"{positions} positions of a block of groups need {smallest} bytes of shared memory"
+
+
+def _plan(shape, groups, inputs, output):
+    vector = 2 if math.lcm(groups * shape[3], 2 * THREADS) <= 16 * THREADS else 1
+    in_place = jnp.dtype(output) == jnp.dtype(inputs[0])
+    plan = Plan(shape, groups, vector, 1, in_place, True, 0)
+    entries = lambda plan: plan.pieces * plan.slots * len(inputs)
+    while plan.warpgroups < MOST_WARPGROUPS and entries(plan) > HELD:
+        plan = plan._replace(warpgroups=plan.warpgroups * 2)
+    plan = plan._replace(held=entries(plan) <= HELD)
+    arrays = [*inputs] + [output] * (not in_place)
+    slab = plan.room * plan.width * sum(jnp.dtype(dtype).itemsize for dtype in arrays)
+    exchanged = AT_ONCE * plan.warpgroups * (plan.lines * plan.width + 4 * plan.columns)
+    return plan._replace(shared=slab + 4 * exchanged + RESERVED)
+
+
+def launch(plan: Plan, task: Task, inputs: Sequence[jax.Array], parameters, interpret: bool):
+    """Runs a task over x, and what else has its shape; returns the output and sums, (sums, G, K)."""
+    examples, positions, groups, size = plan.shape
+    features = groups * size
+    flat = (examples, positions, features)
+    types = [jax.ShapeDtypeStruct(flat, task.dtype)]
+    if task.sums:
+        partial = (examples, task.sums, features)
+        types.append(jax.ShapeDtypeStruct(partial, jnp.float32))
+    held, threads = (plan.room, plan.width), plan.warpgroups
+    piece = plan.lines * plan.width
+    scratch = [
+        [plgpu.SMEM(held, x.dtype) for x in inputs],
+        [plgpu.SMEM(held, task.dtype)] * (not plan.in_place),
+        plgpu.SMEM((AT_ONCE, threads, piece + plan.columns), jnp.float32),
+        plgpu.SMEM((AT_ONCE, threads, plan.columns), jnp.float32),
+        plgpu.Barrier(num_arrivals=len(inputs) * len(_boxes(plan))),
+    ]
+    if threads > 1:
+        scratch.append(plgpu.SMEM((2, AT_ONCE, threads, plan.columns), jnp.float32))
+        scratch.append(plgpu.Barrier(num_arrivals=threads))
+    named = {"num_threads": threads, "thread_name": "warpgroup"}
+    call = plgpu.kernel(
+        functools.partial(_body, plan, task, len(inputs), len(parameters), interpret),
+        out_type=types,
+        scratch_types=scratch,
+        grid=(examples * plan.blocks,),
+        grid_names=("program",),
+        # As for rows: layouts and barriers are as written here, on every version.
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+        kernel_name=task.name,
+        interpret=rows._interpreter() if interpret else None,
+        **(named if threads > 1 else {}),
+    )
+    laid_out = [_laid_out(plan, parameter) for parameter in parameters]
+    output, *partials = call(*(x.reshape(flat) for x in inputs), *laid_out)
+    # In one order, whichever program was first: the same bits each time.
+    sums = [each.sum(0).reshape(task.sums, groups, size) for each in partials]
+    return output.reshape(plan.shape), *sums
+
+
+def _laid_out(plan, parameter):
+    """Returns a scale or bias in float32, for each block laid out as a piece is."""
+    parameter = parameter.astype(jnp.float32).reshape(plan.blocks, 1, plan.width)
+    return jnp.broadcast_to(parameter, (plan.blocks, plan.lines, plan.width))
+
+
+def _boxes(plan):
+    """Returns where the lines of each copy begin, and how many they are."""
+    positions = plan.shape[1]
+    return [(start, min(BOX, positions - start)) for start in range(0, positions, BOX)]
+
+
+def _body(plan, task, n_inputs, n_parameters, interpret, *refs):
+    counts = [n_inputs, n_parameters, 1, int(task.sums > 0)]
+    inputs, parameters, [output], partials, scratch = rows._split(refs, counts)
+    arriving, leaving, dealt, totals, arrived, *crossing = scratch
+    program = lax.axis_index("program")
+    group = lax.axis_index("warpgroup") if plan.warpgroups > 1 else 0
+    example, block = lax.div(program, plan.blocks), lax.rem(program, plan.blocks)
+    layout = functools.partial(_layout, plan, interpret)
+    features = pl.ds(block * plan.width, plan.width)
+
+    def first(function):
+        return pl.when(group == 0)(function) if plan.warpgroups > 1 else function()
+
+    @first
+    def _():
+        for source, target in zip(inputs, arriving, strict=True):
+            for start, lines in _boxes(plan):
+                there = source.at[example, pl.ds(start, lines), features]
+                plgpu.copy_gmem_to_smem(there, target.at[pl.ds(start, lines)], arrived)
+
+    given = [layout(ref[block]) for ref in parameters]
+    plgpu.barrier_wait(arrived)
+    slab = Slab(plan, group, layout)
+    total = Totals(slab, dealt, totals, *crossing)
+    rule = task.rule._replace(valid=slab.valid)
+    loaded = [slab.pieces_of(ref) for ref in arriving]
+    pieces = [[one] * len(slab.valid) for one in given]
+    made, sums = task.work(total, rule, loaded, pieces)
+    [target] = leaving or arriving[:1]
+    added = slab.finish(made, target, sums)
+    plgpu.commit_smem()
+    if sums:
+        total.by_feature(added, ["add"] * len(sums))
+        plgpu.commit_smem()
+    elif plan.warpgroups > 1:
+        total.meet()
+
+    @first
+    def _():
+        for start, lines in _boxes(plan):
+            there = output.at[example, pl.ds(start, lines), features]
+            plgpu.copy_smem_to_gmem(target.at[pl.ds(start, lines)], there)
+        for index in range(len(sums)):
+            source = totals.at[index, 0, pl.ds(0, plan.width)]
+            plgpu.copy_smem_to_gmem(source, partials[0].at[example, index, features])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _layout(plan, interpret, value):
+    """Gives the threads of a warpgroup entries side by side, one thread after the other."""
+    if interpret:
+        return value
+    layout = plgpu.Layout.WG_STRIDED(value.shape, vec_size=plan.vector)
+    return plgpu.layout_cast(value, layout)
+
+
+class Slab:
+    """What a warpgroup has of a slab: the pieces of its loops, and those it holds."""
+
+    def __init__(self, plan, group, layout):
+        """Tells which entries of the held pieces are there."""
+        self.plan, self.group, self.layout = plan, group, layout
+        self.shape = (plan.lines, plan.width)
+        looped = plan.together * (plan.iterations > 0)
+        self.held = range(plan.iterations * plan.together, plan.pieces)
+        self.valid = [None] * (looped + len(self.held))
+        self.ragged = plan.room > plan.shape[1]
+        if self.ragged:
+            line = layout(lax.broadcasted_iota(jnp.int32, self.shape, 0))
+            self.valid[-1] = line < plan.shape[1] - self.start(plan.pieces - 1)
+
+    def start(self, piece):
+        """Returns the line of a piece."""
+        return (piece * self.plan.warpgroups + self.group) * self.plan.lines
+
+    def pieces_of(self, ref):
+        """Returns the pieces of what lies in shared memory."""
+
+        def load(piece):
+            value = self.layout(ref[pl.ds(self.start(piece), self.plan.lines)])
+            return value.astype(jnp.float32)
+
+        together = self.plan.together
+        pieces: list[Any] = [
+            Deferred(lambda index, one=one: load(index * together + one), INDEX)
+            for one in range(together * (self.plan.iterations > 0))
+        ]
+        pieces += [load(piece) for piece in self.held]
+        if self.ragged:
+            # Nothing was copied there: it may be anything.
+            pieces[-1] = jnp.where(self.valid[-1], pieces[-1], jnp.zeros(self.shape, jnp.float32))
+        return pieces
+
+    def reduce(self, wanted):
+        """Returns for each (operation, pieces) one piece, the pieces combined."""
+
+        def combined(_, met, index, sofar):
+            return [
+                arithmetic.combine(op, [old, *(piece.at(index, met) for piece in _looped(pieces))])
+                for old, (op, pieces) in zip(sofar, wanted, strict=True)
+            ]
+
+        found = self.loop(combined, [op for op, _ in wanted])
+        return [
+            arithmetic.combine(op, [*found[index : index + 1], *_held(pieces)])
+            for index, (op, pieces) in enumerate(wanted)
+        ]
+
+    def loop(self, function, operations):
+        """Runs the loop, if there is one, with a piece for each operation, its neutral at first."""
+        if not self.plan.iterations:
+            return []
+        neutral = {"add": 0.0, "max": -jnp.inf}
+        start = [self.layout(jnp.full(self.shape, neutral[op], jnp.float32)) for op in operations]
+        body = lambda index, sofar: function(self, {}, index, sofar)
+        return lax.fori_loop(0, self.plan.iterations, body, start)
+
+    def finish(self, made, target, sums):
+        """Writes the pieces of the output, and returns the sums over pieces, in one loop."""
+
+        def write(piece, value):
+            place = pl.ds(self.start(piece), self.plan.lines)
+            target[place] = value.astype(target.dtype)
+
+        def step(_, met, index, sofar):
+            for one, piece in enumerate(_looped(made)):
+                write(index * self.plan.together + one, piece.at(index, met))
+            return [
+                arithmetic.combine("add", [old, *(piece.at(index, met) for piece in _looped(each))])
+                for old, each in zip(sofar, sums, strict=True)
+            ]
+
+        found = self.loop(step, ["add"] * len(sums))
+        for piece, value in zip(self.held, _held(made), strict=True):
+            write(piece, value)
+        return [
+            arithmetic.combine("add", [*found[index : index + 1], *_held(each)])
+            for index, each in enumerate(sums)
+        ]
+
+
+def _looped(pieces):
+    return [piece for piece in pieces if isinstance(piece, Deferred)]
+
+
+def _held(pieces):
+    return [piece for piece in pieces if not isinstance(piece, Deferred)]
+
+
+class Totals:
+    """Sums over the groups of a slab, spread over the entries of a piece."""
+
+    def __init__(self, slab, dealt, totals, columns: Any = None, barrier: Any = None):
+        """Begins the sums of a slab."""
+        self.slab, self.dealt, self.totals = slab, dealt, totals
+        self.columns, self.barrier = columns, barrier
+        self.round = 0
+
+    def __call__(self, wanted):
+        """Returns the totals of a few (operation, pieces), in one exchange."""
+        operations = [op for op, _ in wanted]
+        self.by_feature(self.slab.reduce(wanted), operations)
+        plgpu.commit_smem()
+        return [self._of_groups(index, op) for index, op in enumerate(operations)]
+
+    def meet(self):
+        """Waits for the other warpgroups."""
+        plgpu.barrier_arrive(self.barrier)
+        plgpu.barrier_wait(self.barrier)
+
+    def by_feature(self, pieces, operations):
+        """Leaves for each piece the totals of its features, of all warpgroups."""
+        plan, group = self.slab.plan, self.slab.group
+        length = plan.lines * plan.width
+        for index, piece in enumerate(pieces):
+            self.dealt[index, group, pl.ds(0, length)] = piece.reshape(length)
+        plgpu.commit_smem()
+        for index, op in enumerate(operations):
+            # A warpgroup reads a line, and of the next what it has no feature for.
+            lines = [
+                self.dealt[index, group, pl.ds(line * plan.width, plan.columns)]
+                for line in range(plan.lines)
+            ]
+            own = arithmetic.combine(op, lines)
+            if plan.warpgroups == 1:
+                self.totals[index, group] = own
+            else:
+                self.columns[self.round % 2, index, group] = own
+        if plan.warpgroups > 1:
+            self.meet()
+            for index, op in enumerate(operations):
+                # In turns: a warpgroup that is late may still read those of the last exchange.
+                each = self.columns.at[self.round % 2, index]
+                self.totals[index, group] = arithmetic.combine(
+                    op, [each[other] for other in range(plan.warpgroups)]
+                )
+        self.round += 1
+
+    def _of_groups(self, index, op):
+        """Returns the totals of the groups, each where the entries of its group are."""
+        slab, size = self.slab, self.slab.plan.shape[3]
+        found: Any = None
+        for number in range(slab.plan.groups):
+            features = range(number * size, (number + 1) * size)
+            one = arithmetic.combine(op, [self.totals[index, slab.group, f] for f in features])
+            if found is None:
+                found = one
+            else:
+                feature = slab.layout(lax.broadcasted_iota(jnp.int32, slab.shape, 1))
+                found = jnp.where(feature >= number * size, one, found)
+        return found
