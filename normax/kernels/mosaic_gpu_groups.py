@@ -7,22 +7,26 @@ fixed order.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from normax.kernels import entrywise
 from normax.kernels import mosaic_gpu_slabs as slabs
 from normax.kernels import row_arithmetic as arithmetic
+from normax.kernels.deferred import each
+from normax.kernels.entrywise import Activation
 from normax.kernels.mosaic_gpu import DTYPES
-
-Activation = Callable[[jax.Array], jax.Array]
 
 
 def supports_groups(
-    x: Any, *, dtype: DTypeLike | None = None, backward: bool = True
+    x: Any,
+    *,
+    dtype: DTypeLike | None = None,
+    backward: bool = True,
+    activation: Activation | None = None,
 ) -> str | None:
     """Returns why groups like those of `x` cannot be had, or None.
 
@@ -30,11 +34,12 @@ def supports_groups(
       x: array, or shape and dtype, of shape (N, L, G, K): G groups of K features at L positions.
       dtype: dtype of the output or, going backward, of dy; that of `x` by default.
       backward: whether the backward pass is wanted too; it takes smaller groups.
+      activation: what is to be applied to the output.
     """
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
-    for each in (jnp.dtype(x.dtype), dtype):
-        if each.name not in DTYPES:
-            return f"dtype {each.name} is none of {', '.join(DTYPES)}"
+    for one in (jnp.dtype(x.dtype), dtype):
+        if one.name not in DTYPES:
+            return f"dtype {one.name} is none of {', '.join(DTYPES)}"
     if len(x.shape) != 4:
         return f"a shape of rank {len(x.shape)} is none of (N, L, G, K)"
     if not math.prod(x.shape[1:]):
@@ -42,7 +47,10 @@ def supports_groups(
     plans = [slabs.make_plan(x.shape, [x.dtype], dtype)]
     if backward:
         plans += [slabs.make_plan(x.shape, [x.dtype, dtype], x.dtype)]
-    return next((plan for plan in plans if isinstance(plan, str)), None)
+    why = next((plan for plan in plans if isinstance(plan, str)), None)
+    if why is None and activation is not None:
+        return entrywise.refusal(activation)
+    return why
 
 
 def forward_groups(
@@ -124,7 +132,7 @@ def _work_forward(scaled, shifted, activation, total, rule, inputs, parameters):
     bias = parameters[-1] if shifted else None
     y, _, _ = arithmetic.forward(rule, inputs[0], scale, bias, total)
     if activation is not None:
-        y = [arithmetic.deferred.each(activation, piece) for piece in y]
+        y = [each(functools.partial(entrywise.apply, activation), piece) for piece in y]
     return y, []
 
 
@@ -148,5 +156,5 @@ def _run(task, inputs, parameters, interpret):
     plan = slabs.make_plan(shape, [x.dtype for x in inputs], task.dtype)
     if isinstance(plan, str):
         raise ValueError(f"{task.name}: {plan}")
-    parameters = [each for each in parameters if each is not None]
+    parameters = [one for one in parameters if one is not None]
     return slabs.launch(plan, task, inputs, parameters, interpret)

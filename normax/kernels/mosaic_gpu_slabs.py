@@ -26,8 +26,13 @@ ALIGNMENT = 16
 BOX = 256  # entries along an axis that a copy may have
 AT_ONCE = 2  # sums in one exchange
 MOST_SLOTS = 32  # entries of a piece that a thread may have
-HELD = 64  # entries of the slab that a thread may keep in registers
-MOST_WARPGROUPS = 4
+MOST_REGISTERS = 200  # of a thread, estimated
+# Bytes of a line and of a slab, programs of a processor, and warpgroups of it, at least: one program
+# computes while another waits for memory, which comes in sectors of 32 bytes.
+PREFERRED = (
+    *((64, 4096, 3, 4), (64, 4096, 2, 4), (32, 4096, 3, 4), (32, 4096, 2, 4)),
+    *((64, 0, 3, 3), (32, 0, 3, 3), (32, 0, 1, 4), (32, 0, 1, 2), (0, 0, 2, 4), (0, 0, 1, 0)),
+)
 RESERVED = 2048  # barriers, and what the runtime takes
 
 
@@ -46,7 +51,7 @@ class Task(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Which thread has which entries of which slab."""
+    """Which thread has which entries of which slab; `programs` is how many fit on a processor."""
 
     shape: tuple[int, int, int, int]
     groups: int
@@ -55,6 +60,7 @@ class Plan(NamedTuple):
     in_place: bool
     held: bool
     shared: int
+    programs: int
 
     @property
     def width(self) -> int:
@@ -119,35 +125,36 @@ def make_plan(shape: tuple[int, ...], inputs: Sequence[Any], output: Any) -> Pla
     narrow = [count for count in aligned if count * size <= BOX]
     if not narrow:
         return f"no whole groups of {size} features are {ALIGNMENT} bytes and at most {BOX} wide"
-    plans = [_plan(shape, count, inputs, output) for count in narrow]
+    ways = [(True, 1), (True, 2), (True, 4), (False, 4), (False, 2), (False, 1)]
+    plans = [_plan(shape, count, *way, inputs, output) for count in narrow for way in ways]
     plans = [plan for plan in plans if plan.slots <= MOST_SLOTS]
     if not plans:
         return f"{size} features of a group are dealt out too unevenly to {THREADS} threads"
-    for programs in (3, 2, 1):  # of a processor: one computes while another waits for memory
-        fit = [plan for plan in plans if plan.shared * programs <= rows.SHARED_BYTES]
-        wide = [
-            plan
-            for plan in fit
-            if plan.width * least >= 64 and plan.width * positions * least >= 4096
-        ]
-        if fit:
-            return wide[0] if wide else fit[-1]
+    for wide, large, programs, busy in PREFERRED:
+        for plan in plans:
+            line = plan.width * least
+            enough = line >= wide and line * positions >= large and plan.programs >= programs
+            if enough and (plan.held or plan.programs * plan.warpgroups >= busy):
+                return plan
     smallest = min(plan.shared for plan in plans)
     return f"{positions} positions of a block of groups need {smallest} bytes of shared memory"
 
 
-def _plan(shape, groups, inputs, output):
+def _plan(shape, groups, held, warpgroups, inputs, output):
     vector = 2 if math.lcm(groups * shape[3], 2 * THREADS) <= 16 * THREADS else 1
     in_place = jnp.dtype(output) == jnp.dtype(inputs[0])
-    plan = Plan(shape, groups, vector, 1, in_place, True, 0)
-    entries = lambda plan: plan.pieces * plan.slots * len(inputs)
-    while plan.warpgroups < MOST_WARPGROUPS and entries(plan) > HELD:
-        plan = plan._replace(warpgroups=plan.warpgroups * 2)
-    plan = plan._replace(held=entries(plan) <= HELD)
+    plan = Plan(shape, groups, vector, warpgroups, in_place, held, 0, 0)
     arrays = [*inputs] + [output] * (not in_place)
     slab = plan.room * plan.width * sum(jnp.dtype(dtype).itemsize for dtype in arrays)
-    exchanged = AT_ONCE * plan.warpgroups * (plan.lines * plan.width + 4 * plan.columns)
-    return plan._replace(shared=slab + 4 * exchanged + RESERVED)
+    exchanged = AT_ONCE * warpgroups * (plan.lines * plan.width + 4 * plan.columns)
+    shared = slab + 4 * exchanged + RESERVED
+    # By what ptxas says of a few: entries that stay, and what a loop has of the ones at hand.
+    entries = plan.pieces * len(inputs) * 8 // 5 if held else 2 + len(inputs) * 5 // 2
+    threads = THREADS * warpgroups
+    registers = 56 + entries * plan.slots
+    programs = min(rows.SHARED_BYTES // shared, rows.REGISTERS // (threads * registers))
+    programs = 0 if registers > MOST_REGISTERS else min(programs, 16 // warpgroups)
+    return plan._replace(shared=shared, programs=programs)
 
 
 def launch(plan: Plan, task: Task, inputs: Sequence[jax.Array], parameters, interpret: bool):
@@ -166,7 +173,7 @@ def launch(plan: Plan, task: Task, inputs: Sequence[jax.Array], parameters, inte
         [plgpu.SMEM(held, task.dtype)] * (not plan.in_place),
         plgpu.SMEM((AT_ONCE, threads, piece + plan.columns), jnp.float32),
         plgpu.SMEM((AT_ONCE, threads, plan.columns), jnp.float32),
-        plgpu.Barrier(num_arrivals=len(inputs) * len(_boxes(plan))),
+        plgpu.Barrier(num_arrivals=len(inputs) * -(-positions // BOX)),
     ]
     if threads > 1:
         scratch.append(plgpu.SMEM((2, AT_ONCE, threads, plan.columns), jnp.float32))
@@ -199,10 +206,16 @@ def _laid_out(plan, parameter):
     return jnp.broadcast_to(parameter, (plan.blocks, plan.lines, plan.width))
 
 
-def _boxes(plan):
-    """Returns where the lines of each copy begin, and how many they are."""
+def _boxes(plan, sizes):
+    """Returns where the lines of each copy begin, and how many they are.
+
+    Those of the last one may end past the end: they come as zeros, and are not written.
+    """
     positions = plan.shape[1]
-    return [(start, min(BOX, positions - start)) for start in range(0, positions, BOX)]
+    # A copy is of a multiple of as many bytes as a warpgroup has threads.
+    whole = max(THREADS // math.gcd(THREADS, plan.width * size) for size in sizes)
+    starts = range(0, positions, BOX)
+    return [(start, min(BOX, -(-(positions - start) // whole) * whole)) for start in starts]
 
 
 def _body(plan, task, n_inputs, n_parameters, interpret, *refs):
@@ -214,6 +227,9 @@ def _body(plan, task, n_inputs, n_parameters, interpret, *refs):
     example, block = lax.div(program, plan.blocks), lax.rem(program, plan.blocks)
     layout = functools.partial(_layout, plan, interpret)
     features = pl.ds(block * plan.width, plan.width)
+    sizes = [jnp.dtype(ref.dtype).itemsize for ref in (*inputs, output)]
+    # Where it sees that a copy ends past the end, JAX refuses; so it begins at a variable.
+    boxes = [(start + block * 0, lines) for start, lines in _boxes(plan, sizes)]
 
     def first(function):
         return pl.when(group == 0)(function) if plan.warpgroups > 1 else function()
@@ -221,7 +237,7 @@ def _body(plan, task, n_inputs, n_parameters, interpret, *refs):
     @first
     def _():
         for source, target in zip(inputs, arriving, strict=True):
-            for start, lines in _boxes(plan):
+            for start, lines in boxes:
                 there = source.at[example, pl.ds(start, lines), features]
                 plgpu.copy_gmem_to_smem(there, target.at[pl.ds(start, lines)], arrived)
 
@@ -244,7 +260,7 @@ def _body(plan, task, n_inputs, n_parameters, interpret, *refs):
 
     @first
     def _():
-        for start, lines in _boxes(plan):
+        for start, lines in boxes:
             there = output.at[example, pl.ds(start, lines), features]
             plgpu.copy_smem_to_gmem(target.at[pl.ds(start, lines)], there)
         for index in range(len(sums)):
@@ -294,7 +310,7 @@ class Slab:
         ]
         pieces += [load(piece) for piece in self.held]
         if self.ragged:
-            # Nothing was copied there: it may be anything.
+            # Not all of it was copied there: it may be anything.
             pieces[-1] = jnp.where(self.valid[-1], pieces[-1], jnp.zeros(self.shape, jnp.float32))
         return pieces
 

@@ -5,6 +5,7 @@ the largest of) all entries of a row, over pieces, lanes, warps and warpgroups; 
 broadcasts against a piece. Entries past the end of the row read as zero and are told by `valid`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from normax.kernels import deferred
+from normax.kernels import deferred, entrywise
 
 Pieces = list[jax.Array]
 Total = Callable[[Sequence[tuple[str, Pieces]]], list[jax.Array]]
@@ -107,12 +108,10 @@ def backward_through(
     [squares] = total([("add", [piece * piece for piece in d])])
     rstd = reciprocal_deviation(rule, squares / rule.length, per_unit)
     xhat = [piece * rstd for piece in d]
-
-    def pulled(y, ct):
-        return jax.vjp(activation, y)[1](ct)[0]
-
-    y = _rescaled(xhat, scale, bias)
-    dy = [deferred.each(pulled, a, b) for a, b in zip(y, dy, strict=True)]
+    pull = functools.partial(entrywise.pull, activation)
+    dy = [
+        deferred.each(pull, a, b) for a, b in zip(_rescaled(xhat, scale, bias), dy, strict=True)
+    ]
     t = dy
     if scale is not None:
         t = [piece * gain for piece, gain in zip(dy, scale, strict=True)]
