@@ -27,8 +27,10 @@ BOX = 256  # entries along an axis that a copy may have
 AT_ONCE = 2  # sums in one exchange
 MOST_SLOTS = 32  # entries of a piece that a thread may have
 MOST_REGISTERS = 200  # of a thread, estimated
-# Bytes of a line and of a slab, programs of a processor, and warpgroups of it, at least: one program
-# computes while another waits for memory, which comes in sectors of 32 bytes.
+# Whether a thread keeps its entries in registers, and warpgroups of a program.
+WAYS = ((True, 1), (True, 2), (True, 4), (False, 4), (False, 2), (False, 1))
+# Bytes of a line and of a slab, programs of a processor, and warpgroups of it, at least: one of
+# them computes while another waits for memory, which comes in sectors of 32 bytes.
 PREFERRED = (
     *((64, 4096, 3, 4), (64, 4096, 2, 4), (32, 4096, 3, 4), (32, 4096, 2, 4)),
     *((64, 0, 3, 3), (32, 0, 3, 3), (32, 0, 1, 4), (32, 0, 1, 2), (0, 0, 2, 4), (0, 0, 1, 0)),
@@ -125,8 +127,7 @@ def make_plan(shape: tuple[int, ...], inputs: Sequence[Any], output: Any) -> Pla
     narrow = [count for count in aligned if count * size <= BOX]
     if not narrow:
         return f"no whole groups of {size} features are {ALIGNMENT} bytes and at most {BOX} wide"
-    ways = [(True, 1), (True, 2), (True, 4), (False, 4), (False, 2), (False, 1)]
-    plans = [_plan(shape, count, *way, inputs, output) for count in narrow for way in ways]
+    plans = [_plan(shape, count, *way, inputs, output) for count in narrow for way in WAYS]
     plans = [plan for plan in plans if plan.slots <= MOST_SLOTS]
     if not plans:
         return f"{size} features of a group are dealt out too unevenly to {THREADS} threads"
@@ -158,7 +159,7 @@ def _plan(shape, groups, held, warpgroups, inputs, output):
 
 
 def launch(plan: Plan, task: Task, inputs: Sequence[jax.Array], parameters, interpret: bool):
-    """Runs a task over x, and what else has its shape; returns the output and sums, (sums, G, K)."""
+    """Runs a task over x, and what has its shape; returns the output and sums, (sums, G, K)."""
     examples, positions, groups, size = plan.shape
     features = groups * size
     flat = (examples, positions, features)
@@ -284,6 +285,7 @@ class Slab:
         """Tells which entries of the held pieces are there."""
         self.plan, self.group, self.layout = plan, group, layout
         self.shape = (plan.lines, plan.width)
+        self.feature = layout(lax.broadcasted_iota(jnp.int32, self.shape, 1))
         looped = plan.together * (plan.iterations > 0)
         self.held = range(plan.iterations * plan.together, plan.pieces)
         self.valid = [None] * (looped + len(self.held))
@@ -317,7 +319,8 @@ class Slab:
     def reduce(self, wanted):
         """Returns for each (operation, pieces) one piece, the pieces combined."""
 
-        def combined(_, met, index, sofar):
+        def combined(index, sofar):
+            met: dict[int, Any] = {}
             return [
                 arithmetic.combine(op, [old, *(piece.at(index, met) for piece in _looped(pieces))])
                 for old, (op, pieces) in zip(sofar, wanted, strict=True)
@@ -335,8 +338,7 @@ class Slab:
             return []
         neutral = {"add": 0.0, "max": -jnp.inf}
         start = [self.layout(jnp.full(self.shape, neutral[op], jnp.float32)) for op in operations]
-        body = lambda index, sofar: function(self, {}, index, sofar)
-        return lax.fori_loop(0, self.plan.iterations, body, start)
+        return lax.fori_loop(0, self.plan.iterations, function, start)
 
     def finish(self, made, target, sums):
         """Writes the pieces of the output, and returns the sums over pieces, in one loop."""
@@ -345,7 +347,8 @@ class Slab:
             place = pl.ds(self.start(piece), self.plan.lines)
             target[place] = value.astype(target.dtype)
 
-        def step(_, met, index, sofar):
+        def step(index, sofar):
+            met: dict[int, Any] = {}
             for one, piece in enumerate(_looped(made)):
                 write(index * self.plan.together + one, piece.at(index, met))
             return [
@@ -426,9 +429,5 @@ class Totals:
         for number in range(slab.plan.groups):
             features = range(number * size, (number + 1) * size)
             one = arithmetic.combine(op, [self.totals[index, slab.group, f] for f in features])
-            if found is None:
-                found = one
-            else:
-                feature = slab.layout(lax.broadcasted_iota(jnp.int32, slab.shape, 1))
-                found = jnp.where(feature >= number * size, one, found)
+            found = jnp.where(slab.feature >= number * size, one, found) if number else one
         return found

@@ -109,9 +109,7 @@ def backward_through(
     rstd = reciprocal_deviation(rule, squares / rule.length, per_unit)
     xhat = [piece * rstd for piece in d]
     pull = functools.partial(entrywise.pull, activation)
-    dy = [
-        deferred.each(pull, a, b) for a, b in zip(_rescaled(xhat, scale, bias), dy, strict=True)
-    ]
+    dy = [deferred.each(pull, a, b) for a, b in zip(_rescaled(xhat, scale, bias), dy, strict=True)]
     t = dy
     if scale is not None:
         t = [piece * gain for piece, gain in zip(dy, scale, strict=True)]
