@@ -82,7 +82,8 @@ def forward_groups(
     how = scale is not None, bias is not None, activation
     work = functools.partial(_work_forward, *how)
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
-    task = slabs.Task("normax_groups", _rule(x, centered, epsilon), work, dtype)
+    rule, activated = _rule(x, centered, epsilon), activation is not None
+    task = slabs.Task("normax_groups", rule, work, dtype, activated)
     [y] = _run(task, [x], [scale, bias], interpret)
     return y
 
@@ -117,7 +118,8 @@ def backward_groups(
     how = scale is not None, bias is not None, activation
     work = functools.partial(_work_backward, *how)
     rule = _rule(x, centered, epsilon)
-    task = slabs.Task("normax_groups_backward", rule, work, jnp.dtype(x.dtype), 2)
+    activated = activation is not None
+    task = slabs.Task("normax_groups_backward", rule, work, jnp.dtype(x.dtype), activated, 2)
     dx, [dscale, dbias] = _run(task, [x, dy], [scale, bias], interpret)
     return dx, dscale, dbias
 
@@ -153,7 +155,7 @@ def _run(task, inputs, parameters, interpret):
     if not shape[0]:
         sums = [jnp.zeros((task.sums, *shape[2:]), jnp.float32)] * (task.sums > 0)
         return jnp.zeros(shape, task.dtype), *sums
-    plan = slabs.make_plan(shape, [x.dtype for x in inputs], task.dtype)
+    plan = slabs.make_plan(shape, [x.dtype for x in inputs], task.dtype, task.activated)
     if isinstance(plan, str):
         raise ValueError(f"{task.name}: {plan}")
     parameters = [one for one in parameters if one is not None]

@@ -49,6 +49,7 @@ class Task(NamedTuple):
     rule: arithmetic.Rule
     work: Callable
     dtype: Any
+    activated: bool
     sums: int = 0
 
 
@@ -112,7 +113,9 @@ class Plan(NamedTuple):
         return -(-self.width // THREADS) * THREADS
 
 
-def make_plan(shape: tuple[int, ...], inputs: Sequence[Any], output: Any) -> Plan | str:
+def make_plan(
+    shape: tuple[int, ...], inputs: Sequence[Any], output: Any, activated: bool = False
+) -> Plan | str:
     """Returns the plan for slabs of x of a shape (N, L, G, K), or why there is none."""
     _, positions, groups, size = shape
     least = min(jnp.dtype(dtype).itemsize for dtype in (*inputs, output))
@@ -127,7 +130,8 @@ def make_plan(shape: tuple[int, ...], inputs: Sequence[Any], output: Any) -> Pla
     narrow = [count for count in aligned if count * size <= BOX]
     if not narrow:
         return f"no whole groups of {size} features are {ALIGNMENT} bytes and at most {BOX} wide"
-    plans = [_plan(shape, count, *way, inputs, output) for count in narrow for way in WAYS]
+    rest = inputs, output, activated
+    plans = [_plan(shape, count, *way, *rest) for count in narrow for way in WAYS]
     plans = [plan for plan in plans if plan.slots <= MOST_SLOTS]
     if not plans:
         return f"{size} features of a group are dealt out too unevenly to {THREADS} threads"
@@ -141,18 +145,21 @@ def make_plan(shape: tuple[int, ...], inputs: Sequence[Any], output: Any) -> Pla
     return f"{positions} positions of a block of groups need {smallest} bytes of shared memory"
 
 
-def _plan(shape, groups, held, warpgroups, inputs, output):
-    vector = 2 if math.lcm(groups * shape[3], 2 * THREADS) <= 16 * THREADS else 1
+def _plan(shape, groups, held, warpgroups, inputs, output, activated):
     in_place = jnp.dtype(output) == jnp.dtype(inputs[0])
-    plan = Plan(shape, groups, vector, warpgroups, in_place, held, 0, 0)
+    plan = Plan(shape, groups, 2, warpgroups, in_place, held, 0, 0)
+    # Two side by side are loaded at once, and twice the sums and factors are kept.
+    short = min(jnp.dtype(dtype).itemsize for dtype in inputs) < 4
+    if not short or plan.slots * (len(inputs) + activated) > 24:
+        plan = plan._replace(vector=1)
     arrays = [*inputs] + [output] * (not in_place)
     slab = plan.room * plan.width * sum(jnp.dtype(dtype).itemsize for dtype in arrays)
     exchanged = AT_ONCE * warpgroups * (plan.lines * plan.width + 4 * plan.columns)
     shared = slab + 4 * exchanged + RESERVED
     # By what ptxas says of a few: entries that stay, and what a loop has of the ones at hand.
-    entries = plan.pieces * len(inputs) * 8 // 5 if held else 2 + len(inputs) * 5 // 2
-    threads = THREADS * warpgroups
-    registers = 56 + entries * plan.slots
+    each = 2.25 if activated else 1.6
+    entries = plan.pieces * len(inputs) * each if held else 2 + len(inputs) * 5 // 2
+    threads, registers = THREADS * warpgroups, 56 + int(entries * plan.slots)
     programs = min(rows.SHARED_BYTES // shared, rows.REGISTERS // (threads * registers))
     programs = 0 if registers > MOST_REGISTERS else min(programs, 16 // warpgroups)
     return plan._replace(shared=shared, programs=programs)
