@@ -23,7 +23,7 @@ from test_kernels_gpu import DTYPES, ENDS, ROOT, for_h200, on_gpu
 from normax.kernels import entrywise
 from normax.kernels import mosaic_gpu_groups as kernels
 from normax.kernels import mosaic_gpu_rows as rows
-from normax.kernels import mosaic_gpu_slabs as slabs
+from normax.kernels import mosaic_gpu_slab_plans as plans
 
 
 def sigmoid(y):
@@ -37,7 +37,7 @@ ACTIVATIONS = {
     "tanh": (jnp.tanh, np.tanh, lambda y: 1 - np.tanh(y) ** 2),
     None: (None, lambda y: y, np.ones_like),
 }
-HELD, LOOPS = slabs.WAYS[:1], ((False, 2),)
+HELD, LOOPS = plans.WAYS[:1], ((False, 2),)
 # Groups of a few features and of one, a group to a block; in registers and by two warpgroups'
 # loops; as many bytes as copies are of, or fewer.
 WHOLE = [
@@ -122,15 +122,15 @@ def check(shape, dtype, centered, name, interpret=True, module=kernels, **how):
 
 @pytest.mark.parametrize(("shape", "dtype", "centered", "name", "ways"), WHOLE)
 def test_whole_copies(shape, dtype, centered, name, ways, monkeypatch):
-    monkeypatch.setattr(slabs, "WAYS", ways)
+    monkeypatch.setattr(plans, "WAYS", ways)
     check(shape, dtype, centered, name)
 
 
 @pytest.mark.skipif(not ENDS, reason="JAX's interpreter before 0.11 refuses to read past an end")
 @pytest.mark.parametrize(("shape", "dtype", "centered", "name", "ways"), RAGGED)
 def test_ragged_copies(shape, dtype, centered, name, ways, monkeypatch):
-    monkeypatch.setattr(slabs, "WAYS", ways)
-    plan = slabs.make_plan(shape, [dtype] * 2, dtype)
+    monkeypatch.setattr(plans, "WAYS", ways)
+    plan = plans.make_plan(shape, [dtype] * 2, dtype)
     assert plan.room > shape[1]
     assert (plan.iterations > 1) == (ways is LOOPS)
     check(shape, dtype, centered, name)
@@ -191,7 +191,8 @@ def test_constant_groups_are_zero_with_the_right_gradient(module, dtype):
     x = constant(dtype)
     dy = data(x.shape, dtype)[1]
     options = {"centered": True, "epsilon": 1e-5, "interpret": True}
-    y = jax.jit(functools.partial(module.forward_groups, **options))(x)
+    y = jax.jit(functools.partial(module.forward_groups, dtype="float32", **options))(x)
+    assert y.dtype == jnp.float32
     np.testing.assert_array_equal(y, jnp.zeros_like(y))
     if module is group_stand_in:
         check_groups(module, x, dy, either=[True])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from normax.kernels import entrywise
+from normax.kernels import mosaic_gpu_slab_plans as plans
 from normax.kernels import mosaic_gpu_slabs as slabs
 from normax.kernels import row_arithmetic as arithmetic
 from normax.kernels.deferred import each
@@ -44,10 +45,10 @@ def supports_groups(
         return f"a shape of rank {len(x.shape)} is none of (N, L, G, K)"
     if not math.prod(x.shape[1:]):
         return "there is no group"
-    plans = [slabs.make_plan(x.shape, [x.dtype], dtype)]
+    found = [plans.make_plan(x.shape, [x.dtype], dtype)]
     if backward:
-        plans += [slabs.make_plan(x.shape, [x.dtype, dtype], x.dtype)]
-    why = next((plan for plan in plans if isinstance(plan, str)), None)
+        found += [plans.make_plan(x.shape, [x.dtype, dtype], x.dtype)]
+    why = next((plan for plan in found if isinstance(plan, str)), None)
     if why is None and activation is not None:
         return entrywise.refusal(activation)
     return why
@@ -155,7 +156,7 @@ def _run(task, inputs, parameters, interpret):
     if not shape[0]:
         sums = [jnp.zeros((task.sums, *shape[2:]), jnp.float32)] * (task.sums > 0)
         return jnp.zeros(shape, task.dtype), *sums
-    plan = slabs.make_plan(shape, [x.dtype for x in inputs], task.dtype, task.activated)
+    plan = plans.make_plan(shape, [x.dtype for x in inputs], task.dtype, task.activated)
     if isinstance(plan, str):
         raise ValueError(f"{task.name}: {plan}")
     parameters = [one for one in parameters if one is not None]

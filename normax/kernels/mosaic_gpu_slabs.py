@@ -1,9 +1,7 @@
 """How a block of groups comes to a Hopper GPU's shared memory, stays there, and leaves.
 
-A program has one example and a block of whole groups: a slab of `positions` lines, each of them the
-block's features side by side. Threads have entries of it by their place in memory: a piece is as
-many whole lines as give every thread of a warpgroup the same features in each piece, whatever their
-number. So a thread adds up features of its own, and groups meet once, in shared memory.
+A thread has the same features in each of its pieces: it adds them up by itself, and threads meet
+once for a sum, in shared memory.
 """
 
 import functools
@@ -20,22 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from normax.kernels import mosaic_gpu_rows as rows
 from normax.kernels import row_arithmetic as arithmetic
 from normax.kernels.deferred import INDEX, Deferred
-
-THREADS = 128  # of a warpgroup
-ALIGNMENT = 16
-BOX = 256  # entries along an axis that a copy may have
-AT_ONCE = 2  # sums in one exchange
-MOST_SLOTS = 32  # entries of a piece that a thread may have
-MOST_REGISTERS = 200  # of a thread, estimated
-# Whether a thread keeps its entries in registers, and warpgroups of a program.
-WAYS = ((True, 1), (True, 2), (True, 4), (False, 4), (False, 2), (False, 1))
-# Bytes of a line and of a slab, programs of a processor, and warpgroups of it, at least: one of
-# them computes while another waits for memory, which comes in sectors of 32 bytes.
-PREFERRED = (
-    *((64, 4096, 3, 4), (64, 4096, 2, 4), (32, 4096, 3, 4), (32, 4096, 2, 4)),
-    *((64, 0, 3, 3), (32, 0, 3, 3), (32, 0, 1, 4), (32, 0, 1, 2), (0, 0, 2, 4), (0, 0, 1, 0)),
-)
-RESERVED = 2048  # barriers, and what the runtime takes
+from normax.kernels.mosaic_gpu_slab_plans import AT_ONCE, BOX, THREADS, Plan
 
 
 class Task(NamedTuple):
@@ -53,118 +36,6 @@ class Task(NamedTuple):
     sums: int = 0
 
 
-class Plan(NamedTuple):
-    """Which thread has which entries of which slab; `programs` is how many fit on a processor."""
-
-    shape: tuple[int, int, int, int]
-    groups: int
-    vector: int
-    warpgroups: int
-    in_place: bool
-    held: bool
-    shared: int
-    programs: int
-
-    @property
-    def width(self) -> int:
-        """Features of a slab."""
-        return self.groups * self.shape[3]
-
-    @property
-    def blocks(self) -> int:
-        """Slabs of an example."""
-        return self.shape[2] // self.groups
-
-    @property
-    def slots(self) -> int:
-        """Entries of a piece that a thread has."""
-        return self.lines * self.width // THREADS
-
-    @property
-    def lines(self) -> int:
-        """Lines of a piece."""
-        return math.lcm(self.width, THREADS * self.vector) // self.width
-
-    @property
-    def pieces(self) -> int:
-        """Pieces of a warpgroup; the warpgroups take turns."""
-        return -(-self.shape[1] // (self.lines * self.warpgroups))
-
-    @property
-    def room(self) -> int:
-        """Lines that the pieces have room for."""
-        return self.pieces * self.lines * self.warpgroups
-
-    @property
-    def together(self) -> int:
-        """Pieces of one iteration."""
-        return max(1, 8 // self.slots)
-
-    @property
-    def iterations(self) -> int:
-        """Iterations of the loops over pieces; pieces beyond them stay in registers."""
-        if self.held:
-            return 0
-        return (self.pieces - (self.room > self.shape[1])) // self.together
-
-    @property
-    def columns(self) -> int:
-        """The width, to whole warpgroups."""
-        return -(-self.width // THREADS) * THREADS
-
-
-def make_plan(
-    shape: tuple[int, ...], inputs: Sequence[Any], output: Any, activated: bool = False
-) -> Plan | str:
-    """Returns the plan for slabs of x of a shape (N, L, G, K), or why there is none."""
-    _, positions, groups, size = shape
-    least = min(jnp.dtype(dtype).itemsize for dtype in (*inputs, output))
-    aligned = [
-        count
-        for count in range(1, groups + 1)
-        if groups % count == 0 and count * size * least % ALIGNMENT == 0
-    ]
-    if not aligned:
-        line = groups * size * least
-        return f"a line of {line} bytes is no multiple of {ALIGNMENT}, as copies must be"
-    narrow = [count for count in aligned if count * size <= BOX]
-    if not narrow:
-        return f"no whole groups of {size} features are {ALIGNMENT} bytes and at most {BOX} wide"
-    rest = inputs, output, activated
-    plans = [_plan(shape, count, *way, *rest) for count in narrow for way in WAYS]
-    plans = [plan for plan in plans if plan.slots <= MOST_SLOTS]
-    if not plans:
-        return f"{size} features of a group are dealt out too unevenly to {THREADS} threads"
-    for wide, large, programs, busy in PREFERRED:
-        for plan in plans:
-            line = plan.width * least
-            enough = line >= wide and line * positions >= large and plan.programs >= programs
-            if enough and (plan.held or plan.programs * plan.warpgroups >= busy):
-                return plan
-    smallest = min(plan.shared for plan in plans)
-    return f"{positions} positions of a block of groups need {smallest} bytes of shared memory"
-
-
-def _plan(shape, groups, held, warpgroups, inputs, output, activated):
-    in_place = jnp.dtype(output) == jnp.dtype(inputs[0])
-    plan = Plan(shape, groups, 2, warpgroups, in_place, held, 0, 0)
-    # Two side by side are loaded at once, and twice the sums and factors are kept.
-    short = min(jnp.dtype(dtype).itemsize for dtype in inputs) < 4
-    if not short or plan.slots * (len(inputs) + activated) > 24:
-        plan = plan._replace(vector=1)
-    arrays = [*inputs] + [output] * (not in_place)
-    slab = plan.room * plan.width * sum(jnp.dtype(dtype).itemsize for dtype in arrays)
-    exchanged = AT_ONCE * warpgroups * (plan.lines * plan.width + 4 * plan.columns)
-    shared = slab + 4 * exchanged + RESERVED
-    # By what ptxas says of a few: entries that stay, and what a loop has of the ones at hand.
-    each = 2.25 if activated else 1.6
-    entries = plan.pieces * len(inputs) * each if held else 2 + len(inputs) * 5 // 2
-    threads, registers = THREADS * warpgroups, 56 + int(entries * plan.slots)
-    programs = min(rows.SHARED_BYTES // shared, rows.REGISTERS // (threads * registers))
-    programs = 0 if registers > MOST_REGISTERS else min(programs, 16 // warpgroups)
-    return plan._replace(shared=shared, programs=programs)
-
-
 def launch(plan: Plan, task: Task, inputs: Sequence[jax.Array], parameters, interpret: bool):
     """Runs a task over x, and what has its shape; returns the output and sums, (sums, G, K)."""
     examples, positions, groups, size = plan.shape
@@ -180,6 +51,7 @@ def launch(plan: Plan, task: Task, inputs: Sequence[jax.Array], parameters, inte
         [plgpu.SMEM(held, x.dtype) for x in inputs],
         [plgpu.SMEM(held, task.dtype)] * (not plan.in_place),
         plgpu.SMEM((AT_ONCE, threads, piece + plan.columns), jnp.float32),
+        plgpu.SMEM((AT_ONCE, threads, plan.reach), jnp.float32),
         plgpu.SMEM((AT_ONCE, threads, plan.columns), jnp.float32),
         plgpu.Barrier(num_arrivals=len(inputs) * -(-positions // BOX)),
     ]
@@ -229,7 +101,7 @@ def _boxes(plan, sizes):
 def _body(plan, task, n_inputs, n_parameters, interpret, *refs):
     counts = [n_inputs, n_parameters, 1, int(task.sums > 0)]
     inputs, parameters, [output], partials, scratch = rows._split(refs, counts)
-    arriving, leaving, dealt, totals, arrived, *crossing = scratch
+    arriving, leaving, dealt, totals, folded, arrived, *crossing = scratch
     program = lax.axis_index("program")
     group = lax.axis_index("warpgroup") if plan.warpgroups > 1 else 0
     example, block = lax.div(program, plan.blocks), lax.rem(program, plan.blocks)
@@ -252,7 +124,7 @@ def _body(plan, task, n_inputs, n_parameters, interpret, *refs):
     given = [layout(ref[block]) for ref in parameters]
     plgpu.barrier_wait(arrived)
     slab = Slab(plan, group, layout)
-    total = Totals(slab, dealt, totals, *crossing)
+    total = Totals(slab, dealt, totals, folded, *crossing)
     rule = task.rule._replace(valid=slab.valid)
     loaded = [slab.pieces_of(ref) for ref in arriving]
     pieces = [[one] * len(slab.valid) for one in given]
@@ -383,9 +255,9 @@ def _held(pieces):
 class Totals:
     """Sums over the groups of a slab, spread over the entries of a piece."""
 
-    def __init__(self, slab, dealt, totals, columns: Any = None, barrier: Any = None):
+    def __init__(self, slab, dealt, totals, folded, columns: Any = None, barrier: Any = None):
         """Begins the sums of a slab."""
-        self.slab, self.dealt, self.totals = slab, dealt, totals
+        self.slab, self.dealt, self.totals, self.folded = slab, dealt, totals, folded
         self.columns, self.barrier = columns, barrier
         self.round = 0
 
@@ -394,7 +266,18 @@ class Totals:
         operations = [op for op, _ in wanted]
         self.by_feature(self.slab.reduce(wanted), operations)
         plgpu.commit_smem()
-        return [self._of_groups(index, op) for index, op in enumerate(operations)]
+        plan, group = self.slab.plan, self.slab.group
+        if plan.groups == 1 or plan.shape[3] == 1:
+            return [self._of_groups(self.totals, index, op) for index, op in enumerate(operations)]
+        for index, op in enumerate(operations):
+            # Each thread as if a group began with its feature, which one of a few does.
+            features = [
+                self.totals[index, group, pl.ds(feature, plan.columns)]
+                for feature in range(plan.shape[3])
+            ]
+            self.folded[index, group] = arithmetic.combine(op, features)
+        plgpu.commit_smem()
+        return [self._of_groups(self.folded, index, op) for index, op in enumerate(operations)]
 
     def meet(self):
         """Waits for the other warpgroups."""
@@ -416,7 +299,7 @@ class Totals:
             ]
             own = arithmetic.combine(op, lines)
             if plan.warpgroups == 1:
-                self.totals[index, group] = own
+                self.totals[index, group, pl.ds(0, plan.columns)] = own
             else:
                 self.columns[self.round % 2, index, group] = own
         if plan.warpgroups > 1:
@@ -424,17 +307,17 @@ class Totals:
             for index, op in enumerate(operations):
                 # In turns: a warpgroup that is late may still read those of the last exchange.
                 each = self.columns.at[self.round % 2, index]
-                self.totals[index, group] = arithmetic.combine(
-                    op, [each[other] for other in range(plan.warpgroups)]
-                )
+                own = arithmetic.combine(op, [each[other] for other in range(plan.warpgroups)])
+                self.totals[index, group, pl.ds(0, plan.columns)] = own
         self.round += 1
 
-    def _of_groups(self, index, op):
+    def _of_groups(self, source, index, op):
         """Returns the totals of the groups, each where the entries of its group are."""
-        slab, size = self.slab, self.slab.plan.shape[3]
+        slab, plan = self.slab, self.slab.plan
+        size = plan.shape[3]
         found: Any = None
-        for number in range(slab.plan.groups):
-            features = range(number * size, (number + 1) * size)
-            one = arithmetic.combine(op, [self.totals[index, slab.group, f] for f in features])
+        for number in range(plan.groups):
+            features = range(size) if plan.groups == 1 else [number * size]
+            one = arithmetic.combine(op, [source[index, slab.group, each] for each in features])
             found = jnp.where(slab.feature >= number * size, one, found) if number else one
         return found
