@@ -5,7 +5,7 @@ registers and spills, where ptxas is found. It takes jax >= 0.11 and of that ver
 jax-cuda12-pjrt and jax-cuda12-plugin. No time is measured.
 
   python benchmarks/costs_gpu.py --write      benchmarks/costs_gpu.md
-  python benchmarks/costs_gpu.py --json 32768x4096xbfloat16
+  python benchmarks/costs_gpu.py --json 32768x4096xbfloat16 64x196x32x10xbfloat16
 """
 
 import argparse
@@ -23,6 +23,17 @@ SHAPES = [
     *((2**27 // length, length, "bfloat16") for length in (512, 768, 1024, 2048, 4096, 5120, 8192)),
     *((2**26 // length, length, "float32") for length in (1024, 4096, 8192)),
     (2**17, 1000, "bfloat16"),
+]
+# Of examples, positions, groups and features of a group.
+GROUPS = [
+    *((256, 49, 32, size, "bfloat16") for size in (16, 64)),
+    *((256, 196, 32, size, "bfloat16") for size in (10, 40)),
+    *((64, 1024, 32, size, "bfloat16") for size in (10, 20)),
+    *((64, 1024, features, 1, "bfloat16") for features in (64, 256)),
+    (256, 196, 32, 10, "float32"),
+    (64, 1024, 32, 10, "float32"),
+    (16, 4096, 32, 8, "bfloat16"),
+    (16, 4096, 32, 10, "bfloat16"),
 ]
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
@@ -59,6 +70,38 @@ def programs():
             4,
         ),
     }
+
+
+def programs_of_groups():
+    """Returns the same of x of shape (N, L, G, K)."""
+    import jax
+
+    from normax.kernels import mosaic_gpu_groups as kernels
+
+    def forward(**how):
+        return lambda x, s, b: kernels.forward_groups(x, s, b, centered=True, epsilon=1e-6, **how)
+
+    def backward(**how):
+        how |= {"centered": True, "epsilon": 1e-6}
+        return lambda x, dy, s, b: kernels.backward_groups(x, s, b, dy, **how)
+
+    silu = {"activation": jax.nn.silu}
+    return {
+        "group": (forward(), 1, 2, 2),
+        "group backward": (backward(), 2, 2, 3),
+        "group silu": (forward(**silu), 1, 2, 2),
+        "group silu backward": (backward(**silu), 2, 2, 3),
+    }
+
+
+def refusal(x, name):
+    """Returns why a program of that name is refused for x, or None."""
+    from normax.kernels import mosaic_gpu, mosaic_gpu_groups
+
+    backward = "back" in name or "both" in name
+    if x.ndim == 4:
+        return mosaic_gpu_groups.supports_groups(x, backward=backward)
+    return mosaic_gpu.supports(x, residual="add" in name, backward=backward)
 
 
 def sizes(text):
@@ -98,29 +141,29 @@ def registers(folder, ptxas):
     return found
 
 
-def measure(shapes, names, folder, ptxas):
+def measure(shapes, folder, ptxas):
     """Yields a row of the table for each program and shape."""
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
 
-    from normax.kernels import mosaic_gpu as kernels
-
     jax.devices()
     config = (HERE / "targets" / "h200.txtpb").read_text()
     described = topologies.get_topology_desc("h200", "cuda", target_config=config, topology="1x1x1")
     there = jax.sharding.SingleDeviceSharding(described.devices[0])
-    for (count, length, dtype), name in ((s, n) for s in shapes for n in names):
-        function, arrays, parameters, least = programs()[name]
-        x = jax.ShapeDtypeStruct((count, length), dtype, sharding=there)
-        scale = jax.ShapeDtypeStruct((length,), "float32", sharding=there)
-        row = {"program": name, "shape": f"{count} x {length}", "dtype": dtype}
-        if why := kernels.supports(x, residual="add" in name, backward="back" in name):
+    tables = {2: programs(), 4: programs_of_groups()}
+    for shape, dtype, name in ((s, d, n) for *s, d in shapes for n in tables[len(s)]):
+        function, arrays, parameters, least = tables[len(shape)][name]
+        x = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=there)
+        features = tuple(shape[len(shape) // 2 :])
+        scale = jax.ShapeDtypeStruct(features, "float32", sharding=there)
+        row = {"program": name, "shape": " x ".join(map(str, shape)), "dtype": dtype}
+        if why := refusal(x, name):
             yield row | {"refused": why}
             continue
         text = jax.jit(function).lower(*[x] * arrays, *[scale] * parameters).compile().as_text()
         ran = kernels_of(text)
-        floor = least * count * length * jnp.dtype(dtype).itemsize
+        floor = least * math.prod(shape) * jnp.dtype(dtype).itemsize
         row["kernels"] = len(ran)
         row["mosaic_gpu"] = sum("mosaic_gpu" in target for target, _ in ran)
         row["bytes"] = sum(size for _, size in ran)
@@ -153,11 +196,12 @@ def main():
     parser.add_argument("--write", action="store_true", help="to costs_gpu.md")
     parser.add_argument("--ptxas", default=shutil.which("ptxas"))
     options = parser.parse_args()
-    shapes = [(int(n), int(c), d) for n, c, d in (s.split("x") for s in options.shapes)] or SHAPES
+    split = [each.split("x") for each in options.shapes]
+    shapes = [(*map(int, sizes), dtype) for *sizes, dtype in split] or SHAPES + GROUPS
     with tempfile.TemporaryDirectory() as folder:
         dump = {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1"} if options.ptxas else {}
         os.environ.update(JAX_PLATFORMS="cpu", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", **dump)
-        measured = list(measure(shapes, list(programs()), folder, options.ptxas))
+        measured = list(measure(shapes, folder, options.ptxas))
     if options.json:
         print(json.dumps(measured))
         return
@@ -166,7 +210,7 @@ def main():
         import jax
 
         head = (
-            "# Kernels of rows, compiled for an H200\n\n"
+            "# Kernels of rows and groups, compiled for an H200\n\n"
             f"By `python benchmarks/costs_gpu.py --write`, jax {jax.__version__}; nothing was run."
             " Kernels and bytes are of the whole program, the sums over partial sums included;"
             " the floor is every array of the size of x once. Registers are of a thread, one"

@@ -5,12 +5,15 @@ the largest of) all entries of a row, over pieces, lanes, warps and warpgroups; 
 broadcasts against a piece. Entries past the end of the row read as zero and are told by `valid`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from normax.kernels import deferred, entrywise
 
 Pieces = list[jax.Array]
 Total = Callable[[Sequence[tuple[str, Pieces]]], list[jax.Array]]
@@ -62,11 +65,7 @@ def forward(rule: Rule, x: Pieces, scale: Pieces | None, bias: Pieces | None, to
     [squares] = total([("add", [piece * piece for piece in d])])
     var = squares / rule.length
     rstd = reciprocal_deviation(rule, var, per_unit)
-    y = [piece * rstd for piece in d]
-    if scale is not None:
-        y = [piece * gain for piece, gain in zip(y, scale, strict=True)]
-    if bias is not None:
-        y = [piece + shift for piece, shift in zip(y, bias, strict=True)]
+    y = _rescaled([piece * rstd for piece in d], scale, bias)
     if unit is not None:
         mean, var = None if mean is None else mean * unit, var * unit * unit
     return y, mean, var
@@ -89,6 +88,50 @@ def backward(rule: Rule, x: Pieces, scale: Pieces | None, dy: Pieces, total: Tot
     length = rstd if per_unit is None else rstd * per_unit
     dx = [(a - b * along) * length for a, b in zip(t, xhat, strict=True)]
     return dx, [a * b for a, b in zip(dy, xhat, strict=True)]
+
+
+def backward_through(
+    rule: Rule,
+    x: Pieces,
+    scale: Pieces | None,
+    bias: Pieces | None,
+    dy: Pieces,
+    total: Total,
+    activation: Callable[[jax.Array], jax.Array],
+):
+    """Returns the pieces of dx, and of the row's shares of dscale and dbias.
+
+    `dy` is the cotangent of the activation of y; that of y takes y, so the sums that it is in come
+    after the statistics.
+    """
+    d, _, _, _, per_unit = deviations(rule, x, total)
+    [squares] = total([("add", [piece * piece for piece in d])])
+    rstd = reciprocal_deviation(rule, squares / rule.length, per_unit)
+    xhat = [piece * rstd for piece in d]
+    pull = functools.partial(entrywise.pull, activation)
+    dy = [deferred.each(pull, a, b) for a, b in zip(_rescaled(xhat, scale, bias), dy, strict=True)]
+    t = dy
+    if scale is not None:
+        t = [piece * gain for piece, gain in zip(dy, scale, strict=True)]
+    # xhat adds up to zero but for rounding, so that the mean of t need not be subtracted first.
+    products = [a * b for a, b in zip(xhat, t, strict=True)]
+    along, *sum_t = total([("add", products)] + [("add", t)] * rule.centered)
+    if rule.centered:
+        mean_t = sum_t[0] / rule.length
+        t = [piece - mean_t for piece in t]
+    along = along / rule.length
+    length = rstd if per_unit is None else rstd * per_unit
+    dx = [(a - b * along) * length for a, b in zip(t, xhat, strict=True)]
+    return dx, [a * b for a, b in zip(dy, xhat, strict=True)], dy
+
+
+def _rescaled(xhat, scale, bias):
+    y = xhat
+    if scale is not None:
+        y = [piece * gain for piece, gain in zip(y, scale, strict=True)]
+    if bias is not None:
+        y = [piece + shift for piece, shift in zip(y, bias, strict=True)]
+    return y
 
 
 def present(rule: Rule, pieces: Pieces) -> Pieces:
@@ -125,7 +168,7 @@ def _unit(rule: Rule, x: Pieces, total: Total) -> Any:
         high, fallen = total([("max", high), ("max", [-piece for piece in low])])
         size = high * 0.25 + fallen * 0.25
     else:
-        high, size = None, total([("max", [jnp.abs(piece) for piece in x])])[0]
+        high, size = None, total([("max", [abs(piece) for piece in x])])[0]
     steps = LARGE if rule.epsilon >= LEAST_EPSILON else LARGE + SMALL
     return _chosen(size, steps, 1), _chosen(size, steps, -1), high
 
