@@ -108,7 +108,8 @@ def why_not(plan, x, scale, bias, mask, residual=False):
     if residual:
         return f"a residual, with groups over axes {plan.reduction.axes} of {x.ndim}"
     four = jax.ShapeDtypeStruct(layout.four(x.shape), x.dtype)
-    return _module(plan, layout).supports_groups(four, dtype=plan.dtype)
+    module = _module(plan, layout)
+    return module.supports_groups(four, dtype=plan.dtype, activation=plan.activation)
 
 
 def forward(plan, form, on_gpu, x, scale, bias, mask, measured):

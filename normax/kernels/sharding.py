@@ -219,7 +219,12 @@ def _partitioned(kernel, placement):
         partition,
         infer_sharding_from_operands=infer,
         sharding_rule=placement.rule(),
-        need_replication_factors=tuple(sorted(placement.whole)),
+        # In the order of the rule, or it is refused.
+        need_replication_factors=tuple(
+            name
+            for name in dict.fromkeys(itertools.chain(*placement.inputs))
+            if name in placement.whole
+        ),
     )
     return function
 
