@@ -23,6 +23,13 @@ SHAPES = [
     *((2**27 // length, length, "bfloat16") for length in (512, 768, 1024, 2048, 4096, 5120, 8192)),
     *((2**26 // length, length, "float32") for length in (1024, 4096, 8192)),
     (2**17, 1000, "bfloat16"),
+    # Read more than once: rows of an odd length, and rows that registers do not hold.
+    (2**17, 65, "bfloat16"),
+    (2**17, 1001, "bfloat16"),
+    (2**13, 8193, "bfloat16"),
+    (2**13, 16384, "bfloat16"),
+    (2**12, 32768, "bfloat16"),
+    (2**12, 40000, "float32"),
 ]
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
@@ -149,6 +156,7 @@ def main():
     """Prints, or writes, the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("shapes", nargs="*", help="such as 32768x4096xbfloat16")
+    parser.add_argument("--only", nargs="*", help="programs, by name")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--write", action="store_true", help="to costs_gpu.md")
     parser.add_argument("--ptxas", default=shutil.which("ptxas"))
@@ -157,7 +165,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         dump = {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1"} if options.ptxas else {}
         os.environ.update(JAX_PLATFORMS="cpu", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", **dump)
-        measured = list(measure(shapes, list(programs()), folder, options.ptxas))
+        measured = list(measure(shapes, options.only or list(programs()), folder, options.ptxas))
     if options.json:
         print(json.dumps(measured))
         return

@@ -107,7 +107,9 @@ def check(shape, dtype, centered, interpret, which=KERNELS, **how):
         _, _, exact_var, _ = reference.statistics(case, x)
         long_x = np.asarray(x).astype(np.longdouble)
         off = np.abs(np.asarray(mean) - (long_x.mean(-1) if centered else 0))
-        assert np.all(off <= 2 * np.finfo("float32").eps * np.abs(long_x).max(-1))
+        # Of the result, and of the deviations from the pivot that were summed.
+        size = np.abs(long_x).max(-1) + np.ptp(long_x, -1)
+        assert np.all(off <= np.finfo("float32").eps * size)
         assert units(var, exact_var[..., 0], "float32") <= 16
     exact_dx = reference.backward(case, x, long_dy * long_scale)
     if "backward" in which:
@@ -139,7 +141,7 @@ def test_ragged_rows(shape, dtype, centered):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "length",
-    [8, 512, 768, 1000, 1024, 2048, 4096, 5000, 5120, 8192, 1, 3, 65, 1001, 8193, 16400, 40000],
+    [8, 512, 768, 1000, 1024, 2048, 4096, 5000, 5120, 8192, 3, 65, 1001, 8193, 16400, 40000],
 )
 def test_a_gpu(length, dtype, centered):
     check((1031, length), dtype, centered, False)
@@ -276,9 +278,10 @@ def test_supports_says_why_not():
 
 
 @functools.cache
-def compiled(shape):
+def compiled(shape, *only):
     """Returns what the kernels compile to for an H200: program to row of the table of costs."""
     command = [sys.executable, str(ROOT / "benchmarks" / "costs_gpu.py"), "--json", shape]
+    command += ["--only", *only] if only else []
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return {row["program"]: row for row in json.loads(said.stdout.splitlines()[-1])}
