@@ -27,7 +27,7 @@ CASES = [
     ((2, 2, 3), "bfloat16", True, ("backward", "add_forward")),
     ((6, 65), "float32", False, ("forward", "add_backward")),
     ((2, 1001), "float16", True, ("forward",)),
-    ((2, 1500), "float32", True, ("backward",)),
+    ((2, 1501), "float32", True, ("backward",)),
     ((1, 8193), "bfloat16", True, ("backward",)),
     ((2, 16400), "bfloat16", False, ("add_forward",)),
     ((2, 20000), "float16", True, ("forward",)),

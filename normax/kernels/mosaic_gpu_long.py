@@ -113,7 +113,7 @@ def launch(
     held = (task.sums, plan.blocks * plan.pieces, WARPS, plan.run)
     partial = held[:2] + held[2 + plan.narrow :]
     types += [jax.ShapeDtypeStruct((plan.programs, *partial), jnp.float32)] * plan.sums_kept
-    scratch = [plgpu.SMEM(held, jnp.float32)] * plan.sums_kept
+    scratch: list[Any] = [plgpu.SMEM(held, jnp.float32)] * plan.sums_kept
     if not plan.narrow:
         warps = WARPS * plan.warpgroups
         scratch.append(plgpu.SMEM((2, rows.ROUNDS, 2, warps), jnp.float32))
