@@ -23,6 +23,13 @@ SHAPES = [
     *((2**27 // length, length, "bfloat16") for length in (512, 768, 1024, 2048, 4096, 5120, 8192)),
     *((2**26 // length, length, "float32") for length in (1024, 4096, 8192)),
     (2**17, 1000, "bfloat16"),
+    # Read more than once: rows of an odd length, and rows that registers do not hold.
+    (2**17, 65, "bfloat16"),
+    (2**17, 1001, "bfloat16"),
+    (2**13, 8193, "bfloat16"),
+    (2**13, 16384, "bfloat16"),
+    (2**12, 32768, "bfloat16"),
+    (2**12, 40000, "float32"),
 ]
 # Of examples, positions, groups and features of a group.
 GROUPS = [
@@ -141,8 +148,8 @@ def registers(folder, ptxas):
     return found
 
 
-def measure(shapes, folder, ptxas):
-    """Yields a row of the table for each program and shape."""
+def measure(shapes, only, folder, ptxas):
+    """Yields a row of the table for each program and shape; None of the names is all."""
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
@@ -152,7 +159,10 @@ def measure(shapes, folder, ptxas):
     described = topologies.get_topology_desc("h200", "cuda", target_config=config, topology="1x1x1")
     there = jax.sharding.SingleDeviceSharding(described.devices[0])
     tables = {2: programs(), 4: programs_of_groups()}
-    for shape, dtype, name in ((s, d, n) for *s, d in shapes for n in tables[len(s)]):
+    every = ((shape, dtype, name) for *shape, dtype in shapes for name in tables[len(shape)])
+    for shape, dtype, name in every:
+        if only and name not in only:
+            continue
         function, arrays, parameters, least = tables[len(shape)][name]
         x = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=there)
         features = tuple(shape[len(shape) // 2 :])
@@ -192,6 +202,7 @@ def main():
     """Prints, or writes, the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("shapes", nargs="*", help="such as 32768x4096xbfloat16")
+    parser.add_argument("--only", nargs="*", help="programs, by name")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--write", action="store_true", help="to costs_gpu.md")
     parser.add_argument("--ptxas", default=shutil.which("ptxas"))
@@ -201,7 +212,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         dump = {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1"} if options.ptxas else {}
         os.environ.update(JAX_PLATFORMS="cpu", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", **dump)
-        measured = list(measure(shapes, folder, options.ptxas))
+        measured = list(measure(shapes, options.only, folder, options.ptxas))
     if options.json:
         print(json.dumps(measured))
         return

@@ -1,7 +1,7 @@
-"""Norms of rows on a Hopper GPU, every array read or written once.
+"""Norms of rows on a Hopper GPU, every array read or written once if a row fits into registers.
 
 The kernels are Mosaic GPU, the backend that JAX keeps. Each program sums its share of the gradients
-of scale and bias in registers and leaves one row of them, which XLA adds up in a fixed order.
+of scale and bias on chip and leaves one row of them, which XLA adds up in a fixed order.
 """
 
 import functools
@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from normax.kernels import mosaic_gpu_long as long
 from normax.kernels import mosaic_gpu_rows as rows
 from normax.kernels import row_arithmetic as arithmetic
+from normax.kernels import row_passes as passes
 
 DTYPES = ("float32", "bfloat16", "float16")
 ALIGNMENT = 16
@@ -28,30 +30,15 @@ def supports(
     Args:
       x: array, or shape and dtype, whose last axis is the row.
       dtype: dtype of the output or, going backward, of dy; that of `x` by default.
-      residual: whether there is a residual, or its cotangent.
-      backward: whether the backward pass is wanted too; it takes shorter rows.
+      residual: whether there is a residual, or its cotangent; nothing depends on it.
+      backward: whether the backward pass is wanted too; nothing depends on it.
     """
+    del residual, backward
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     for each in (jnp.dtype(x.dtype), dtype):
         if each.name not in DTYPES:
             return f"dtype {each.name} is none of {', '.join(DTYPES)}"
-    if not x.ndim or not x.shape[-1]:
-        return "there is no row"
-    length, least = x.shape[-1], min(jnp.dtype(x.dtype).itemsize, dtype.itemsize)
-    if length * least % ALIGNMENT:
-        return f"a row of {length * least} bytes is no multiple of {ALIGNMENT}, as copies must be"
-    longest = LONGEST["backward" if backward else "forward"]
-    if length > longest:
-        return f"a row of {length} entries is above {longest}"
-    rule, one = _rule(x, True, 0.0), [x.dtype] * residual
-    wanted = [(_forward_task(rule, x, dtype, True, True, residual, True), [x.dtype, *one], 2)]
-    if backward:
-        wanted += [(_backward_task(rule, x, True, residual), [x.dtype, dtype, *one], 1)]
-    for task, inputs, parameters in wanted:
-        shared = rows.make_plan(task, 1, length, inputs, parameters).shared
-        if shared > rows.SHARED_BYTES:
-            return f"a row of {length} entries needs {shared} bytes of shared memory"
-    return None
+    return None if x.ndim and x.shape[-1] else "there is no row"
 
 
 def forward(
@@ -180,25 +167,50 @@ def _forward_task(rule, x, y_dtype, scaled, shifted, residual, statistics):
     count = (1 + rule.centered) * statistics
     how = x.dtype, scaled, shifted, count
     work = functools.partial(_work_forward, *how)
-    return rows.Task("normax_forward", rule, work, 1 + residual, outputs, count)
+    again = functools.partial(_pass_forward, *how, residual)
+    return rows.Task("normax_forward", rule, work, again, 1 + residual, outputs, count)
 
 
 def _work_forward(dtype, scaled, shifted, statistics, total, rule, inputs, parameters, sums):
-    x, *residual = inputs
-    outputs = []
-    if residual:
-        # Rounded as it is stored: what is normalized is what the backward pass will read.
-        x = [(a + b).astype(dtype).astype(jnp.float32) for a, b in zip(x, *residual, strict=True)]
-        outputs = [x]
+    x = _added(dtype, *inputs)
+    outputs = [x] if len(inputs) > 1 else []
     scale = parameters[0] if scaled else None
     bias = parameters[-1] if shifted else None
     y, mean, var = arithmetic.forward(rule, x, scale, bias, total)
     return [*outputs, y], [each for each in (mean, var) if each is not None][:statistics], sums
 
 
+def _added(dtype, x, residual=None):
+    """Returns what is normalized."""
+    if residual is None:
+        return x
+    # Rounded as it is stored: what is normalized is what the backward pass will read.
+    return [(a + b).astype(dtype).astype(jnp.float32) for a, b in zip(x, residual, strict=True)]
+
+
+def _pass_forward(dtype, scaled, shifted, statistics, residual, total, rule, sweep, write, found):
+    del found
+
+    def x(block):
+        return _added(dtype, *(block.input(which) for which in range(1 + residual)))
+
+    def each(block):
+        scale = block.parameter(0) if scaled else None
+        bias = block.parameter(scaled) if shifted else None
+        given = x(block)
+        d = passes.deviations(measured, given)
+        y = arithmetic.rescaled(d, measured.rstd, scale, bias)
+        return [given] * residual + [y], []
+
+    measured = passes.measure(rule, x, sweep, total)
+    write(each)
+    return [each for each in measured.statistics if each is not None][:statistics]
+
+
 def _backward_task(rule, x, scaled, residual):
     work = functools.partial(_work_backward, scaled)
-    return rows.Task("normax_backward", rule, work, 4, (x.dtype,), sums=2)
+    again = functools.partial(_pass_backward, scaled, residual)
+    return rows.Task("normax_backward", rule, work, again, 4, (x.dtype,), sums=2)
 
 
 def _work_backward(scaled, total, rule, inputs, parameters, sums):
@@ -213,6 +225,30 @@ def _work_backward(scaled, total, rule, inputs, parameters, sums):
     return [dx], [], sums
 
 
+def _pass_backward(scaled, residual, total, rule, sweep, write, found):
+    """Returns, if `found` is asked for, what xhat is made from."""
+
+    def x(block):
+        return block.input(0)
+
+    def t(block):
+        return arithmetic.scaled(block.input(1), block.parameter(0) if scaled else None)
+
+    def each(block):
+        dy = block.input(1)
+        t = arithmetic.scaled(dy, block.parameter(0) if scaled else None)
+        d, t = passes.deviations(row, x(block)), passes.centred(row, t)
+        dx, xhat = arithmetic.derivative(d, t, row.rstd, row.along, row.per_unit)
+        if residual:
+            dx = [a + b for a, b in zip(dx, block.input(2), strict=True)]
+        return [dx], [[a * b for a, b in zip(dy, xhat, strict=True)], dy]
+
+    row = passes.measure(rule, x, sweep, total, t)
+    write(each)
+    numbers = (row.rstd, row.per_unit, row.pivot, row.mean) if found else ()
+    return [each for each in numbers if each is not None]
+
+
 def _run(task, inputs, parameters, interpret):
     """Returns the outputs in the shape of x, statistics in that of its rows, and the sums."""
     shape = inputs[0].shape
@@ -223,8 +259,20 @@ def _run(task, inputs, parameters, interpret):
         made = [jnp.zeros(shape, dtype) for dtype in task.outputs]
         made += [jnp.zeros(shape[:-1], jnp.float32)] * task.statistics
         return made + [jnp.zeros(length, jnp.float32)] * task.sums
-    plan = rows.make_plan(task, count, length, [x.dtype for x in inputs], len(parameters))
     flat = [x.reshape(count, length) for x in inputs]
-    results = rows.launch(plan, task, flat, parameters, interpret)
+    if _in_registers(task, length, inputs, parameters):
+        plan = rows.make_plan(task, count, length, [x.dtype for x in inputs], len(parameters))
+        results = rows.launch(plan, task, flat, parameters, interpret)
+    else:
+        results = long.launch(task, flat, parameters, interpret)
     shapes += [(length,)] * task.sums
     return [each.reshape(shape) for each, shape in zip(results, shapes, strict=True)]
+
+
+def _in_registers(task, length, inputs, parameters):
+    """Tells whether bulk copies may bring a row, and registers and shared memory hold it."""
+    dtypes = [x.dtype for x in inputs]
+    least = min(jnp.dtype(dtype).itemsize for dtype in (*dtypes, *task.outputs))
+    if length * least % ALIGNMENT or length > LONGEST["backward" if task.sums else "forward"]:
+        return False
+    return rows.make_plan(task, 1, length, dtypes, len(parameters)).shared <= rows.SHARED_BYTES

@@ -32,12 +32,13 @@ class Task(NamedTuple):
 
     `work` gets totals, the rule, and inputs, parameters and sums so far as pieces. It returns the
     pieces of each output, the statistics of the row and the new sums. `arrays` is how many arrays
-    of the size of a row it keeps in registers.
+    of the size of a row it keeps in registers. `passes` is the same for a row that is not kept.
     """
 
     name: str
     rule: arithmetic.Rule
     work: Callable
+    passes: Callable
     arrays: int
     outputs: tuple[Any, ...]
     statistics: int = 0

@@ -45,12 +45,13 @@ def deviations(rule: Rule, x: Pieces, total: Total, others: Pieces | None = None
     The largest entry is subtracted first. That leaves exact zeros of a constant row, and of any
     other an error below a unit in the last place of its largest deviation.
     """
-    unit, per_unit, high = _unit(rule, x, total)
-    d = x if per_unit is None else [piece * per_unit for piece in x]
+    wanted = extremes(rule, x)
+    unit, per_unit, high = unit_of(rule, total(wanted) if wanted else [])
+    d = in_units(x, per_unit)
     mean: Any = None
     extra: Any = None
     if rule.centered:
-        pivot = high if per_unit is None else high * per_unit
+        pivot = pivot_of(high, per_unit)
         d = present(rule, [piece - pivot for piece in d])
         sums = total([("add", d)] + ([("add", others)] if others is not None else []))
         mean, extra = sums[0] / rule.length, sums[-1]
@@ -59,23 +60,40 @@ def deviations(rule: Rule, x: Pieces, total: Total, others: Pieces | None = None
     return d, mean, extra, unit, per_unit
 
 
+def in_units(x: Pieces, per_unit: Any) -> Pieces:
+    """Returns x over its unit."""
+    return x if per_unit is None else [piece * per_unit for piece in x]
+
+
+def pivot_of(high, per_unit):
+    """Returns the largest entry, over the unit."""
+    return high if per_unit is None else high * per_unit
+
+
 def forward(rule: Rule, x: Pieces, scale: Pieces | None, bias: Pieces | None, total: Total):
     """Returns the pieces of y, and the row's mean and variance."""
     d, mean, _, unit, per_unit = deviations(rule, x, total)
     [squares] = total([("add", [piece * piece for piece in d])])
     var = squares / rule.length
-    rstd = reciprocal_deviation(rule, var, per_unit)
-    y = _rescaled([piece * rstd for piece in d], scale, bias)
+    y = rescaled(d, reciprocal_deviation(rule, var, per_unit), scale, bias)
     if unit is not None:
         mean, var = None if mean is None else mean * unit, var * unit * unit
     return y, mean, var
 
 
+def rescaled(d: Pieces, rstd, scale: Pieces | None, bias: Pieces | None) -> Pieces:
+    """Returns y of deviations."""
+    return _affine([piece * rstd for piece in d], scale, bias)
+
+
+def _affine(xhat: Pieces, scale: Pieces | None, bias: Pieces | None) -> Pieces:
+    y = scaled(xhat, scale)
+    return y if bias is None else [piece + shift for piece, shift in zip(y, bias, strict=True)]
+
+
 def backward(rule: Rule, x: Pieces, scale: Pieces | None, dy: Pieces, total: Total):
     """Returns the pieces of dx, and of the row's share of dscale."""
-    t = dy
-    if scale is not None:
-        t = [piece * gain for piece, gain in zip(dy, scale, strict=True)]
+    t = scaled(dy, scale)
     d, _, sum_t, _, per_unit = deviations(rule, x, total, t)
     if rule.centered:
         mean_t = sum_t / rule.length
@@ -83,11 +101,22 @@ def backward(rule: Rule, x: Pieces, scale: Pieces | None, dy: Pieces, total: Tot
     products = [a * b for a, b in zip(d, t, strict=True)]
     squares, along = total([("add", [piece * piece for piece in d]), ("add", products)])
     rstd = reciprocal_deviation(rule, squares / rule.length, per_unit)
-    along = along / rule.length * rstd
+    dx, xhat = derivative(d, t, rstd, along / rule.length * rstd, per_unit)
+    return dx, [a * b for a, b in zip(dy, xhat, strict=True)]
+
+
+def scaled(pieces: Pieces, scale: Pieces | None) -> Pieces:
+    """Returns the pieces times a scale; so xhat, and the cotangent of xhat out of that of y."""
+    if scale is None:
+        return pieces
+    return [piece * gain for piece, gain in zip(pieces, scale, strict=True)]
+
+
+def derivative(d: Pieces, t: Pieces, rstd, along, per_unit) -> tuple[Pieces, Pieces]:
+    """Returns dx and xhat, `t` being centred and `along` the mean of t xhat."""
     xhat = [piece * rstd for piece in d]
     length = rstd if per_unit is None else rstd * per_unit
-    dx = [(a - b * along) * length for a, b in zip(t, xhat, strict=True)]
-    return dx, [a * b for a, b in zip(dy, xhat, strict=True)]
+    return [(a - b * along) * length for a, b in zip(t, xhat, strict=True)], xhat
 
 
 def backward_through(
@@ -109,29 +138,16 @@ def backward_through(
     rstd = reciprocal_deviation(rule, squares / rule.length, per_unit)
     xhat = [piece * rstd for piece in d]
     pull = functools.partial(entrywise.pull, activation)
-    dy = [deferred.each(pull, a, b) for a, b in zip(_rescaled(xhat, scale, bias), dy, strict=True)]
-    t = dy
-    if scale is not None:
-        t = [piece * gain for piece, gain in zip(dy, scale, strict=True)]
+    dy = [deferred.each(pull, a, b) for a, b in zip(_affine(xhat, scale, bias), dy, strict=True)]
+    t = scaled(dy, scale)
     # xhat adds up to zero but for rounding, so that the mean of t need not be subtracted first.
     products = [a * b for a, b in zip(xhat, t, strict=True)]
     along, *sum_t = total([("add", products)] + [("add", t)] * rule.centered)
     if rule.centered:
         mean_t = sum_t[0] / rule.length
         t = [piece - mean_t for piece in t]
-    along = along / rule.length
-    length = rstd if per_unit is None else rstd * per_unit
-    dx = [(a - b * along) * length for a, b in zip(t, xhat, strict=True)]
+    dx, xhat = derivative(d, t, rstd, along / rule.length, per_unit)
     return dx, [a * b for a, b in zip(dy, xhat, strict=True)], dy
-
-
-def _rescaled(xhat, scale, bias):
-    y = xhat
-    if scale is not None:
-        y = [piece * gain for piece, gain in zip(y, scale, strict=True)]
-    if bias is not None:
-        y = [piece + shift for piece, shift in zip(y, bias, strict=True)]
-    return y
 
 
 def present(rule: Rule, pieces: Pieces) -> Pieces:
@@ -152,23 +168,27 @@ def reciprocal_deviation(rule: Rule, var, per_unit):
     return jnp.where(squared == 0, jnp.zeros_like(squared), lax.rsqrt(squared))
 
 
-def _unit(rule: Rule, x: Pieces, total: Total) -> Any:
+def extremes(rule: Rule, x: Pieces) -> list[tuple[str, Pieces]]:
+    """Returns what `total` is asked for before `unit_of` can tell the unit of a row."""
+    if not rule.centered:
+        return [("max", [abs(piece) for piece in x])] if rule.units else []
+    high = _filled(rule, x, -jnp.inf)
+    if not rule.units:
+        return [("max", high)]
+    return [("max", high), ("max", [-piece for piece in _filled(rule, x, jnp.inf)])]
+
+
+def unit_of(rule: Rule, found: Sequence[jax.Array]) -> Any:
     """Returns the unit, its reciprocal and the largest entry; None for what is not needed.
 
     The unit follows the range of a row that is to be centred: a constant row is its own mean
     whatever its size, and its derivative is that of a division by the root of epsilon.
     """
-    if not rule.units and not rule.centered:
-        return None, None, None
-    low, high = _lowest(rule, x), _highest(rule, x)
+    high = found[0] if rule.centered else None
     if not rule.units:
-        return None, None, total([("max", high)])[0]
-    if rule.centered:
-        # Quarters, because the range of the largest entries is out of range.
-        high, fallen = total([("max", high), ("max", [-piece for piece in low])])
-        size = high * 0.25 + fallen * 0.25
-    else:
-        high, size = None, total([("max", [abs(piece) for piece in x])])[0]
+        return None, None, high
+    # Quarters, because the range of the largest entries is out of range.
+    size = found[0] * 0.25 + found[1] * 0.25 if rule.centered else found[0]
     steps = LARGE if rule.epsilon >= LEAST_EPSILON else LARGE + SMALL
     return _chosen(size, steps, 1), _chosen(size, steps, -1), high
 
@@ -180,14 +200,6 @@ def _chosen(size, steps, sign):
         there = (size < 2.0**limit) & (size > 0) if below else size >= 2.0**limit
         unit = jnp.where(there, jnp.full_like(size, 2.0 ** (sign * exponent)), unit)
     return unit
-
-
-def _highest(rule, x):
-    return _filled(rule, x, -jnp.inf)
-
-
-def _lowest(rule, x):
-    return _filled(rule, x, jnp.inf)
 
 
 def _filled(rule, x, value):
