@@ -119,6 +119,15 @@ def test_several_blocks_and_a_ragged_last_one(shape):
     check(*drawn(shape, "float32", 100.0))
 
 
+def test_rows_too_long_for_the_chip():
+    x, scale, bias, dy = drawn((9, 70001), "float32", 1e4)
+    assert kernels.supports(x) is None
+    check(x, scale, bias, dy)
+    forward = jax.jit(functools.partial(kernels.forward, centered=True, epsilon=1e-5))
+    text = forward.trace(x, scale, bias).lower(lowering_platforms=("tpu",)).as_text()
+    assert "normax_long_measure" in text
+
+
 def test_one_parameter_alone_and_in_any_dtype():
     x, scale, bias, dy = drawn((20, 96), "bfloat16")
     check(x, scale, None, dy)
