@@ -15,27 +15,35 @@ from normax.kernels import mosaic_tpu as kernels
 from normax.kernels import mosaic_tpu_long, mosaic_tpu_rows
 
 
-@pytest.fixture(autouse=True)
-def nothing_fits(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def nothing_fits():
     """Lets no row stay on chip, and takes them 256 entries at a time."""
-    for name in ("LONGEST", "LONGEST_OF_SUM", "LONGEST_WITH_GRADIENT"):
-        monkeypatch.setattr(mosaic_tpu_rows, name, 0)
-    monkeypatch.setattr(mosaic_tpu_long, "WIDEST", 256)
     for function in (everything, added):
         function.clear_cache()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("LONGEST", "LONGEST_OF_SUM", "LONGEST_WITH_GRADIENT"):
+            patch.setattr(mosaic_tpu_rows, name, 0)
+        patch.setattr(mosaic_tpu_long, "WIDEST", 256)
+        yield
     for function in (everything, added):
         function.clear_cache()
 
 
-@pytest.mark.parametrize("centered", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [1, 200, 512, 1000])
+@pytest.mark.parametrize(
+    ("length", "dtype", "centered"),
+    [
+        (1, "float32", True),
+        (200, "float32", False),
+        (512, "bfloat16", True),
+        (1000, "bfloat16", False),
+        (1000, "float32", True),
+    ],
+)
 def test_rows_in_chunks(length, dtype, centered):
     check(*drawn((20, length), dtype, 3.0, parameters=length != 200), centered=centered)
 
 
-@pytest.mark.parametrize("shape", [(0, 300), (300,), (3, 5, 300), (3, 197, 300), (2100, 300)])
+@pytest.mark.parametrize("shape", [(0, 300), (3, 197, 300), (2100, 300)])
 def test_several_blocks_of_them(shape):
     check(*drawn(shape, "float32", 100.0))
 
@@ -101,8 +109,7 @@ def test_a_long_row_that_is_no_number_leaves_the_others_alone():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_residual_is_added_to_long_rows(dtype):
-    for centered in (True, False):
-        check_added(*drawn_for_sum((20, 600), dtype, 3.0), centered=centered)
+    check_added(*drawn_for_sum((20, 600), dtype, 3.0), centered=dtype == "float32")
 
 
 def test_the_output_of_long_rows_in_another_dtype():
@@ -117,15 +124,17 @@ def test_the_output_of_long_rows_in_another_dtype():
 
 
 def test_long_rows_with_races_and_uninitialized_memory_shown():
-    check(*drawn((36, 300), "float32", 3.0), interpret=STRICT)
+    check_added(*drawn_for_sum((36, 300), "float32", 3.0), interpret=STRICT, centered=False)
     check_added(*drawn_for_sum((36, 300), "bfloat16", 3.0), interpret=STRICT)
 
 
 def test_vmap_of_long_rows_is_a_loop():
-    x, scale, bias, dy = drawn((2, 9, 600), "float32", 10.0)
-    got = jax.vmap(everything, (0, None, None, 0))(x, scale, bias, dy)
+    x, scale, _, dy = drawn((2, 9, 300), "float32", 10.0)
+    how = {"centered": True, "epsilon": 1e-5, "interpret": True}
+    function = jax.jit(lambda x, dy: kernels.backward(x, scale, dy, **how))
+    got = jax.vmap(function)(x, dy)
     for i in range(2):
-        same(got, i, everything(x[i], scale, bias, dy[i]))
+        same(got, i, function(x[i], dy[i]))
 
 
 @pytest.mark.parametrize("count", ["b", "b, 3"])

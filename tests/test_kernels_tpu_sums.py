@@ -55,8 +55,7 @@ def drawn_for_sum(shape, dtype, mean=0.0, residual_dtype=None, **how):
     return x, residual, scale, bias, dy, ds
 
 
-@pytest.mark.parametrize("centered", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "centered"), [("float32", True), ("bfloat16", False)])
 def test_a_residual_is_added_first(dtype, centered):
     for shape in ((0, 7), (3, 5, 130), (500, 1000)):
         check_added(*drawn_for_sum(shape, dtype, 3.0), centered=centered)
@@ -115,10 +114,9 @@ def check_gradients(x, dy, **how):
     assert (np.abs(dbias - dy.sum(0)) <= allowed / 4).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_of_columns(dtype):
+def test_gradients_of_columns():
     for shape in ((0, 7), (9,), (5, 197, 130), (70, 1500)):
-        x, *_, dy = drawn(shape, dtype, 3.0)
+        x, *_, dy = drawn(shape, "bfloat16", 3.0)
         check_gradients(x, dy)
     check_gradients(x, dy.astype("float32"))
     check_gradients(x, dy, centered=False)
