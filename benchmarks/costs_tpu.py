@@ -38,29 +38,47 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 from normax.kernels import mosaic_tpu as kernels
+from normax.kernels import mosaic_tpu_long as long
+from normax.kernels import mosaic_tpu_rows as rows_on_chip
 from normax.kernels.mosaic_tpu_blocks import grouped
 from normax.kernels.mosaic_tpu_columns import plan_columns
+from normax.kernels.mosaic_tpu_gradients import plan_gradients
 
 SHAPES = [(131072, 1024), (8190, 1000), (200704, 64), (4096, 4096), (512, 16384)]
 GROUPS = [(64, 197, 1024), (64, 7, 7, 2048)]  # no multiple of eight before the last axis
 LONG = {"forward": (256, 65536), "backward": (256, 24576), "columns": (256, 65536)}
+LONG |= {"add": (256, 49152), "add backward": (256, 24576)}
+TOO_LONG = [(2048, 131072), (2000, 100000)]  # for the chip, and more of them than its memory holds
 DTYPES = ["bfloat16", "float32"]
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 LAYER = {"centered": True, "epsilon": 1e-6}
 RMS = {"centered": False, "epsilon": 1e-6}
-# Name: function, parameters it takes, whether it takes dy, and the multiple of x it must move.
+# Name: function, arrays like x, parameters, and the multiple of x it must move.
 OPERATIONS = {
-    "forward": (lambda x, s, b: kernels.forward(x, s, b, **LAYER), 2, False, 2),
-    "rms": (lambda x, s: kernels.forward(x, s, None, **RMS), 1, False, 2),
-    "statistics": (
-        lambda x, s, b: kernels.forward_with_statistics(x, s, b, **LAYER),
+    "forward": (lambda x, s, b: kernels.forward(x, s, b, **LAYER), 1, 2, 2),
+    "rms": (lambda x, s: kernels.forward(x, s, None, **RMS), 1, 1, 2),
+    "statistics": (lambda x, s, b: kernels.forward_with_statistics(x, s, b, **LAYER), 1, 2, 2),
+    "backward": (lambda x, dy, s: kernels.backward(x, s, dy, **LAYER), 2, 1, 3),
+    "add": (lambda x, r, s, b: kernels.add_forward(x, r, s, b, **LAYER), 2, 2, 4),
+    "add backward": (lambda x, dy, ds, s: kernels.add_backward(x, s, dy, ds, **LAYER), 3, 1, 4),
+    "columns": (kernels.column_moments, 1, 0, 1),
+    "column gradients": (
+        lambda x, dy, *measured: kernels.column_gradients(x, dy, *measured, epsilon=1e-5),
         2,
-        False,
+        4,
         2,
     ),
-    "backward": (lambda x, dy, s: kernels.backward(x, s, dy, **LAYER), 1, True, 3),
-    "columns": (kernels.column_moments, 0, False, 1),
+    # Two kernels, the first of which measures.
+    "long forward": (lambda x, s, b: kernels.forward(x, s, b, **LAYER), 1, 2, 3),
+    "long backward": (lambda x, dy, s: kernels.backward(x, s, dy, **LAYER), 2, 1, 5),
 }
+
+
+def shapes_of(name):
+    """Returns the shapes that an operation is compiled for."""
+    if name.startswith("long"):
+        return TOO_LONG
+    return [*SHAPES, *([LONG[name]] if name in LONG else []), *GROUPS]
 
 
 def size_of(types):
@@ -117,11 +135,27 @@ def compile_for_tpu(function, *shapes):
     return jitted.lower(*arrays).compile()
 
 
+def walked(name, groups, moved):
+    """Returns how an operation walks its rows, and how many entries of each at a time."""
+    if name == "columns":
+        _, width, walk = plan_columns(groups, moved)
+    elif name == "column gradients":
+        width, walk = plan_gradients(groups, moved)
+    elif name.startswith("long"):  # the second kernel; the first has fewer arrays
+        moved = moved * 2 // 3 if name == "long forward" else moved * 3 // 5
+        rows = long.plan(groups, moved, True, 1e-6)
+        width, walk = rows.width, rows.walk
+    else:
+        plan = rows_on_chip.plan_backward if "backward" in name else rows_on_chip.plan
+        width, walk = groups[-1], plan(groups, moved)
+    return walk, width
+
+
 def measure(name, shape, dtype, with_bundles):
     """Returns a row of the table."""
-    function, parameters, gradient, floor = OPERATIONS[name]
-    x, itemsize = (shape, dtype), jnp.dtype(dtype).itemsize
-    operands = [x, *[x] * gradient, *[(shape[-1:], "float32")] * parameters]
+    function, arrays, parameters, floor = OPERATIONS[name]
+    itemsize = jnp.dtype(dtype).itemsize
+    operands = [(shape, dtype)] * arrays + [(shape[-1:], "float32")] * parameters
     found = dict(kernels_of(compile_for_tpu(function, *operands).as_text()))
     ours = [each for each in found if each.startswith("normax_")]
     size = math.prod(shape) * itemsize
@@ -137,13 +171,16 @@ def measure(name, shape, dtype, with_bundles):
     outside, loops = bundles() if with_bundles else (0, [])
     if with_bundles and len(shape) == 2:
         # Loops come in pairs, over whole chunks and over one that hangs over the end.
-        passes = {"columns": loops[:4:2], "backward": loops[:1]}.get(name, loops)
-        groups = grouped(shape)
-        if name == "columns":
-            _, width, walk = plan_columns(groups, itemsize)
-        else:
-            plan = kernels.plan_backward if gradient else kernels.plan
-            walk, width = plan(groups, floor * itemsize), shape[1]
+        passes = {
+            "columns": loops[:4:2],
+            "backward": loops[:1],
+            "add backward": loops[:1],
+            "column gradients": loops[:1],
+            # Between them are small loops that copy what hangs over the end.
+            "long forward": [loop for loop in loops if loop > 64],
+            "long backward": [loop for loop in loops if loop > 64][:2],
+        }.get(name, loops)
+        walk, width = walked(name, grouped(shape), floor * itemsize)
         all_chunks = outside + sum(passes) * (walk.block // walk.chunk)
         row |= {
             "block": [walk.block, width],
@@ -204,7 +241,7 @@ def main():
     rows = [
         measure(name, shape, dtype, not options.bytes_only)
         for name in options.only
-        for shape in [*SHAPES, *([LONG[name]] if name in LONG else []), *GROUPS]
+        for shape in shapes_of(name)
         for dtype in DTYPES
     ]
     if options.json or options.bytes_only:  # a table has both

@@ -1,4 +1,4 @@
-"""What the TPU kernels share: sizes of blocks, sums in a fixed order, units, and the call."""
+"""What the TPU kernels share: sizes of blocks, units, and the call."""
 
 import functools
 import math
@@ -124,53 +124,18 @@ class Walk(NamedTuple):
         return lax.fori_loop(0, groups, over_group, carry)
 
 
-def total(v: jax.Array) -> jax.Array:
-    """Returns the sums of rows, (rows, 1): by halves, so that the error grows with a logarithm."""
-    length, start = v.shape[1], 0
-    parts = None
-    while length - start >= LANES:
-        size = LANES * power_below((length - start) // LANES)
-        part = v[:, start : start + size]
-        start += size
-        while size > LANES:
-            size //= 2
-            part = part[:, :size] + part[:, size:]
-        parts = part if parts is None else parts + part
-    sums = None if parts is None else jnp.sum(parts, 1, keepdims=True)
-    if start == length:
-        assert sums is not None
-        return sums
-    tail = jnp.sum(v[:, start:], 1, keepdims=True)
-    return tail if sums is None else sums + tail
-
-
-def fold(v: jax.Array) -> jax.Array:
-    """Returns sums over rows in as many rows as a register has, by halves."""
-    rows = v.shape[0]
-    while rows > SUBLANES:
-        rows //= 2
-        v = v[:rows] + v[rows:]
-    return v
-
-
-def add_exactly(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns a + b and what its rounding lost: Knuth's two-sum."""
-    s = a + b
-    there = s - a
-    return s, (a - (s - there)) + (b - there)
-
-
-def inverse_unit(peak: jax.Array, both_ways: bool = False) -> jax.Array:
+def inverse_unit(peak: jax.Array, least: int | None = None) -> jax.Array:
     """Returns one over the unit for entries up to `peak`, a power of two, from bits alone.
 
     The unit is the peak's power of two over 2^50, not below one; squares of entries in it are in
-    range. `both_ways`: the peak's power itself, so that small entries can be squared too.
+    range. `least`: the peak's power itself, not below 2^-least, so that small entries can be
+    squared too.
     """
     exponent = lax.bitcast_convert_type(peak, jnp.int32) >> 23
-    if both_ways:
-        field = jnp.clip(254 - exponent, 27, 227)
-    else:
+    if least is None:
         field = jnp.minimum(127 + 50 + 127 - exponent, 127)
+    else:
+        field = jnp.clip(254 - exponent, 27, 127 + least)
     return lax.bitcast_convert_type(field << 23, jnp.float32)
 
 
@@ -231,6 +196,6 @@ def counts_of(shape: tuple[Any, Any, int]) -> jax.Array:
 IN_SMEM = functools.partial(pl.BlockSpec, memory_space=pltpu.SMEM)
 
 
-def mean_factor(count: int) -> np.float32:
-    """Returns what to multiply a sum by for the mean."""
-    return np.float32(1 / count)
+def taken(refs: list[Any], *present: bool) -> list[Any]:
+    """Takes from the front of the refs those that are there; the others are None."""
+    return [refs.pop(0) if there else None for there in present]

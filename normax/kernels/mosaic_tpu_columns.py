@@ -15,6 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from normax.kernels import mosaic_tpu_blocks as bl
+from normax.kernels import mosaic_tpu_sums as sm
+from normax.kernels.mosaic_tpu_sums import Moments
 
 WIDEST = 1024
 CHUNK = 2**15  # entries that are worked on together
@@ -26,16 +28,6 @@ class Columns(NamedTuple):
     in_units: bool
     width: int
     walk: bl.Walk
-
-
-class Sums(NamedTuple):
-    """What is known of some rows of each column, in multiples of a unit."""
-
-    inverse: Any  # one over the unit
-    mean: Any
-    rest: Any  # what the mean lacks
-    squares: Any  # the sum of squared deviations
-    lost: Any  # what that lacks
 
 
 def supports_columns(x: Any) -> str | None:
@@ -106,7 +98,7 @@ def _measure(x, in_units, interpret):
         grid=(pl.cdiv(length, width), *walk.grid(shape)),
         in_specs=[block, bl.IN_SMEM()],
         out_specs=[line] * 4,
-        scratch_shapes=[pltpu.VMEM((1, width), jnp.float32)] * (2 * len(Sums._fields)),
+        scratch_shapes=[pltpu.VMEM((1, width), jnp.float32)] * (2 * len(Moments._fields)),
         semantics=("parallel", "arbitrary", "arbitrary"),
         name="normax_column_moments",
         flops=12,
@@ -116,8 +108,8 @@ def _measure(x, in_units, interpret):
 
 
 def _kernel(columns, x_ref, counts_ref, *refs):
-    size = len(Sums._fields)
-    outputs, kept, here = refs[:4], Sums(*refs[4 : 4 + size]), Sums(*refs[4 + size :])
+    size = len(Moments._fields)
+    outputs, kept, here = refs[:4], Moments(*refs[4 : 4 + size]), Moments(*refs[4 + size :])
     walk, i, j = columns.walk, pl.program_id(1), pl.program_id(2)
     begins = (i == 0) & (j == 0)
     present = walk.present(counts_ref, i, j)
@@ -137,21 +129,22 @@ def _kernel(columns, x_ref, counts_ref, *refs):
     @pl.when(~begins)
     def _():
         a, b = _read(kept), _read(here)
-        _keep(kept, _merge(a, _as_float(before, a.mean), b, _as_float(number, b.mean)))
+        counts = sm.as_float(before, a.mean), sm.as_float(number, b.mean)
+        _keep(kept, sm.merge(a, counts[0], b, counts[1])[0])
 
     @pl.when((i == pl.num_programs(1) - 1) & (j == pl.num_programs(2) - 1))
     def _():
         sums = _read(kept)
-        var = (sums.squares + sums.lost) / _as_float(counts_ref[0] * counts_ref[1], sums.mean)
+        var = (sums.squares + sums.lost) / sm.as_float(counts_ref[0] * counts_ref[1], sums.mean)
         unit = bl.unit_of(sums.inverse)
-        moments = unit, *bl.add_exactly(sums.mean, sums.rest), var
+        moments = unit, *sm.add_exactly(sums.mean, sums.rest), var
         powers = [0, 0, 0, 0] if columns.in_units else [0, 1, 1, 2]
         for ref, value, power in zip(outputs, moments, powers, strict=True):
             ref[...] = functools.reduce(jnp.multiply, [unit] * power, value)
 
 
 def _read(refs):
-    return Sums(*(ref[...] for ref in refs))
+    return Moments(*(ref[...] for ref in refs))
 
 
 def _keep(refs, sums):
@@ -159,19 +152,14 @@ def _keep(refs, sums):
         ref[...] = value
 
 
-def _as_float(number, like):
-    """Returns an integer of the kernel as a line of floats."""
-    return jnp.full(like.shape, number, jnp.int32).astype(jnp.float32)
-
-
-def _measure_block(columns, x_ref, present, in_a_unit) -> Sums:
+def _measure_block(columns, x_ref, present, in_a_unit) -> Moments:
     """Measures a block about its mean, which is first taken about its first row.
 
     So equal entries leave exact zeros, and what the second pass finds left of the mean is too
     small for its square to cancel the sum of squares.
     """
     zero = jnp.zeros((bl.SUBLANES, columns.width), jnp.float32)
-    number = _as_float(present[0] * present[1], zero[:1])
+    number = sm.as_float(present[0] * present[1], zero[:1])
 
     def over(step: Callable, start: Any) -> Any:
         def each(group, here, mask, carry):
@@ -188,17 +176,19 @@ def _measure_block(columns, x_ref, present, in_a_unit) -> Sums:
         return x * inverse if in_a_unit else x
 
     first = scaled(x_ref[0, :1, :].astype(jnp.float32))
-    sums = over(lambda x, there, s: s + bl.fold(there(scaled(x) - first)), zero)
+    sums = over(lambda x, there, s: s + sm.fold(there(scaled(x) - first)), zero)
     center = first + jnp.sum(sums, 0, keepdims=True) / number
 
     def about_center(x, there, sums):
         d = there(scaled(x) - center)
-        return sums[0] + bl.fold(d), sums[1] + bl.fold(d * d)
+        return sums[0] + sm.fold(d), sums[1] + sm.fold(d * d)
 
     left, squares = over(about_center, (zero, zero))
     rest = jnp.sum(left, 0, keepdims=True) / number
     squares = jnp.sum(squares, 0, keepdims=True) - rest * rest * number
-    return Sums(inverse, center, rest, jnp.where(squares < 0, 0.0, squares), jnp.zeros_like(center))
+    return Moments(
+        inverse, center, rest, jnp.where(squares < 0, 0.0, squares), jnp.zeros_like(center)
+    )
 
 
 def _highest(v):
@@ -208,28 +198,3 @@ def _highest(v):
         rows //= 2
         v = jnp.maximum(v[:rows], v[rows:])
     return v
-
-
-def _merge(a: Sums, count_a: jax.Array, b: Sums, count_b: jax.Array) -> Sums:
-    """Returns the sums of two sets of rows taken together: Chan, Golub and LeVeque, 1979."""
-    inverse = jnp.minimum(a.inverse, b.inverse)
-    a, b = _in_unit(a, inverse), _in_unit(b, inverse)
-    share = count_b / (count_a + count_b)
-    apart, lost = bl.add_exactly(b.mean, -a.mean)
-    apart += lost + (b.rest - a.rest)
-    mean, lost = bl.add_exactly(a.mean, apart * share)
-    rest = a.rest + lost
-    squares, lost = bl.add_exactly(a.squares, b.squares + apart * apart * (count_a * share))
-    return Sums(inverse, mean, rest, squares, a.lost + lost)
-
-
-def _in_unit(sums, inverse):
-    ratio = inverse * bl.unit_of(sums.inverse)
-    squared = ratio * ratio
-    return Sums(
-        inverse,
-        sums.mean * ratio,
-        sums.rest * ratio,
-        sums.squares * squared,
-        sums.lost * squared,
-    )
