@@ -32,6 +32,7 @@ def batch_norm(
     dtype: DTypeLike | None = None,
     epsilon_on: str = "variance",
     activation: Callable[[jax.Array], jax.Array] | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, RunningStats]:
     r"""Normalizes each feature over the batch and every other axis.
 
@@ -61,6 +62,8 @@ def batch_norm(
       epsilon_on: "variance", inside the root, or "deviation", outside of it.
       activation: function applied to the output, entry by entry, before it is rounded; what goes
         into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
+      implementation: None or "xla", or a kernel by name for the statistics of a batch, features
+        last: "mosaic_tpu". One that cannot be had is refused, here or when the program is lowered.
 
     Returns:
       The output, of the shape of `x`, and the new `RunningStats`, of the dtypes of `stats`. No
@@ -113,6 +116,7 @@ def batch_norm(
         dtype=dtype,
         epsilon_on=epsilon_on,
         activation=activation,
+        implementation=implementation,
     )
     return y, update(stats, lax.stop_gradient(m), momentum, unbiased=unbiased, nonfinite=nonfinite)
 
@@ -178,6 +182,7 @@ def normalize_batch(
     dtype: DTypeLike | None = None,
     epsilon_on: str = "variance",
     activation: Callable[[jax.Array], jax.Array] | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalizes by the statistics of this batch and returns them; nothing is remembered.
 
@@ -196,6 +201,7 @@ def normalize_batch(
       dtype: as in `batch_norm`.
       epsilon_on: as in `batch_norm`.
       activation: as in `batch_norm`.
+      implementation: as in `batch_norm`.
 
     Returns:
       The output, of the shape of `x`, and the `Moments` of the batch, differentiable.
@@ -227,5 +233,6 @@ def normalize_batch(
         dtype=dtype,
         epsilon_on=epsilon_on,
         activation=activation,
+        implementation=implementation,
         caller="batch_norm",
     )

@@ -32,10 +32,10 @@ def measure_here(reduction, x, mask, n):
         forms |= {"cuda": _about_samples, "rocm": _about_samples, "tpu": _about_zero}
     partials: dict[str, Any] = {k: functools.partial(f, reduction) for k, f in forms.items()}
     form = by_platform(functools.partial(anywhere, reduction), **partials)
-    return _equal_in_no_unit(*form(x, mask, n))
+    return equal_in_no_unit(*form(x, mask, n))
 
 
-def _equal_in_no_unit(unit, mean, rest, var):
+def equal_in_no_unit(unit, mean, rest, var):
     """Returns the same, with one as the unit of equal entries: epsilon would vanish in a larger."""
     if unit is None or mean is None:
         return unit, mean, rest, var

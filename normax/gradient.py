@@ -74,7 +74,8 @@ def backward(plan, shape, dtypes, known, dy):
         on_gpu = functools.partial(_rows, plan, shape)
     else:
         on_gpu = functools.partial(_columns, plan, shape)
-    dx, *found = implementations.backward(plan, shape, whole, on_gpu, known, dy)
+    by_sums = functools.partial(_by_sums, plan, shape)
+    dx, *found = implementations.backward(plan, shape, whole, on_gpu, by_sums, known, dy)
     return dx, *rounded(found, dtypes)
 
 
@@ -84,6 +85,13 @@ def rounded(cotangents, dtypes):
         None if dtype is None else v.astype(dtype)
         for v, dtype in zip(cotangents, dtypes, strict=True)
     ]
+
+
+def _by_sums(plan, shape, known, dy):
+    """Returns the cotangents of x, scale and bias, the sums by a kernel over columns."""
+    through = _factors(plan, known, dy)[1] if plan.activation is not None else dy
+    found = implementations.column_sums(plan, known[0], through, known[-1])
+    return _whole(plan, shape, sums.total, known, dy, found=found)
 
 
 def _columns(plan, shape, known, dy):
@@ -138,10 +146,11 @@ def _shared(shape):
     return () if shape is None else tuple(i for i, size in enumerate(shape) if size == 1)
 
 
-def _whole(plan, shape, total, known, dy, summed=None):
+def _whole(plan, shape, total, known, dy, summed=None, found=None):
     """Returns the cotangents of x, scale and bias, from what was measured.
 
-    What is summed may be told apart from what the cotangent of x is made of, the same numbers.
+    What is summed may be told apart from what the cotangent of x is made of, the same numbers; or
+    the sums of dy xhat and dy over all that is shared are found already.
     """
     x, scale, _, measured = known
     rstd = reciprocal_per_unit(plan, measured)
@@ -150,7 +159,9 @@ def _whole(plan, shape, total, known, dy, summed=None):
     axes = plan.reduction.axes
     shared = _shared(shape)
     common = tuple(axis for axis in axes if shape is None or axis in shared)
-    if summed is None:
+    if found is not None:
+        along, ones = found
+    elif summed is None:
         ones, along = total(dy, common), total(dy * xhat, common)
     else:
         about_mean, alone = _factors(plan, *summed)

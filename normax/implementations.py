@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from normax import measure as me
+from normax.forms import equal_in_no_unit
 from normax.kernels.dispatch import by_platform
 from normax.kernels.sharding import sharded
 
@@ -60,6 +62,7 @@ class Layout(NamedTuple):
 
 
 ROWS = Layout("... d", "d", "d")
+COLUMNS = Layout("... d", "d", "")
 
 
 def layout_of(plan, x, scale, bias) -> Layout | None:
@@ -72,6 +75,8 @@ def layout_of(plan, x, scale, bias) -> Layout | None:
 
     if axes == (ndim - 1,) and along(1):
         return ROWS
+    if axes == tuple(range(ndim - 1)) and along(1):
+        return COLUMNS
     members = axes[-1:] == (ndim - 1,)
     positions, features = len(axes) - members, 1 + members
     examples = ndim - features - positions
@@ -101,7 +106,10 @@ def why_not(plan, x, scale, bias, mask, residual=False):
         if plan.activation is not None:
             return "an activation"
         return _module(plan, layout).supports(x, dtype=plan.dtype, residual=residual)
-    if layout is None or NAMED[plan.implementation].groups is None:
+    if layout == COLUMNS and plan.implementation == "mosaic_tpu":
+        uncentered = None if plan.reduction.centered else "columns that are not centred"
+        return uncentered or _module(plan, layout).supports_columns(x)
+    if layout in (None, COLUMNS) or NAMED[plan.implementation].groups is None:
         shapes = ", ".join(str(v.shape) for v in (scale, bias) if v is not None)
         beside = f", and parameters along other axes than the last: {shapes}" if shapes else ""
         return f"groups over axes {plan.reduction.axes} of {x.ndim}{beside}"
@@ -112,17 +120,29 @@ def why_not(plan, x, scale, bias, mask, residual=False):
     return module.supports_groups(four, dtype=plan.dtype, activation=plan.activation)
 
 
+def measure(plan, x, scale, bias, mask):
+    """Returns what a plan standardizes by: columns by the kernel of the plan, where it has one."""
+    if plan.implementation in (None, XLA) or layout_of(plan, x, scale, bias) != COLUMNS:
+        return me.measure(plan.reduction, x, mask)
+    form = functools.partial(me.measure, plan.reduction, mask=None)
+    return _named(plan, form, functools.partial(_measure_columns, plan))(x)
+
+
 def forward(plan, form, on_gpu, x, scale, bias, mask, measured):
     """Returns `y`, by the kernel of the plan or by one of the two forms."""
     if plan.implementation in (None, XLA):
         return by_platform(form, cuda=on_gpu, rocm=on_gpu)(x, scale, bias, mask, measured)
+    if layout_of(plan, x, scale, bias) == COLUMNS:
+        return form(x, scale, bias, mask, measured)
     return _named(plan, form, functools.partial(_forward, plan))(x, scale, bias, mask, measured)
 
 
-def backward(plan, shape, whole, on_gpu, known, dy):
-    """Returns the cotangents of x, scale and bias, by the kernel or by one of the two forms."""
+def backward(plan, shape, whole, on_gpu, by_sums, known, dy):
+    """Returns the cotangents of x, scale and bias, by the kernel or by one of the forms."""
     if plan.implementation in (None, XLA):
         return by_platform(whole, cuda=on_gpu, rocm=on_gpu)(known, dy)
+    if layout_of(plan, *known[:3]) == COLUMNS:
+        return _named(plan, whole, by_sums)(known, dy)
     return _named(plan, whole, functools.partial(_backward, plan, shape))(known, dy)
 
 
@@ -138,7 +158,8 @@ def add_backward(plan, shape, whole, known, dtotal, dy):
 
 def _module(plan, layout):
     kernels = NAMED[plan.implementation]
-    return importlib.import_module(kernels.rows if layout == ROWS else str(kernels.groups))
+    of_groups = layout not in (ROWS, COLUMNS)
+    return importlib.import_module(str(kernels.groups) if of_groups else kernels.rows)
 
 
 def _named(plan, form, kernel):
@@ -155,6 +176,36 @@ def _refuse(implementation, *operands):
         f"implementation={implementation!r} is for {NAMED[implementation].platform} alone, and "
         'this program is lowered for another platform; implementation="xla" is for all'
     )
+
+
+def _measure_columns(plan, x):
+    module, interpret = _module(plan, COLUMNS), NAMED[plan.implementation].interpret
+    kernel = functools.partial(module.column_moments_in_units, interpret=interpret)
+    together = functools.partial(_columns_of_devices, plan.reduction)
+    found = sharded(kernel, "... d -> d, d, d, d", together=together)(x)
+    kept = (v.reshape((1,) * (x.ndim - 1) + v.shape) for v in found)
+    return me.as_precise(plan.reduction, me.Measured(None, *equal_in_no_unit(*kept)), x.dtype)
+
+
+def _columns_of_devices(reduction, axes, moments):
+    here = me.Measured(None, *equal_in_no_unit(*moments))
+    return list(me.pooled(reduction._replace(axis_name=axes), here)[1:])
+
+
+def column_sums(plan, x, dy, measured):
+    """Returns the sums of dy xhat and of dy over each column, by the kernel of the plan."""
+    options = {"epsilon": plan.epsilon, "interpret": NAMED[plan.implementation].interpret}
+    kernel = functools.partial(_call_columns, _module(plan, COLUMNS), tuple(options.items()))
+    known = [v for v in measured[1:] if v is not None]
+    rule = f"... d, ... d{', d' * len(known)} -> d, d"
+    found = sharded(kernel, rule)(x, dy, *(v.reshape(-1) for v in known))
+    return [v.reshape(measured.var.shape) for v in found]
+
+
+def _call_columns(module, options, x, dy, unit, mean, *others):
+    *rest, var = others
+    given = unit, mean, rest[0] if rest else None, var
+    return module.column_gradients(x, dy, *given, **dict(options))
 
 
 def _forward(plan, x, scale, bias, mask, measured):

@@ -79,9 +79,14 @@ def measure(reduction: Reduction, x: jax.Array, mask: jax.Array | None) -> Measu
     here = Measured(
         count, *measure_here(reduction._replace(axis_name=None, groups=None), x, mask, n)
     )
-    measured = here if reduction.axis_name is None else _pool(reduction, here)
-    if reduction.centered and measured.unit is not None and x.dtype == jnp.bfloat16:
-        measured = measured._replace(mean=settled(measured.mean + measured.rest), rest=None)
+    measured = here if reduction.axis_name is None else pooled(reduction, here)
+    return as_precise(reduction, measured, x.dtype)
+
+
+def as_precise(reduction, measured, dtype):
+    """Returns what was measured on entries of a dtype, as precisely as that makes sense."""
+    if reduction.centered and measured.unit is not None and dtype == jnp.bfloat16:
+        return measured._replace(mean=settled(measured.mean + measured.rest), rest=None)
     return measured
 
 
@@ -193,7 +198,7 @@ def _at_least_one(count, like):
     return jnp.where(count > 0, count, 1)
 
 
-def _pool(reduction, here):
+def pooled(reduction, here):
     """Merges what the devices of a group measured, after one exchange."""
     axis_name, groups, real = reduction.axis_name, reduction.groups, here.var.dtype
     leaves, form = jax.tree.flatten(here)

@@ -201,7 +201,7 @@ def _standardize(plan, x, scale, bias, mask):
 
 
 def _measured_too(plan, x, scale, bias, mask, differentiated=False):
-    measured = me.measure(plan.reduction, x, mask)
+    measured = implementations.measure(plan, x, scale, bias, mask)
     form = on_gpu = functools.partial(_form, plan)
     if rows.stay_on_chip(plan, x, mask) and not differentiated:
         # Measuring a row again costs less there than to have it written down. The backward pass

@@ -21,7 +21,10 @@ Names = tuple[str, ...]
 
 
 def sharded(
-    kernel: Callable[..., Any], rule: str, whole: str = ""
+    kernel: Callable[..., Any],
+    rule: str,
+    whole: str = "",
+    together: Callable[[tuple[str, ...], list[jax.Array]], list[jax.Array]] | None = None,
 ) -> Callable[..., jax.Array | tuple[jax.Array, ...]]:
     """Returns a kernel that runs on each device's part of its operands.
 
@@ -37,11 +40,14 @@ def sharded(
         of one name are sharded alike; "..." are any number of axes, the same in each. An output
         that lacks an axis is a sum over it.
       whole: names of axes that the kernel needs whole: they are gathered.
+      together: what outputs of several devices, none of which has the axes that were sharded, are
+        taken together, if they are no sums: function of the mesh's axes and the outputs.
 
     Raises:
       ValueError: when called, operands or outputs that the rule does not fit.
     """
-    return Sharded(pr.frozen(kernel), rule, frozenset(whole.split()))
+    together = together if together is None else pr.frozen(together)
+    return Sharded(pr.frozen(kernel), rule, frozenset(whole.split()), together)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Sharded:
     kernel: Callable[..., Any]
     rule: str
     whole: frozenset[str]
+    together: Callable[..., Any] | None = None
 
     def __call__(self, *operands):
         """Calls the kernel, placed as its operands are."""
@@ -74,7 +81,7 @@ class Sharded:
         results = sharded_p.bind(
             *operands,
             kernel=_Listed(self.kernel, self.rule, tuple(map(len, results))),
-            placement=Placement(tuple(placed), tuple(results), self.whole),
+            placement=Placement(tuple(placed), tuple(results), self.whole, self.together),
             devices=pr.devices(),
         )
         return results[0] if len(results) == 1 else tuple(results)
@@ -106,6 +113,17 @@ class Placement:
     inputs: tuple[Names, ...]
     outputs: tuple[Names, ...]
     whole: frozenset[str]
+    together: Callable[..., Any] | None = None
+
+    def joined(self, kernel, sums, *operands):
+        """Returns the outputs of a kernel, those of all devices together."""
+        outputs = kernel(*operands)
+        if self.together is not None and any(sums):
+            return self.together(sums[0], list(outputs))
+        return [
+            jax.lax.psum(out, axes) if axes else out
+            for out, axes in zip(outputs, sums, strict=True)
+        ]
 
     def batched(self, dims):
         """Returns the placement with an axis more, at `dims` of the operands, leading outputs."""
@@ -114,7 +132,8 @@ class Placement:
             names if dim is None else (*names[:dim], new, *names[dim:])
             for names, dim in zip(self.inputs, dims, strict=True)
         )
-        return Placement(tuple(inputs), tuple((new, *n) for n in self.outputs), self.whole)
+        outputs = tuple((new, *names) for names in self.outputs)
+        return dataclasses.replace(self, inputs=tuple(inputs), outputs=outputs)
 
     def rule(self):
         """Returns the names in the notation of `custom_partitioning`."""
@@ -178,20 +197,13 @@ class _Placed:
             ]
         # The kernel's outputs have no type that says along which axes they vary.
         return jax.shard_map(
-            functools.partial(_summed, self.kernel, sums),
+            functools.partial(self.placement.joined, self.kernel, sums),
             mesh=mesh,
             in_specs=tuple(inputs),
             out_specs=outputs,
             axis_names=free,
             check_vma=False,
         )(*operands)
-
-
-def _summed(kernel, sums, *operands):
-    return [
-        jax.lax.psum(out, axes) if axes else out
-        for out, axes in zip(kernel(*operands), sums, strict=True)
-    ]
 
 
 @functools.cache
@@ -207,7 +219,7 @@ def _partitioned(kernel, placement):
     def partition(mesh, operands, results):
         del results
         inputs, outputs, sums = specs(mesh, operands)
-        local = functools.partial(_summed, kernel, sums)
+        local = functools.partial(placement.joined, kernel, sums)
         return mesh, local, shardings(mesh, outputs), tuple(shardings(mesh, inputs))
 
     def infer(mesh, operands, results):

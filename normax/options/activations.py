@@ -25,7 +25,7 @@ from normax.options.running import RunningNormalizer
 
 # In all of these the fields come in the order of the bases from last to first.
 @options
-class BatchNormOptions(Activated, RunningNormalizer, Pooled, Affine):
+class BatchNormOptions(Activated, Implemented, RunningNormalizer, Pooled, Affine):
     """What a `BatchNorm` is.
 
     Args:

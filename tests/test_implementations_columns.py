@@ -1,0 +1,177 @@
+"""Batch norm by the kernels of a TPU, run on CPU by Pallas' interpreter."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import test_accuracy
+from cases import Case
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import normax
+import normax.linen
+import normax.nnx
+from normax import implementations
+
+BY = "mosaic_tpu"
+SHAPE = (4, 6, 16)
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    """Has the kernels run here, by Pallas' interpreter."""
+    kernels = implementations.NAMED[BY]._replace(platform="cpu", interpret=True)
+    monkeypatch.setitem(implementations.NAMED, BY, kernels)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def norm(x, scale, bias, **options):
+    """Returns y, and the new statistics where the past has no weight."""
+    stats = normax.RunningStats.create(x.shape[-1])
+    training = {"use_running_average": False, "momentum": 0.0}
+    return normax.batch_norm(x, stats, scale, bias, **training, **options)
+
+
+def arguments(dtype="float32", shape=SHAPE):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, ct = (jax.random.normal(key, shape).astype(dtype) for key in keys[:2])
+    scale, bias = (1 + 0.3 * jax.random.normal(key, shape[-1:]) for key in keys[2:])
+    return (x + jnp.asarray(3, dtype), scale, bias), ct
+
+
+def both(ct, **options):
+    def function(*args):
+        y, backward, stats = jax.vjp(lambda *a: norm(*a, **options), *args, has_aux=True)
+        return y, stats.mean, stats.var, *backward(ct)
+
+    return function
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_output_statistics_and_gradients(dtype):
+    args, ct = arguments(dtype)
+    y, mean, var, dx, dscale, dbias = jax.jit(both(ct, implementation=BY))(*args)
+    assert (y.dtype, dx.dtype, dscale.dtype) == (dtype, dtype, jnp.float32)
+    case = Case("", None, SHAPE, (0, 1), epsilon=1e-5)
+    exact = lambda v: np.asarray(v).astype(np.longdouble)
+    xhat = reference.forward(case, args[0])
+    limits = test_accuracy.LIMITS[dtype]
+    assert test_accuracy.units(y, xhat * exact(args[1]) + exact(args[2]), dtype) <= limits[0]
+    moved = reference.backward(case, args[0], exact(ct) * exact(args[1]))
+    assert test_accuracy.units(dx, moved, dtype) <= limits[1]
+    assert test_accuracy.units(dscale, (exact(ct) * xhat).sum((0, 1)), "float32") <= 32
+    assert test_accuracy.units(dbias, exact(ct).sum((0, 1)), "float32") <= 32
+    assert test_accuracy.units(mean, exact(args[0]).mean((0, 1)), "float32") <= 4
+    assert test_accuracy.units(var, exact(args[0]).var((0, 1)), "float32") <= 4
+
+
+def test_large_means_large_entries_and_equal_ones():
+    rng = np.random.default_rng(0)
+    for center, deviation in ((1e6, 1), (1e30, 1e29), (0, 1e-4)):
+        x = jnp.asarray(rng.normal(size=(64, 16)) * deviation + center, jnp.float32)
+        x = x.at[:, 3].set(center)
+        y, _ = norm(x, None, None, implementation=BY)
+        case = Case("", None, x.shape, (0,), epsilon=1e-5)
+        assert test_accuracy.units(y, reference.forward(case, x), "float32") <= 4
+        np.testing.assert_array_equal(y[:, 3], 0)
+
+
+@pytest.mark.parametrize("activation", [jax.nn.silu, jax.nn.relu], ids=["silu", "relu"])
+def test_with_an_activation(activation):
+    args, ct = arguments()
+    ours, theirs = (
+        jax.jit(both(ct, activation=activation, implementation=by))(*args) for by in (BY, None)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_mode_and_twice():
+    args, _ = arguments(shape=(2, 8, 16))
+    tangents = tuple(jnp.cos(7 * a) for a in args)
+    loss = lambda by: lambda *args: jnp.sum(jnp.cos(norm(*args, implementation=by)[0]))
+    along = lambda by: jax.jvp(jax.grad(loss(by), (0, 1, 2)), args, tangents)
+    for a, b in zip(jax.tree.leaves(along(BY)), jax.tree.leaves(along(None)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
+def test_mapped():
+    args, ct = arguments(shape=(3, 8, 16))
+    apart = [
+        jax.vmap(lambda x, ct, by=by: both(ct, implementation=by)(x, *args[1:]))
+        for by in (BY, None)
+    ]
+    ours, theirs = (jax.jit(f)(args[0], ct) for f in apart)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", [P("data"), P(None, None, "data")], ids=["batch", "features"])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_devices_pool_and_gather_nothing(axis_type, spec):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,), devices=jax.devices()[:4])
+    (x, *lines), ct = arguments()
+    x = x * jnp.arange(1.0, 5)[:, None, None] + 1e4 * jnp.arange(4.0)[:, None, None]
+
+    def step(ct, *args, implementation=BY):
+        f = functools.partial(normax.normalize_batch, implementation=implementation)
+        y, backward, m = jax.vjp(f, *args, has_aux=True)
+        return y, m.mean, m.var, *backward(ct)
+
+    whole = step(ct, x, *lines, implementation=None)
+    with jax.set_mesh(mesh):
+        x, ct = jax.device_put((x, ct), NamedSharding(mesh, spec))
+        lines = jax.device_put(lines, NamedSharding(mesh, P(*spec[2:])))
+        compiled = jax.jit(step).lower(ct, x, *lines).compile()
+        parts = compiled(ct, x, *lines)
+    assert "all-gather" not in compiled.as_text()
+    for a, b in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("module", [normax.linen, normax.nnx])
+def test_modules_pass_it_on(module):
+    (x, *_), _ = arguments()
+    options = {"implementation": BY, "use_running_average": False}
+    if module is normax.linen:
+        y, _ = module.BatchNorm(**options).init_with_output(jax.random.key(0), x)
+    else:
+        y = module.BatchNorm(x.shape[-1], rngs=nnx.Rngs(0), **options)(x)
+    np.testing.assert_allclose(y, norm(x, None, None)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernels_are_in_the_program_of_their_platform(monkeypatch):
+    monkeypatch.undo()
+    x = jax.ShapeDtypeStruct((64, 128, 256), jnp.bfloat16)
+    f = lambda x: norm(x, None, None, implementation=BY)[0]
+
+    def count(f):
+        lowered = jax.jit(f).trace(x).lower(lowering_platforms=("tpu",))
+        return lowered.as_text().count("@tpu_custom_call")
+
+    assert count(f) == 1
+    assert count(jax.grad(lambda x: jnp.sum(f(x).astype(jnp.float32) ** 2))) == 2
+    with pytest.raises(NotImplementedError, match="is for tpu alone"):
+        jax.jit(f).trace(x).lower(lowering_platforms=("cpu",))
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda f, x: f(x, mask=x > 0), "a mask"),
+        (lambda f, x: f(x, jnp.ones(8), feature_axes=0), "over axes"),
+        (lambda f, x: f(x.astype("float16")), "float16"),
+        (lambda f, x: f(x, implementation="mosaic_gpu"), "over axes"),
+    ],
+)
+def test_what_a_kernel_cannot_do_is_refused(call, reason):
+    f = functools.partial(normax.normalize_batch, implementation=BY)
+    with pytest.raises(ValueError, match=f"can do, got .*{reason}"):
+        call(f, jnp.ones((8, 16)))
