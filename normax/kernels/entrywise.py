@@ -23,7 +23,9 @@ KNOWN = frozenset([
     "sign", "sin", "square", "sub", "tanh", "xor",
 ])
 # fmt: on
-WITHIN = ("call_jaxpr", "jaxpr")  # where an equation has the function that it calls
+# Equations that call a function and do no more, and where they have it.
+CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
+WITHIN = ("call_jaxpr", "jaxpr")
 
 
 def apply(activation: Activation, y: jax.Array) -> jax.Array:
@@ -55,8 +57,10 @@ def _pulled(activation):
 
 def _within(equation) -> Any:
     """Returns the closed function that an equation calls, or None."""
-    found = (equation.params.get(name) for name in WITHIN)
-    return next((each for each in found if each is not None), None)
+    if equation.primitive.name not in CALLS:
+        return None
+    found = next(equation.params[name] for name in WITHIN if name in equation.params)
+    return core.ClosedJaxpr(found, ()) if isinstance(found, core.Jaxpr) else found
 
 
 def _names(jaxpr):
