@@ -224,7 +224,9 @@ def main():
             "# Kernels of rows and groups, compiled for an H200\n\n"
             f"By `python benchmarks/costs_gpu.py --write`, jax {jax.__version__}; nothing was run."
             " Kernels and bytes are of the whole program, the sums over partial sums included;"
-            " the floor is every array of the size of x once. Registers are of a thread, one"
+            " the floor is every array of the size of x once. What a kernel reads again, as those"
+            " for odd or long rows do, counts once: a cache should have it. Registers are of a"
+            " thread, one"
             " number for each Mosaic GPU kernel that no row above has; spilled are bytes.\n\n"
         )
         (HERE / "costs_gpu.md").write_text(head + text + "\n")

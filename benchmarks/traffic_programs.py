@@ -166,18 +166,16 @@ def _alone(function):
     return lambda x, scale, bias, stats: (function(x, scale, bias), stats)
 
 
-def _batch(x, scale, bias, stats, activation=None):
-    return normax.batch_norm(
-        x, stats, scale, bias, use_running_average=False, activation=activation
-    )
+def _batch(x, scale, bias, stats, **options):
+    return normax.batch_norm(x, stats, scale, bias, use_running_average=False, **options)
 
 
 def _batch_of_flax(dtype):
     return nn.BatchNorm(use_running_average=False, dtype=dtype)
 
 
-def _group(x, scale, bias, activation=None):
-    return normax.group_norm(x, scale, bias, num_groups=GROUPS, activation=activation)
+def _group(x, scale, bias, **options):
+    return normax.group_norm(x, scale, bias, num_groups=GROUPS, **options)
 
 
 def _by_kernel(function, implementation):
@@ -215,6 +213,9 @@ NORMS = {
         after=lambda y, residual: jax.nn.silu(y),
         activated=True,
     ),
+    "group_norm, then silu": _GROUP._replace(
+        after=lambda y, residual: jax.nn.silu(y), target="h200"
+    ),
     "instance_norm": _GROUP._replace(
         normax=_alone(normax.instance_norm), flax=lambda dtype: nn.InstanceNorm(dtype=dtype)
     ),
@@ -226,6 +227,21 @@ for name, kernel in (("h200", "mosaic_gpu"), ("v5e", "mosaic_tpu")):
             normax=_by_kernel(function, kernel), target=name
         )
 
+# Slabs that a processor of an H200 holds, which are then read once.
+for norm in ("group_norm", "group_norm + silu"):
+    NORMS[f"{norm} by mosaic_gpu"] = NORMS[norm]._replace(
+        shapes=SLABS[1:],
+        floors=(2, 5),
+        normax=_by_kernel(
+            functools.partial(_group, activation=jax.nn.silu if "silu" in norm else None),
+            "mosaic_gpu",
+        ),
+        target="h200",
+    )
+NORMS["batch_norm by mosaic_tpu"] = _BATCH._replace(
+    normax=functools.partial(_batch, implementation="mosaic_tpu"), target="v5e"
+)
+
 QUICK = {
     "h200": {
         "layer_norm": CONTEXTS,
@@ -235,14 +251,17 @@ QUICK = {
         "batch_norm, then relu": (BOTH,),
         "batch_norm + add + relu": (BOTH,),
         "group_norm + silu": CONTEXTS,
+        "group_norm, then silu": (FORWARD, BOTH),
         "instance_norm": (BOTH,),
         "layer_norm by mosaic_gpu": (FORWARD, BOTH),
+        "group_norm + silu by mosaic_gpu": (FORWARD, BOTH),
     },
     "v5e": {
         "layer_norm": CONTEXTS,
         "rms_norm": (FORWARD, BOTH),
         "batch_norm, then relu": CONTEXTS,
         "layer_norm by mosaic_tpu": (FORWARD, BOTH),
+        "batch_norm by mosaic_tpu": (BOTH,),
     },
 }
 
