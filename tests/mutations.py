@@ -109,6 +109,10 @@ MUTATIONS = [
     Mutation("one read: one sample", "sums.py", "mean = units.divide(_median(samples), unit)", "mean = units.divide(samples[0], unit)", "test_forms.py -k cuda and like_nothing_else"),
     Mutation("one read: lost digits are not missed", "sums.py", "LOST = 4.0", "LOST = 1e30", "test_forms.py -k tpu and grid"),
     Mutation("equal entries in a unit", "forms.py", "(var == 0) & (unit > 1)", "(var < 0) & (unit > 1)", "test_forms.py -k tpu and constant"),
+    Mutation("few steps: the rest forgotten", "rescale.py", "-measured.rest * slope", "-0 * measured.rest * slope", "test_forms.py -k cuda and test_grid and float32 and 1000"),
+    Mutation("residual: the sum is not rounded first", "residual.py", "return jax.lax.reduce_precision(total, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)", "return total", "test_residual.py -k output and xla and layer"),
+    Mutation("residual: the cotangent of the sum forgotten", "implementations.py", '"ds": dtotal}', '"ds": 0 * dtotal}', "test_residual.py -k output and mosaic_gpu and layer"),
+    Mutation("columns: devices are not taken together", "kernels/sharding.py", "if self.together is not None and any(sums):", "if False:", "test_implementations_columns.py -k gather and Auto and batch"),
     Mutation("a kernel falls back", "implementations.py", "others = {name: refusal for name in PLATFORMS if name != platform}", "others = {}", "test_implementations.py -k elsewhere"),
     Mutation("a kernel's scale is not the norm's", "implementations.py", "scale = next(given) if scaled else None", "scale = (next(given), None)[1] if scaled else None", "test_implementations.py -k tpu and output"),
     # Running statistics.
