@@ -204,9 +204,10 @@ def _standardize(plan, x, scale, bias, mask):
 def _measured_too(plan, x, scale, bias, mask, differentiated=False):
     measured = implementations.measure(plan, x, scale, bias, mask)
     form = on_gpu = functools.partial(_form, plan)
-    if rows.stay_on_chip(plan, x, mask) and not differentiated:
+    if rows.stay_on_chip(plan, x, mask) and (not differentiated or rows.are_short(plan, x)):
         # Measuring a row again costs less there than to have it written down. The backward pass
-        # needs that all the same, and what comes after y, which it may need too, joins no row.
+        # needs that all the same, and what comes after y, which it may need too, joins no row; but
+        # of short rows it is too much to be read once more.
         on_gpu = functools.partial(_row_by_row, plan)
     elif one_read_is_enough(plan.reduction, x, mask):
         on_gpu = functools.partial(_in_few_steps, plan)
