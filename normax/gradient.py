@@ -117,8 +117,8 @@ def _rows(plan, shape, known, dy):
     d, alone = _factors(plan, known, dy)
     rest = known[-1].rest
     xhat = (d if rest is None else d - rest) * reciprocal_per_unit(plan, known[-1])
-    both = _both_totals(alone, xhat, _shared(shape))
-    return dx, both.imag, both.real
+    ones, along = sums.totals_in_one_read(alone, alone * xhat, _shared(shape))
+    return dx, along, ones
 
 
 def _apart(plan, known, dy):
@@ -131,14 +131,6 @@ def _apart(plan, known, dy):
     if plan.reduction.centered:
         return lax.optimization_barrier((known, dy))
     return lax.optimization_barrier(known), dy
-
-
-def _both_totals(dy, xhat, axes):
-    """Returns the sums of dy and, as the imaginary part, of dy xhat.
-
-    As one sum: to two, XLA would have written down what both are made of.
-    """
-    return sums.total_in_one_read(lax.complex(dy, dy * xhat), axes)
 
 
 def _shared(shape):
@@ -165,8 +157,7 @@ def _whole(plan, shape, total, known, dy, summed=None, found=None):
         ones, along = total(dy, common), total(dy * xhat, common)
     else:
         about_mean, alone = _factors(plan, *summed)
-        both = _both_totals(alone, about_mean * rstd, common)
-        ones, along = both.real, both.imag
+        ones, along = sums.totals_in_one_read(alone, alone * (about_mean * rstd), common)
         along = along if measured.rest is None else along - measured.rest * rstd * ones
     dscale = dbias = None
     if shape is not None:

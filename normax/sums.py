@@ -47,6 +47,15 @@ def total_in_one_read(x, axes):
     return _times(x, length)
 
 
+def totals_in_one_read(a, b, axes):
+    """Returns the sums of two arrays over axes, as `total_in_one_read`.
+
+    As one sum, of complex numbers: of two, XLA may write down first what both are made of.
+    """
+    both = total_in_one_read(lax.complex(a, b), axes)
+    return both.real, both.imag
+
+
 def _total_of_parts(x, run):
     """Returns the sum over neighbouring axes, the first of them in parts."""
     axis = run[0]
@@ -112,8 +121,9 @@ def about_samples(x, axes, n, least, centered):
         return unit, None, None, total_in_one_read(entries * entries, axes) / n
     mean = units.divide(_median(samples), unit)
     d = entries - mean
-    rest = total_in_one_read(d, axes) / n
-    var = total_in_one_read(d * d, axes) / n - rest * rest
+    rest, squares = totals_in_one_read(d, d * d, axes)
+    rest = rest / n
+    var = squares / n - rest * rest
     return unit, mean, rest, jnp.maximum(var, 0)
 
 
