@@ -9,6 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
+from normax import implementations
 from normax import measure as me
 from normax.moments import Moments, RunningStats, update
 from normax.standardize import normalize, standardize
@@ -64,6 +65,7 @@ def batch_norm(
         into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
       implementation: None or "xla", or a kernel by name for the statistics of a batch, features
         last: "mosaic_tpu". One that cannot be had is refused, here or when the program is lowered.
+        At inference nothing is measured, and no kernel is asked for.
 
     Returns:
       The output, of the shape of `x`, and the new `RunningStats`, of the dtypes of `stats`. No
@@ -98,6 +100,7 @@ def batch_norm(
     """
     name = "batch_norm"
     x, features = prepare(name, x, stats, use_running_average, momentum, feature_axes)
+    ax.check_choice(name, "implementation", implementation, implementations.CHOICES)
     if use_running_average:
         y = infer(
             name, x, stats, scale, bias, features, epsilon, mask, dtype, epsilon_on, activation

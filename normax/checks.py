@@ -311,8 +311,8 @@ def check_activation(name: str, activation: Any, x: jax.Array) -> None:
             f"jax.nn.relu, got {activation!r}; apply another one to the output"
         )
     out = jax.eval_shape(activation, jax.ShapeDtypeStruct(x.shape, jnp.float32))
-    if getattr(out, "shape", None) != x.shape:
+    if getattr(out, "shape", None) != x.shape or getattr(out, "dtype", None) != jnp.float32:
         raise ValueError(
-            f"{name}: expected activation to act entry by entry, got {activation!r}, which makes "
-            f"{out} of an array of shape {x.shape}"
+            f"{name}: expected activation to act entry by entry and to keep the dtype, got "
+            f"{activation!r}, which makes {out} of a float32 array of shape {x.shape}"
         )

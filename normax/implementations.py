@@ -27,13 +27,17 @@ class Kernels(NamedTuple):
     rows: str
     groups: str | None
     platform: str
+    columns: bool = False  # whether it has some for all but the last axis
+    symbols: bool = False  # whether sizes may be symbols of a program to export
     interpret: bool = False
 
 
 NAMED = {
     "mosaic_gpu": Kernels("normax.kernels.mosaic_gpu", "normax.kernels.mosaic_gpu_groups", "cuda"),
-    "mosaic_tpu": Kernels("normax.kernels.mosaic_tpu", None, "tpu"),
+    "mosaic_tpu": Kernels("normax.kernels.mosaic_tpu", None, "tpu", columns=True, symbols=True),
 }
+CHOICES = (None, XLA, *NAMED)
+LEAST_EPSILON = 1e-24  # over columns: they are measured in units above one alone
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
@@ -66,14 +70,17 @@ COLUMNS = Layout("... d", "d", "")
 
 
 def layout_of(plan, x, scale, bias) -> Layout | None:
-    """Returns the layout that the groups of a plan have, None where they have none."""
+    """Returns the layout that the groups of a plan have, None where they have none.
+
+    It is kept in the plan, because the backward pass does not see all parameters.
+    """
     axes, ndim = plan.reduction.axes, x.ndim
 
     def along(features):
         shape = (1,) * (ndim - features) + x.shape[ndim - features :]
         return all(v is None or v.shape == shape for v in (scale, bias))
 
-    if axes == (ndim - 1,) and along(1):
+    if axes == (ndim - 1,) and along(1) and plan.activation is None:
         return ROWS
     if axes == tuple(range(ndim - 1)) and along(1):
         return COLUMNS
@@ -95,34 +102,45 @@ def why_not(plan, x, scale, bias, mask, residual=False):
     """Returns why the implementation of a plan cannot have these arguments, or None."""
     if plan.implementation in (None, XLA):
         return None
-    if mask is not None or plan.reduction.axis_name is not None:
-        return "a mask or an axis_name"
-    if plan.floor or plan.on_deviation or plan.epsilon > 1:
-        return "a floor, epsilon on the deviation, or above 1"
-    if jnp.iscomplexobj(x):
-        return "complex entries"
-    layout = layout_of(plan, x, scale, bias)
+    layout, kernels = plan.layout, NAMED[plan.implementation]
+    refused = {
+        "a mask": mask is not None,
+        f"axis_name={plan.reduction.axis_name!r}": plan.reduction.axis_name is not None,
+        f"floor={plan.floor}": plan.floor,
+        "epsilon_on='deviation'": plan.on_deviation,
+        f"epsilon={plan.epsilon}, above 1": plan.epsilon > 1,
+        "complex entries": jnp.iscomplexobj(x),
+        f"shape {x.shape}, with symbols": not kernels.symbols
+        and not all(isinstance(size, int) for size in x.shape),
+    }
+    for reason, applies in refused.items():
+        if applies:
+            return reason
     if layout == ROWS:
-        if plan.activation is not None:
-            return "an activation"
-        return _module(plan, layout).supports(x, dtype=plan.dtype, residual=residual)
-    if layout == COLUMNS and plan.implementation == "mosaic_tpu":
-        uncentered = None if plan.reduction.centered else "columns that are not centred"
-        return uncentered or _module(plan, layout).supports_columns(x)
-    if layout in (None, COLUMNS) or NAMED[plan.implementation].groups is None:
-        shapes = ", ".join(str(v.shape) for v in (scale, bias) if v is not None)
-        beside = f", and parameters along other axes than the last: {shapes}" if shapes else ""
-        return f"groups over axes {plan.reduction.axes} of {x.ndim}{beside}"
+        return _module(plan).supports(x, dtype=plan.dtype, residual=residual)
+    where = f"groups over axes {plan.reduction.axes} of {x.ndim}"
     if residual:
-        return f"a residual, with groups over axes {plan.reduction.axes} of {x.ndim}"
+        return f"a residual, with {where}"
+    if layout == COLUMNS and kernels.columns:
+        if not plan.reduction.centered:
+            return "columns that are not centred"
+        if plan.epsilon < LEAST_EPSILON:
+            return f"epsilon={plan.epsilon}, below {LEAST_EPSILON} over columns"
+        module = _module(plan)
+        y = jax.ShapeDtypeStruct(x.shape, plan.dtype)
+        return module.supports_columns(x) or module.supports_columns(y)
+    if layout in (None, COLUMNS) or kernels.groups is None:
+        shapes = ", ".join(str(v.shape) for v in (scale, bias) if v is not None)
+        activated = "" if plan.activation is None else ", and an activation"
+        return where + activated + (f", and parameters of shape {shapes}" if shapes else "")
     four = jax.ShapeDtypeStruct(layout.four(x.shape), x.dtype)
-    module = _module(plan, layout)
+    module = _module(plan)
     return module.supports_groups(four, dtype=plan.dtype, activation=plan.activation)
 
 
-def measure(plan, x, scale, bias, mask):
+def measure(plan, x, mask):
     """Returns what a plan standardizes by: columns by the kernel of the plan, where it has one."""
-    if plan.implementation in (None, XLA) or layout_of(plan, x, scale, bias) != COLUMNS:
+    if plan.implementation in (None, XLA) or plan.layout != COLUMNS:
         return me.measure(plan.reduction, x, mask)
     form = functools.partial(me.measure, plan.reduction, mask=None)
     return _named(plan, form, functools.partial(_measure_columns, plan))(x)
@@ -132,7 +150,7 @@ def forward(plan, form, on_gpu, x, scale, bias, mask, measured):
     """Returns `y`, by the kernel of the plan or by one of the two forms."""
     if plan.implementation in (None, XLA):
         return by_platform(form, cuda=on_gpu, rocm=on_gpu)(x, scale, bias, mask, measured)
-    if layout_of(plan, x, scale, bias) == COLUMNS:
+    if plan.layout == COLUMNS:
         return form(x, scale, bias, mask, measured)
     return _named(plan, form, functools.partial(_forward, plan))(x, scale, bias, mask, measured)
 
@@ -141,7 +159,7 @@ def backward(plan, shape, whole, on_gpu, by_sums, known, dy):
     """Returns the cotangents of x, scale and bias, by the kernel or by one of the forms."""
     if plan.implementation in (None, XLA):
         return by_platform(whole, cuda=on_gpu, rocm=on_gpu)(known, dy)
-    if layout_of(plan, *known[:3]) == COLUMNS:
+    if plan.layout == COLUMNS:
         return _named(plan, whole, by_sums)(known, dy)
     return _named(plan, whole, functools.partial(_backward, plan, shape))(known, dy)
 
@@ -156,9 +174,9 @@ def add_backward(plan, shape, whole, known, dtotal, dy):
     return _named(plan, whole, functools.partial(_add_backward, plan, shape))(known, dtotal, dy)
 
 
-def _module(plan, layout):
+def _module(plan):
     kernels = NAMED[plan.implementation]
-    of_groups = layout not in (ROWS, COLUMNS)
+    of_groups = plan.layout not in (ROWS, COLUMNS)
     return importlib.import_module(str(kernels.groups) if of_groups else kernels.rows)
 
 
@@ -179,7 +197,7 @@ def _refuse(implementation, *operands):
 
 
 def _measure_columns(plan, x):
-    module, interpret = _module(plan, COLUMNS), NAMED[plan.implementation].interpret
+    module, interpret = _module(plan), NAMED[plan.implementation].interpret
     kernel = functools.partial(module.column_moments_in_units, interpret=interpret)
     together = functools.partial(_columns_of_devices, plan.reduction)
     found = sharded(kernel, "... d -> d, d, d, d", together=together)(x)
@@ -195,7 +213,7 @@ def _columns_of_devices(reduction, axes, moments):
 def column_sums(plan, x, dy, measured):
     """Returns the sums of dy xhat and of dy over each column, by the kernel of the plan."""
     options = {"epsilon": plan.epsilon, "interpret": NAMED[plan.implementation].interpret}
-    kernel = functools.partial(_call_columns, _module(plan, COLUMNS), tuple(options.items()))
+    kernel = functools.partial(_call_columns, _module(plan), tuple(options.items()))
     known = [v for v in measured[1:] if v is not None]
     rule = f"... d, ... d{', d' * len(known)} -> d, d"
     found = sharded(kernel, rule)(x, dy, *(v.reshape(-1) for v in known))
@@ -210,27 +228,25 @@ def _call_columns(module, options, x, dy, unit, mean, *others):
 
 def _forward(plan, x, scale, bias, mask, measured):
     del mask, measured
-    layout = layout_of(plan, x, scale, bias)
-    return _run(plan, layout, "forward", {"x": x, "scale": scale, "bias": bias})
+    return _run(plan, "forward", {"x": x, "scale": scale, "bias": bias})
 
 
 def _backward(plan, shape, known, dy):
     x, scale, bias, _ = known
-    layout = layout_of(plan, x, scale, bias)
-    operands = {"x": x, "scale": scale, "dy": dy} | ({} if layout == ROWS else {"bias": bias})
-    dx, *sums = _run(plan, layout, "backward", operands)
+    operands = {"x": x, "scale": scale, "dy": dy} | ({} if plan.layout == ROWS else {"bias": bias})
+    dx, *sums = _run(plan, "backward", operands)
     return dx, *_of_shape(shape, sums)
 
 
 def _add_forward(plan, x, residual, scale, bias):
     operands = {"x": x, "residual": residual, "scale": scale, "bias": bias}
-    return _run(plan, ROWS, "add_forward", operands)
+    return _run(plan, "add_forward", operands)
 
 
 def _add_backward(plan, shape, known, dtotal, dy):
     total, scale, *_ = known
     operands = {"s": total, "scale": scale, "dy": dy, "ds": dtotal}
-    dx, *sums = _run(plan, ROWS, "add_backward", operands)
+    dx, *sums = _run(plan, "add_backward", operands)
     return dx, *_of_shape(shape, sums)
 
 
@@ -239,8 +255,9 @@ def _of_shape(shape, sums):
     return [None if shape is None else v.reshape(shape) for v in sums]
 
 
-def _run(plan, layout, function, operands):
+def _run(plan, function, operands):
     """Returns what a kernel makes of operands by name, some of them None, where they lie."""
+    layout = plan.layout
     features = len(layout.parameters.split())
     arrays, sides = [], []
     for name, value in operands.items():
@@ -256,12 +273,12 @@ def _run(plan, layout, function, operands):
         "add_backward": [entries, line, line],
     }[function]
     there = tuple((name, value is not None) for name, value in operands.items())
-    call = functools.partial(_call, plan, layout, function, there)
+    call = functools.partial(_call, plan, function, there)
     rule = f"{', '.join(sides)} -> {', '.join(outputs)}"
     return sharded(call, rule, whole=layout.whole)(*arrays)
 
 
-def _call(plan, layout, function, there, *arrays):
+def _call(plan, function, there, *arrays):
     given = iter(arrays)
     operands = {name: next(given) if is_there else None for name, is_there in there}
     options = {
@@ -271,7 +288,7 @@ def _call(plan, layout, function, there, *arrays):
     }
     if function.endswith("forward"):
         options["dtype"] = plan.dtype
-    module = _module(plan, layout)
+    module, layout = _module(plan), plan.layout
     if layout == ROWS:
         return getattr(module, function)(**operands, **options)
     shapes = {True: layout.two, False: layout.four}

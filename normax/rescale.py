@@ -21,6 +21,7 @@ class Plan(NamedTuple):
     on_deviation: bool = False
     activation: Callable[[jax.Array], jax.Array] | None = None
     implementation: str | None = None
+    layout: Any = None  # how the kernel of that name has the axes
 
 
 def standardized(plan, x, measured, mask, divide=units.divide):

@@ -143,9 +143,9 @@ def _add(
     )
     if by in (None, implementations.XLA):
         return from_measured(plan, *arguments)[0], total
+    kinds = f"x of {x.dtype} and a residual of {residual.dtype}"
     if x.dtype != total.dtype:  # a kernel gives the sum the dtype of what comes first
         x, residual = residual, x
-    kinds = f"x of {x.dtype} and a residual of {residual.dtype}"
     ax.check_available(name, by, None if x.dtype == total.dtype else kinds)
     _, scale, bias, _ = arguments
     return _by_kernel(plan, x, residual, scale, bias)

@@ -150,7 +150,8 @@ def planned(
     scale = ax.to_parameter(caller, "scale", scale, x, features)
     bias = ax.to_parameter(caller, "bias", bias, x, features)
     mask = ax.to_weights(caller, mask, x)
-    ax.check_choice(caller, "implementation", implementation, (None, "xla", *implementations.NAMED))
+    ax.check_choice(caller, "implementation", implementation, implementations.CHOICES)
+    plan = plan._replace(layout=implementations.layout_of(plan, x, scale, bias))
     reason = implementations.why_not(plan, x, scale, bias, mask, residual)
     ax.check_available(caller, implementation, reason)
     return plan, x, scale, bias, mask
@@ -202,7 +203,7 @@ def _standardize(plan, x, scale, bias, mask):
 
 
 def _measured_too(plan, x, scale, bias, mask, differentiated=False):
-    measured = implementations.measure(plan, x, scale, bias, mask)
+    measured = implementations.measure(plan, x, mask)
     form = on_gpu = functools.partial(_form, plan)
     if rows.stay_on_chip(plan, x, mask) and (not differentiated or rows.are_short(plan, x)):
         # Measuring a row again costs less there than to have it written down. The backward pass

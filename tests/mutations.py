@@ -114,7 +114,7 @@ MUTATIONS = [
     Mutation("residual: the cotangent of the sum forgotten", "implementations.py", '"ds": dtotal}', '"ds": 0 * dtotal}', "test_residual.py -k output and mosaic_gpu and layer"),
     Mutation("columns: devices are not taken together", "kernels/sharding.py", "if self.together is not None and any(sums):", "if False:", "test_implementations_columns.py -k gather and Auto and batch"),
     Mutation("a kernel falls back", "implementations.py", "others = {name: refusal for name in PLATFORMS if name != platform}", "others = {}", "test_implementations.py -k elsewhere"),
-    Mutation("a kernel's scale is not the norm's", "implementations.py", "scale = next(given) if scaled else None", "scale = (next(given), None)[1] if scaled else None", "test_implementations.py -k tpu and output"),
+    Mutation("a kernel's scale is not the norm's", "implementations.py", "operands = {name: next(given) if is_there else None for name, is_there in there}", "operands = {name: next(given) if is_there else None for name, is_there in there} | {'scale': None}", "test_implementations.py -k tpu and output"),
     # Running statistics.
     Mutation("momentum swapped", "moments.py", "past = jnp.asarray(momentum, dtype)", "past = 1 - jnp.asarray(momentum, dtype)", STATE),
     Mutation("Bessel's correction the other way round", "moments.py", "n / jnp.maximum(n - 1, 1))", "jnp.maximum(n - 1, 1) / jnp.maximum(n, 1))", STATE),

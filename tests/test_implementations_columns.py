@@ -162,12 +162,22 @@ def test_the_kernels_are_in_the_program_of_their_platform(monkeypatch):
         jax.jit(f).trace(x).lower(lowering_platforms=("cpu",))
 
 
+def test_at_inference_a_name_is_all_that_is_asked():
+    x, stats = jnp.ones((8, 16)), normax.RunningStats.create(16)
+    y, _ = normax.batch_norm(x, stats, use_running_average=True, implementation="mosaic_gpu")
+    np.testing.assert_allclose(y, x, rtol=1e-5)
+    with pytest.raises(ValueError, match="implementation to be one of"):
+        normax.batch_norm(x, stats, use_running_average=True, implementation="triton")
+
+
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
         (lambda f, x: f(x, mask=x > 0), "a mask"),
         (lambda f, x: f(x, jnp.ones(8), feature_axes=0), "over axes"),
         (lambda f, x: f(x.astype("float16")), "float16"),
+        (lambda f, x: f(x, dtype="float16"), "float16"),
+        (lambda f, x: f(x, epsilon=0.0), "epsilon=0.0, below"),
         (lambda f, x: f(x, implementation="mosaic_gpu"), "over axes"),
     ],
 )

@@ -138,6 +138,16 @@ def test_modules(kind, name):
         )
 
 
+def test_a_module_promotes_the_residual_too():
+    x, residual = jnp.ones(SHAPE, jnp.bfloat16), jnp.broadcast_to(jnp.arange(128.0), SHAPE)
+    bare = {"use_scale": False, "use_bias": False}
+    linen = normax.linen.AddLayerNorm(**bare).apply({}, x, residual=residual)
+    ours = normax.nnx.AddLayerNorm(128, rngs=nnx.Rngs(0), **bare)(x, residual)
+    for y, total in (linen, ours):
+        assert y.dtype == total.dtype == jnp.float32
+        np.testing.assert_array_equal(y, normax.add_layer_norm(x, residual)[0])
+
+
 @pytest.mark.parametrize(
     ("implementation", "platform"), [("mosaic_tpu", "tpu"), ("mosaic_gpu", "cuda")]
 )
@@ -183,12 +193,17 @@ def test_a_mask_leaves_the_sum_alone():
         (
             lambda f, x: f(x.astype("bfloat16"), x.astype("float16"), implementation="mosaic_gpu"),
             ValueError,
-            "x of .*float16 and a residual of .*float16",
+            "got x of bfloat16 and a residual of float16",
         ),
         (
             lambda f, x: f(x, x, reduction_axes=0, implementation="mosaic_gpu"),
             ValueError,
-            "groups over axes",
+            "a residual, with groups over axes",
+        ),
+        (
+            lambda f, x: f(x, x, reduction_axes=0, implementation="mosaic_tpu"),
+            ValueError,
+            "a residual, with groups over axes",
         ),
     ],
 )

@@ -319,8 +319,24 @@ class SegmentNorm(options.SegmentNormOptions, Stateless):
     """
 
 
+class Adding(Stateless):
+    """A norm of a sum."""
+
+    def __call__(self, x, residual, *, mask=None, **given):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns the normalized sum, and the sum.
+
+        Args:
+          x: the input.
+          residual: what it is added to, of its shape.
+          mask: booleans, or weights as in `moments`, that broadcast to `x.shape`; False entries
+            read as absent from the norm.
+          **given: arrays in place of parameters, by name and of their shape.
+        """
+        return super().__call__(x, residual, mask=mask, **given)
+
+
 @options.documented
-class AddLayerNorm(options.AddLayerNormOptions, Stateless):
+class AddLayerNorm(options.AddLayerNormOptions, Adding):
     """Adds a residual, and layer-normalizes the sum; over `normax.add_layer_norm`.
 
     Variables: `params/scale`, `params/bias`. Called with the residual after the
@@ -336,7 +352,7 @@ class AddLayerNorm(options.AddLayerNormOptions, Stateless):
 
 
 @options.documented
-class AddRMSNorm(options.AddRMSNormOptions, Stateless):
+class AddRMSNorm(options.AddRMSNormOptions, Adding):
     """Adds a residual, and divides the sum by its root mean square; over `normax.add_rms_norm`.
 
     Variables: `params/scale`. Called with the residual after the

@@ -339,9 +339,25 @@ class SegmentNorm(Stateless, options.SegmentNormOptions, nnx.Module):
     """
 
 
+class Adding(Stateless):
+    """A norm of a sum."""
+
+    def __call__(self, x, residual, *, mask=None, **given):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns the normalized sum, and the sum.
+
+        Args:
+          x: the input.
+          residual: what it is added to, of its shape.
+          mask: booleans, or weights as in `moments`, that broadcast to `x.shape`; False entries
+            read as absent from the norm.
+          **given: arrays in place of parameters, by name and of their shape.
+        """
+        return super().__call__(x, residual, mask=mask, **given)
+
+
 @signed
 @options.documented
-class AddLayerNorm(Stateless, options.AddLayerNormOptions, nnx.Module):
+class AddLayerNorm(Adding, options.AddLayerNormOptions, nnx.Module):
     """Adds a residual, and layer-normalizes the sum; over `normax.add_layer_norm`.
 
     Variables: `scale` and `bias`, of type `nnx.Param`. Called with the residual after the
@@ -359,7 +375,7 @@ class AddLayerNorm(Stateless, options.AddLayerNormOptions, nnx.Module):
 
 @signed
 @options.documented
-class AddRMSNorm(Stateless, options.AddRMSNormOptions, nnx.Module):
+class AddRMSNorm(Adding, options.AddRMSNormOptions, nnx.Module):
     """Adds a residual, and divides the sum by its root mean square; over `normax.add_rms_norm`.
 
     Variables: `scale`, of type `nnx.Param`. Called with the residual after the

@@ -311,14 +311,23 @@ class DynamicTanhOptions(Normalizer, FeatureAxes, Affine):
 
 
 @options
-class AddLayerNormOptions(Implemented, Normalizer, LayerAxes, Affine):
+class Adding(Implemented, Normalizer, LayerAxes):
+    """What a norm of a sum is."""
+
+    def _dtype_for(self, x, parameters, *args):
+        """Returns the dtype that x, the residual and the parameters promote to."""
+        return self._output_dtype(x, *args, *parameters.values())
+
+
+@options
+class AddLayerNormOptions(Adding, Affine):
     """What an `AddLayerNorm` is."""
 
     _function = staticmethod(add_layer_norm)
 
 
 @options
-class AddRMSNormOptions(Implemented, Normalizer, LayerAxes, Scaled):
+class AddRMSNormOptions(Adding, Scaled):
     """What an `AddRMSNorm` is."""
 
     _function = staticmethod(add_rms_norm)

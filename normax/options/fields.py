@@ -108,6 +108,10 @@ class Normalizer(Output):
         ax.check_takes_mask(type(self).__name__, self._function)
         return {"mask": mask}
 
+    def _dtype_for(self, x, parameters, *args):
+        """Returns the dtype of the output, given the parameters by name and what else there is."""
+        return self._output_dtype(x, *parameters.values())
+
     def _normalize(self, x, parameters, *args, mask=None):
         """Returns the normalized input, given the parameters by name."""
         masked = self._masked(mask)
@@ -116,7 +120,7 @@ class Normalizer(Output):
             *args,
             **self._given(parameters),
             **masked,
-            dtype=self._output_dtype(x, *parameters.values()),
+            dtype=self._dtype_for(x, parameters, *args),
             **self._passed_on(self._function),
         )
 
@@ -300,8 +304,8 @@ class Implemented:
     """Which implementation it is.
 
     Args:
-      implementation: None or "xla", or a kernel by name: "mosaic_gpu" or "mosaic_tpu". One that
-        cannot be had is refused.
+      implementation: None or "xla", or a kernel by name, of those that the function names. One
+        that cannot be had is refused.
     """
 
     implementation: str | None = None
