@@ -193,20 +193,38 @@ def test_every_part_has_cases_of_its_size(size):
 
 
 def test_kernels_take_part_by_name_where_they_can_be_asked_for(monkeypatch):
-    def layer_norm(x, scale, bias, *, epsilon, implementation=None):
-        assert implementation == "xla"
-        return jnp.zeros_like(x)
-
-    case = OPERATIONS[0]
-    monkeypatch.setattr(normax, "layer_norm", layer_norm)
-    assert peers.implementations(case) == ["xla"]
+    layer, batch = (
+        cases.Case(norm, "", "forward", (64, 32), "float32") for norm in ("layer", "batch")
+    )
+    assert peers.implementations(layer) == peers.implementations(batch) == ["xla"]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert peers.implementations(case) == ["xla", "mosaic_gpu"]
-    assert list(peers.norms(case))[:3] == ["normax", "normax xla", "normax mosaic_gpu"]
-    x = jnp.ones((2, 2))
-    assert not peers.norms(case)["normax xla"]()(x, x[0], x[0]).any()
-    monkeypatch.setattr(normax, "layer_norm", lambda x, scale, bias, *, epsilon: x)
-    assert peers.implementations(case) == []
+    assert peers.implementations(layer) == ["xla", "mosaic_gpu"]
+    assert peers.implementations(batch) == ["xla"]
+    assert list(peers.norms(layer))[:3] == ["normax", "normax xla", "normax mosaic_gpu"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert peers.implementations(batch) == ["xla", "mosaic_tpu"]
+    x = jnp.ones((2, 32))
+    with pytest.raises(NotImplementedError, match="is for tpu alone"):
+        peers.norms(batch)["normax mosaic_tpu"]()(x, x[0], x[0])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        cases.Case("layer", "add", "both", (64, 32), "float32"),
+        cases.Case("rms", "add", "forward", (64, 32), "float32"),
+        cases.Case("layer", "gelu", "both", (64, 32), "float32"),
+        cases.Case("batch", "relu", "backward", (4, 6, 6, 8), "float32"),
+    ],
+    ids=lambda case: case.name,
+)
+def test_what_is_fused_is_what_is_written_apart(case):
+    inputs = contestant.make_inputs(case)
+    made = {name: peers.norms(case)[name]() for name in ("normax", "normax fused")}
+    apart, fused = (contestant.in_jax(case, norm, inputs).check() for norm in made.values())
+    assert apart.keys() == fused.keys()
+    for name, value in apart.items():
+        np.testing.assert_allclose(fused[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_device_times_are_kept_apart_and_their_failures_named():

@@ -3,10 +3,12 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 
 PARTS = ("rows", "backward", "fused", "batch", "group", "models", "latency", "compile")
 MODES = ("forward", "backward", "both")
+ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
 
 # What each operation reads and writes, in arrays of the size of x, one pair for each pass over
 # them. A row that is summarised stays on chip; a batch does not, so it is read once more. The

@@ -10,11 +10,10 @@ import numpy as np
 from jax import lax
 
 from benchmarks.speed import exact
-from benchmarks.speed.cases import Case
-from benchmarks.speed.peers import Norm
+from benchmarks.speed.cases import ACTIVATIONS, Case
+from benchmarks.speed.peers import Fused, Norm
 
 SETS = 3
-ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
 
 
 @dataclasses.dataclass
@@ -100,12 +99,14 @@ def take(case: Case, value: jax.Array) -> np.ndarray:
     return np.asarray(jnp.take(value, exact.indices(case), axis))
 
 
-def composed(case: Case, norm: Norm) -> Callable[[dict, dict], Any]:
+def composed(case: Case, norm: Norm | Fused) -> Callable[[dict, dict], Any]:
     """Returns a function of two dicts, what is differentiated and the rest: (outputs, state)."""
 
     def run(wanted, rest):
         given = wanted | rest
         x, second, state = given["x"], given.get("second"), ()
+        if isinstance(norm, Fused):
+            return norm.function(x, second, given["scale"], given["bias"])
         if case.wrap == "add":
             x = x + second
         y = norm(x, given["scale"], given["bias"])
@@ -130,7 +131,7 @@ def differentiated(case: Case) -> list[str]:
     return names + ["second"] * (case.second and case.wrap != "add")
 
 
-def in_jax(case: Case, norm: Norm, inputs: Inputs) -> Contestant:
+def in_jax(case: Case, norm: Norm | Fused, inputs: Inputs) -> Contestant:
     """Returns a norm as a contestant, compiled.
 
     Args:

@@ -14,6 +14,7 @@ from benchmarks.speed.report import middle
 LOOKS = {
     "normax": ("#0072B2", "o"),
     "normax xla": ("#56B4E9", "o"),
+    "normax fused": ("#56B4E9", "*"),
     "normax mosaic_gpu": ("#0072B2", "*"),
     "normax mosaic_tpu": ("#0072B2", "*"),
     "plain jax": ("#999999", "x"),

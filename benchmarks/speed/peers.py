@@ -6,20 +6,29 @@ batch norm returns the running statistics that it updated, too: they are part of
 
 import functools
 import importlib
-import inspect
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 import normax
-from benchmarks.speed.cases import Case
+from benchmarks.speed.cases import ACTIVATIONS, Case
 
 Norm = Callable[[jax.Array, jax.Array, jax.Array], Any]
 # The implementations that may be asked for by name on a platform; "xla" may be anywhere.
 KERNELS = {"gpu": ["mosaic_gpu"], "tpu": ["mosaic_tpu"]}
+
+
+class Fused(NamedTuple):
+    """A norm that does by itself what is fused with it.
+
+    Attributes:
+      function: of (x, second, scale, bias); returns the outputs by name, and what it updated.
+    """
+
+    function: Callable[..., tuple[dict[str, jax.Array], Any]]
 
 
 def _normax(case: Case, **options) -> Norm:
@@ -41,12 +50,43 @@ def _normax(case: Case, **options) -> Norm:
     return batch
 
 
+def _normax_fused(case: Case, **options) -> Fused | None:
+    """Returns normax's norm with what is fused with it, where there is such a thing."""
+    if case.wrap == "add":
+        add = {"layer": normax.add_layer_norm, "rms": normax.add_rms_norm}[case.norm]
+
+        def sum_too(x, second, *parameters):
+            given = parameters if case.centered else parameters[:1]
+            y, total = add(x, second, *given, epsilon=case.epsilon, **options)
+            return {"y": y, "sum": total}, ()
+
+        return Fused(sum_too)
+    if case.wrap not in ACTIVATIONS:
+        return None
+    norm = _normax(case, activation=ACTIVATIONS[case.wrap], **options)
+
+    def activated(x, second, scale, bias):
+        del second
+        y = norm(x, scale, bias)
+        y, state = y if case.norm == "batch" else (y, ())
+        return {"y": y}, state
+
+    return Fused(activated)
+
+
 def implementations(case: Case) -> list[str]:
     """Returns the implementations that normax's function of a case can be asked for by name."""
-    function = getattr(normax, f"{case.norm}_norm")
-    if "implementation" not in inspect.signature(function).parameters:
-        return []
-    return ["xla", *KERNELS.get(jax.default_backend(), [])]
+    x = jax.ShapeDtypeStruct(case.shape, case.dtype)
+    line = jax.ShapeDtypeStruct(case.shape[-1:], "float32")
+
+    def can(name):
+        try:
+            jax.eval_shape(_normax(case, implementation=name), x, line, line)
+        except ValueError:  # which says why not
+            return False
+        return True
+
+    return ["xla", *filter(can, KERNELS.get(jax.default_backend(), []))]
 
 
 def _plain(case: Case) -> Norm:
@@ -230,11 +270,15 @@ def importable(module: str) -> bool:
     return True
 
 
-def norms(case: Case) -> dict[str, Callable[[], Norm | None]]:
+def norms(case: Case) -> dict[str, Callable[[], Norm | Fused | None]]:
     """Returns what makes the norm of a case, by contestant: normax first."""
-    found: dict[str, Callable[[], Norm | None]] = {"normax": lambda: _normax(case)}
+    found: dict[str, Callable[[], Any]] = {"normax": lambda: _normax(case)}
+    if _normax_fused(case) is not None:
+        found["normax fused"] = functools.partial(_normax_fused, case)
     for name in implementations(case):
         found[f"normax {name}"] = functools.partial(_normax, case, implementation=name)
+        if name != "xla" and case.wrap == "add":
+            found[f"normax {name}"] = functools.partial(_normax_fused, case, implementation=name)
     for name, (module, build) in _BUILDERS.items():
         if importable(module):
             found[name] = functools.partial(build, case)
