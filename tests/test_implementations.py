@@ -170,7 +170,7 @@ def test_the_kernel_is_in_the_program_of_its_platform_and_none_elsewhere(impleme
     [
         (lambda f, x: f(x, mask=x > 0), "a mask"),
         (lambda f, x: f(x, reduction_axes=(0, 1)), "over axes"),
-        (lambda f, x: f(x, jnp.ones(x.shape), feature_axes=(0, 1)), "other axes"),
+        (lambda f, x: f(x, jnp.ones(x.shape), feature_axes=(0, 1)), "parameters of shape"),
         (lambda f, x: f(x, activation=jax.nn.relu), "an activation"),
         (lambda f, x: f(x.astype(jnp.complex64)), "complex"),
     ],
