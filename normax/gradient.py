@@ -70,12 +70,13 @@ def forward(plan, known, dx, dscale, dbias):
 def backward(plan, shape, dtypes, known, dy):
     """Returns the cotangents of x, scale and bias, of that of `y`."""
     whole = functools.partial(_whole, plan, shape, sums.total)
+    on_cpu = functools.partial(_whole, plan, shape, sums.total_in_parts)
     if rows.stay_on_chip(plan, known[0], None):
         on_gpu = functools.partial(_rows, plan, shape)
     else:
         on_gpu = functools.partial(_columns, plan, shape)
     by_sums = functools.partial(_by_sums, plan, shape)
-    dx, *found = implementations.backward(plan, shape, whole, on_gpu, by_sums, known, dy)
+    dx, *found = implementations.backward(plan, shape, whole, on_cpu, on_gpu, by_sums, known, dy)
     return dx, *rounded(found, dtypes)
 
 

@@ -155,10 +155,10 @@ def forward(plan, form, on_gpu, x, scale, bias, mask, measured):
     return _named(plan, form, functools.partial(_forward, plan))(x, scale, bias, mask, measured)
 
 
-def backward(plan, shape, whole, on_gpu, by_sums, known, dy):
+def backward(plan, shape, whole, on_cpu, on_gpu, by_sums, known, dy):
     """Returns the cotangents of x, scale and bias, by the kernel or by one of the forms."""
     if plan.implementation in (None, XLA):
-        return by_platform(whole, cuda=on_gpu, rocm=on_gpu)(known, dy)
+        return by_platform(whole, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu)(known, dy)
     if plan.layout == COLUMNS:
         return _named(plan, whole, by_sums)(known, dy)
     return _named(plan, whole, functools.partial(_backward, plan, shape))(known, dy)

@@ -17,6 +17,8 @@ from normax import units
 
 SAMPLES = 5
 FEW, MANY = 4, 64
+# What is added one by one may lose digits in proportion to the root of their number.
+LONG, PART = 32768, 256
 # A sum of squares may hold this many times the variance before digits of it are missed.
 LOST = 4.0
 
@@ -28,6 +30,30 @@ def total(x, axes):
     that grows with their number.
     """
     return _one_after_the_other(x, _runs(axes))
+
+
+def total_in_parts(x, axes):
+    """Returns the sum over axes, which are kept, to the last digits however many entries there are.
+
+    Long runs are summed part by part: on CPU that costs nothing where the parts are equal.
+    """
+    for run in _runs(axes):
+        size = math.prod(x.shape[axis] for axis in run)
+        if not isinstance(size, int) or size < LONG:
+            x = jnp.sum(x, run, keepdims=True)
+            continue
+        before, after = x.shape[: run[0]], x.shape[run[-1] + 1 :]
+        x = x.reshape(*before, size, *after)
+        parts = next((parts for parts in range(PART, MANY, -1) if size % parts == 0), None)
+        equal = size - size % (parts or PART)
+        found = lax.slice_in_dim(x, 0, equal, axis=run[0])
+        found = found.reshape(*before, parts or PART, -1, *after)
+        # Divided, so that XLA does not join the two sums.
+        found = jnp.sum(jnp.sum(found, run[0] + 1) / equal, run[0]) * equal
+        if equal < size:
+            found = found + jnp.sum(lax.slice_in_dim(x, equal, size, axis=run[0]), run[0])
+        x = found.reshape(*before, *(1 for _ in run), *after)
+    return x
 
 
 def total_in_one_read(x, axes):
