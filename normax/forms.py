@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from normax import sums, units
+from normax import pool, sums, units
 from normax.entries import over, present, settled, square, subtract, times, weigh
 from normax.kernels.dispatch import by_platform
 
@@ -58,10 +58,24 @@ def _about_samples(reduction, x, mask, n):
 def _about_zero(reduction, x, mask, n):
     *common, lost = sums.about_zero(present(x, mask), reduction.axes, n, reduction.centered)
     unit = jnp.ones_like(common[-1]) if units.needed(x.dtype) else None
-    again = _in_no_unit if unit is None else _in_a_unit
-    return _again_where_lost(functools.partial(again, reduction))(
-        jnp.any(lost), (x, mask, n), (unit, *common)
-    )
+    again = functools.partial(_in_no_unit if unit is None else _in_a_unit, reduction)
+    if _are_members_apart(reduction, x):
+        # As groups a TPU would lay `x` out anew for the branch, even if that is not taken.
+        shape, spec = x.shape, jax.typeof(x).sharding.spec
+        x = pool.reshape(x, (*shape[:-2], shape[-2] * shape[-1]), spec[:-1])
+        again = functools.partial(_as_groups, again, shape, spec)
+    return _again_where_lost(again)(jnp.any(lost), (x, mask, n), (unit, *common))
+
+
+def _are_members_apart(reduction, x):
+    """Returns whether the last axis was made of one of features, as group norm does."""
+    axes = reduction.axes
+    return len(axes) > 1 and axes[-1] == x.ndim - 1 and axes[-2] != x.ndim - 2
+
+
+def _as_groups(measure, shape, spec, x, mask, n):
+    # Behind a barrier, or XLA would do it before the branch.
+    return measure(pool.reshape(lax.optimization_barrier(x), shape, spec), mask, n)
 
 
 def _again_where_lost(measure):
