@@ -106,13 +106,14 @@ def _columns(plan, shape, known, dy):
 
 def _rows(plan, shape, known, dy):
     """Returns the cotangents of x, scale and bias: rows on chip for x, then the columns."""
-    known, dy = _apart(plan, known, dy)
-    x, scale, *_ = known
-    before = dy if plan.activation is None else _factors(plan, known, dy)[1]
+    apart, through = _apart(plan, known, dy)
+    x, scale, *_ = apart
+    before = through if plan.activation is None else _factors(plan, apart, through)[1]
     dx = rows.gradient(plan, x, scale, before)
     if shape is None:
         return dx, None, None
-    known, dy = _apart(plan, known, dy)
+    if plan.reduction.centered:
+        known, dy = _apart(plan, apart, through)
     if plan.activation is None:
         return dx, *_whole(plan, shape, sums.total, known, dy)[1:]
     d, alone = _factors(plan, known, dy)

@@ -105,6 +105,8 @@ MUTATIONS = [
     Mutation("rows: what rounding leaves of equal entries", "rows.py", "nothing = 4 * jnp.finfo(d.dtype).eps ** 2", "nothing = 0.0", "test_forms.py -k cuda and constant"),
     Mutation("rows: no unit", "rows.py", "return jnp.maximum(power * (1 / largest), 1)", "return jnp.ones_like(power)", "test_range.py -k cuda"),
     Mutation("rows: equal entries in a unit", "rows.py", "jnp.where(equal, 1, 1 / unit)", "1 / unit", "test_forms.py -k cuda and constant"),
+    Mutation("parts: all in one", "sums.py", "jnp.sum(jnp.sum(found, run[0] + 1) / equal, run[0]) * equal", "jnp.sum(found, (run[0], run[0] + 1))", "test_accuracy.py -k stress and cauchy-65537"),
+    Mutation("parts: the last one forgotten", "sums.py", "if equal < size:", "if False:", "test_forms.py -k sums_in_parts and cuda"),
     Mutation("one read: the mean of the samples' deviations forgotten", "sums.py", "var = squares / n - rest * rest", "var = squares / n", "test_forms.py -k cuda and stored"),
     Mutation("one read: one sample", "sums.py", "mean = units.divide(_median(samples), unit)", "mean = units.divide(samples[0], unit)", "test_forms.py -k cuda and like_nothing_else"),
     Mutation("one read: lost digits are not missed", "sums.py", "LOST = 4.0", "LOST = 1e30", "test_forms.py -k tpu and grid"),

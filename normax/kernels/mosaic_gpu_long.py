@@ -95,7 +95,10 @@ def make_plan(task: Task, rows: int, length: int, inputs: Sequence[Any], paramet
     per_thread = 48 + 2 * pieces * vector * (len(inputs) + parameters)
     share = REGISTERS // (LANES * WARPS * warpgroups * per_thread)
     share = max(1, min(8, share, SHARED_BYTES // (kept + OVERHEAD)))
-    return plan._replace(programs=max(1, min(rows // plan.at_once, PROCESSORS * share)))
+    # No more programs than it takes: each leaves a row of sums.
+    most = -(-rows // (plan.at_once * PROCESSORS * share))
+    programs = -(-rows // (plan.at_once * most))
+    return plan._replace(programs=max(1, min(rows // plan.at_once, programs)))
 
 
 def launch(
