@@ -87,7 +87,11 @@ def test_sums_in_parts():
         np.testing.assert_allclose(sums.total_in_one_read(x, axes), exact, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(sums.total(x, axes), exact, rtol=1e-5, atol=1e-5)
     for length in (sums.LONG, sums.LONG + 3):
-        for shape, axes in (((2, length), (1,)), ((length, 3), (0,)), ((2, length // 2, 2), (1, 2))):
+        for shape, axes in (
+            ((2, length), (1,)),
+            ((length, 3), (0,)),
+            ((2, length // 2, 2), (1, 2)),
+        ):
             ones = jnp.ones(shape)
             exact = np.asarray(ones).sum(axes, keepdims=True)
             np.testing.assert_allclose(sums.total_in_parts(ones, axes), exact, rtol=1e-6)

@@ -33,10 +33,16 @@ WHOLE = [
     ((8, 64), "float32", True),
     ((8, 64), "float16", False),
     ((4, 512), "bfloat16", True),
-    ((3, 2048), "float32", True),
-    ((3, 2048), "float32", False),
-    ((3, 2048), "float16", True),
-    ((2, 4352), "float32", True),
+    *(
+        [
+            ((3, 2048), "float32", True),
+            ((3, 2048), "float32", False),
+            ((3, 2048), "float16", True),
+            ((2, 4352), "float32", True),
+        ]
+        if ENDS  # older interpreters see no races, and take long
+        else []
+    ),
 ]
 RAGGED = [
     ((5, 64), "float32", True),
@@ -297,7 +303,7 @@ def test_an_h200_moves_each_array_once(shape):
         assert row["over floor"] <= (1.1 if "back" in name or "both" in name else 1.005), name
 
 
-REGISTERS = [(length, dtype) for length in (512, 1000, 4096, 8192) for dtype in DTYPES]
+REGISTERS = [(512, "bfloat16"), (1000, "float16"), (4096, "bfloat16"), (8192, "float32")]
 PASSES = [(3, "float32"), (1001, "bfloat16"), (40000, "float16")]
 
 
