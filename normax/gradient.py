@@ -15,7 +15,7 @@ from jax import lax
 from normax import implementations, rows, sums, units
 from normax import measure as me
 from normax.kernels.linear import linear
-from normax.rescale import alike, reciprocal_per_unit, rescale, rescaled, standardized
+from normax.rescale import alike, reciprocal_per_unit, rescaled, rescaled_tangent, standardized
 
 
 def by_hand(plan, x, scale, bias, mask):
@@ -48,7 +48,7 @@ def forward(plan, known, dx, dscale, dbias):
     """Returns the tangent of `y`, of those of x, scale and bias."""
     x, scale, bias, measured = known
     rstd, xhat = standardized(plan, x, measured, None)
-    terms = []
+    t = None
     if dx is not None:
         t = me.present(dx, None)
         n = me.count_entries(plan.reduction, x)
@@ -56,15 +56,7 @@ def forward(plan, known, dx, dscale, dbias):
             t = t - sums.total(t, plan.reduction.axes) / n
         t = t - xhat * (sums.total(xhat * t, plan.reduction.axes) / n)
         t = t * units.divide(rstd, measured.unit)
-        terms.append(t if scale is None else jnp.multiply(*alike(t, scale)))
-    if dscale is not None:
-        terms.append(jnp.multiply(*alike(xhat, dscale)))
-    if dbias is not None:
-        terms.append(jnp.broadcast_to(dbias, x.shape))
-    t = functools.reduce(jnp.add, alike(*terms))
-    if plan.activation is not None:
-        t = jax.jvp(plan.activation, (rescale(xhat, scale, bias),), (t,))[1]
-    return t.astype(plan.dtype)
+    return rescaled_tangent(plan, xhat, scale, bias, t, dscale, dbias)
 
 
 def backward(plan, shape, dtypes, known, dy):

@@ -1,5 +1,6 @@
 """Standardized entries from what was measured, and the rescaling of them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -78,6 +79,21 @@ def rescale(xhat, scale, bias, activation=None):
     if bias is not None:
         xhat = jnp.add(*alike(xhat, bias))
     return xhat if activation is None else activation(xhat)
+
+
+def rescaled_tangent(plan, xhat, scale, bias, dxhat, dscale, dbias):
+    """Returns the tangent of `y`, of those of xhat, scale and bias; None is zero."""
+    terms = []
+    if dxhat is not None:
+        terms.append(dxhat if scale is None else jnp.multiply(*alike(dxhat, scale)))
+    if dscale is not None:
+        terms.append(jnp.multiply(*alike(xhat, dscale)))
+    if dbias is not None:
+        terms.append(jnp.broadcast_to(dbias, xhat.shape))
+    t = functools.reduce(jnp.add, alike(*terms))
+    if plan.activation is not None:
+        t = jax.jvp(plan.activation, (rescale(xhat, scale, bias),), (t,))[1]
+    return t.astype(plan.dtype)
 
 
 def alike(*arrays):

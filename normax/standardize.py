@@ -14,7 +14,7 @@ from normax import gradient, implementations, rows, units
 from normax import measure as me
 from normax.forms import one_read_is_enough
 from normax.moments import Moments, to_moments
-from normax.rescale import Plan, alike, rescale, rescaled, standardized
+from normax.rescale import Plan, alike, rescale, rescaled, rescaled_tangent, standardized
 from normax.rescale import reciprocal_deviation as reciprocal_deviation
 from normax.rescale import root as root
 
@@ -251,7 +251,7 @@ def _tangents(plan, x, scale, bias, mask, measured, dx, dscale, dbias, dmask):
     """Returns the tangents of y and of what was measured. Kept for it: the arguments."""
     rstd, xhat = standardized(plan, x, measured, mask)
     move = jax.tree.map(jnp.zeros_like, measured)
-    terms = []
+    dxhat = None
     if dx is not None or dmask is not None:
         t = jnp.zeros_like(xhat) if dx is None else me.present(dx, mask)
         direction, length = xhat, rstd
@@ -266,12 +266,4 @@ def _tangents(plan, x, scale, bias, mask, measured, dx, dscale, dbias, dmask):
         move = me.measured_tangents(measured, dmean, along / safe, *dcount)
         pt = me.subtract(t, dmean, None, mask)
         dxhat = me.times(pt - me.times(xhat, along), units.divide(rstd, measured.unit))
-        terms.append(dxhat if scale is None else jnp.multiply(*alike(dxhat, scale)))
-    if dscale is not None:
-        terms.append(jnp.multiply(*alike(xhat, dscale)))
-    if dbias is not None:
-        terms.append(jnp.broadcast_to(dbias, x.shape))
-    t = functools.reduce(jnp.add, alike(*terms))
-    if plan.activation is not None:
-        t = jax.jvp(plan.activation, (rescale(xhat, scale, bias),), (t,))[1]
-    return t.astype(plan.dtype), move
+    return rescaled_tangent(plan, xhat, scale, bias, dxhat, dscale, dbias), move
