@@ -15,7 +15,7 @@ from normax import sums
 
 pytestmark = pytest.mark.usefixtures("form")
 FEW = [c for c in CASES if c.name in ("batch", "layer", "rms", "group", "instance")]
-ACTIVATIONS = [jax.nn.relu, jax.nn.silu, jnp.tanh]
+ACTIVATIONS = [jax.nn.relu, jax.nn.silu]
 
 
 @pytest.mark.parametrize("n", [64, 1000])
@@ -139,23 +139,28 @@ def test_parameters_of_another_dtype():
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e-5, 1e30])
 @pytest.mark.parametrize("reduced", [(0,), (1,)], ids=["batch", "layer"])
-@pytest.mark.parametrize(("size", "along"), [(1e-10, 1e-25), (1e18, 1e16), (1e10, 1e25), (1, 1)])
-def test_cotangents_of_any_size(size, along, reduced, epsilon):
-    x = size * jax.random.normal(jax.random.key(0), (64, 48))
-    ct = along * jax.random.normal(jax.random.key(1), x.shape)
-    case = Case("", None, x.shape, reduced, epsilon=epsilon)
+def test_cotangents_of_any_size(reduced, epsilon):
+    case = Case("", None, (64, 48), reduced, epsilon=epsilon)
     options = {"reduction_axes": reduced, "epsilon": epsilon}
-    f = lambda x, scale: normax.standardize(x, scale, **options)[0]
-    y, backward = jax.vjp(f, x, jnp.ones(48))
-    dx, dscale = backward(ct)
-    xhat = reference.forward(case, x)
-    assert test_accuracy.units(y, xhat, "float32") <= 4
-    exact = reference.backward(case, x, ct)
-    if 1e-30 < np.abs(exact).max() < 1e37:
-        assert test_accuracy.units(dx, exact, "float32") <= 8
-    weighted = (np.asarray(ct, np.longdouble) * xhat).sum(0)
-    if np.abs(weighted).max() > 1e-30:
-        assert test_accuracy.units(dscale, weighted, "float32") <= 64
+
+    @jax.jit
+    def both(x, ct):
+        f = lambda x, scale: normax.standardize(x, scale, **options)[0]
+        y, backward = jax.vjp(f, x, jnp.ones(48))
+        return y, *backward(ct)
+
+    for size, along in ((1e-10, 1e-25), (1e18, 1e16), (1e10, 1e25), (1, 1)):
+        x = size * jax.random.normal(jax.random.key(0), case.shape)
+        ct = along * jax.random.normal(jax.random.key(1), x.shape)
+        y, dx, dscale = both(x, ct)
+        xhat = reference.forward(case, x)
+        assert test_accuracy.units(y, xhat, "float32") <= 4
+        exact = reference.backward(case, x, ct)
+        if 1e-30 < np.abs(exact).max() < 1e37:
+            assert test_accuracy.units(dx, exact, "float32") <= 8
+        weighted = (np.asarray(ct, np.longdouble) * xhat).sum(0)
+        if np.abs(weighted).max() > 1e-30:
+            assert test_accuracy.units(dscale, weighted, "float32") <= 64
 
 
 def test_sizes_that_are_symbols():
