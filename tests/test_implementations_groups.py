@@ -65,8 +65,11 @@ def exact(kind, args, ct, activation):
         return [np.asarray(v, np.longdouble) for v in both(f, wide[-1])(*wide[:-1])]
 
 
-@pytest.mark.parametrize("activation", [None, jax.nn.silu], ids=["plain", "silu"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "activation"),
+    [("float32", None), ("bfloat16", jax.nn.silu), ("float16", jax.nn.silu)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 @pytest.mark.parametrize("kind", NORMS)
 def test_output_and_gradients(kind, dtype, activation):
     args, ct = arguments(dtype)
