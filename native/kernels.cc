@@ -2,7 +2,7 @@
 
 #include "kernels.h"
 
-#ifdef __F16C__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 

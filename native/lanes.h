@@ -67,6 +67,17 @@ INLINE typename Lanes<N>::F widened(const float* p) {
 template <int N>
 INLINE typename Lanes<N>::F widened(const bf16* p) {
   typedef Lanes<N> L;
+#ifdef __AVX2__
+  // GCC 12 takes 8 bytes of integers apart one by one.
+  if constexpr (N == 8) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+    return bits_of<typename L::F>(_mm256_slli_epi32(wide, 16));
+  }
+  if constexpr (N == 4) {
+    __m128i wide = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p));
+    return bits_of<typename L::F>(_mm_slli_epi32(wide, 16));
+  }
+#endif
   auto bits = __builtin_convertvector(read<typename L::H>(p), typename L::U) << 16;
   return bits_of<typename L::F>(bits);
 }
@@ -99,8 +110,15 @@ INLINE void narrow(bf16* p, typename Lanes<N>::F v) {
   auto bits = bits_of<typename L::U>(v);
   auto even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   auto nan = (bits >> 16) | 0x40;
-  auto half = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : even,
-                                      typename L::H);
+  typename L::U rounded = (bits & 0x7fffffff) > 0x7f800000 ? nan : even;
+#ifdef __AVX2__
+  if constexpr (N == 8) {
+    auto packed = _mm256_packus_epi32(bits_of<__m256i>(rounded), _mm256_setzero_si256());
+    auto joined = _mm256_permute4x64_epi64(packed, 0x08);
+    return _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(joined));
+  }
+#endif
+  auto half = __builtin_convertvector(rounded, typename L::H);
   __builtin_memcpy(p, &half, sizeof(half));
 }
 
