@@ -91,8 +91,11 @@ INLINE double per_unit_of(const Rows& rows, const double* x) {
     if (size > largest) largest = size;
   }
   if (!(largest > 0 && largest < __builtin_inf())) return 1;
-  int exponent = __builtin_ilogb(largest) + 2;
-  return __builtin_ldexp(1.0, exponent > 1000 ? -1000 : exponent < -1000 ? 1000 : -exponent);
+  int up = -__builtin_ilogb(largest) - 2, most = 1000;
+  // Epsilon in that unit has to stay in range; what is small next to it need not.
+  if (rows.epsilon > 0) most = 300 - __builtin_ilogb(rows.epsilon) / 2;
+  if (most > 1000) most = 1000;
+  return __builtin_ldexp(1.0, up < -1000 ? -1000 : up > most ? most : up);
 }
 
 template <bool kBackward, class T, class O>
