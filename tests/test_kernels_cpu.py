@@ -154,7 +154,9 @@ def test_every_number_is_widened_and_rounded_as_by_jax(dtype):
     """By scale and bias alone: xhat of equal entries is zero, so y is the bias, rounded."""
     rng = np.random.default_rng(4)
     bits = rng.integers(0, 2**32, 8192, dtype=np.uint32)
-    values = np.concatenate([bits.view(np.float32), np.float32([0, -0.0, 65519, 65520, 6e-8, 3e-8])])
+    values = np.concatenate(
+        [bits.view(np.float32), np.float32([0, -0.0, 65519, 65520, 6e-8, 3e-8])]
+    )
     values = values[np.abs(values) >= np.finfo(np.float32).tiny]
     x = jnp.zeros((1, len(values)), dtype)
     y = kernels.forward(x, None, jnp.asarray(values), **RULE)
@@ -237,8 +239,7 @@ def test_mapped_it_is_the_same_as_one_by_one(axes):
     mapped = jax.vmap(function, axes)(*given)
     for i in range(4):
         one = [
-            v if axis is None else jnp.take(v, i, axis)
-            for v, axis in zip(given, axes, strict=True)
+            v if axis is None else jnp.take(v, i, axis) for v, axis in zip(given, axes, strict=True)
         ]
         for a, b in zip(mapped, function(*one), strict=True):
             np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-6)
@@ -284,7 +285,7 @@ def test_groups_of_the_grid(scale, dtype):
 @needs_library
 @pytest.mark.parametrize("value", [0.0, 1 / 3, 1e7 + 1, 1e30, 3e38])
 def test_constant_groups_and_wild_ones(value):
-    x, dy, *_ = data((2, 40, 3, 4), "float32")
+    x, *_ = data((2, 40, 3, 4), "float32")
     x = x.at[:, :, 0].set(value).at[0, :, 1].mul(1e-30).at[1, :, 1].mul(1e30)
     y = groups.forward_groups(x, centered=True, epsilon=0.0)
     np.testing.assert_array_equal(y[:, :, 0], 0)
@@ -340,9 +341,12 @@ def test_columns_that_need_units():
 @needs_library
 def test_columns_mapped():
     x, dy, *_ = data((3, 50, 9), "float32", mean=2)
-    function = lambda x, dy: kernels.column_gradients(
-        x, dy, *(moments := kernels.column_moments_in_units(x)), epsilon=1e-5
-    ) + moments
+    function = lambda x, dy: (
+        kernels.column_gradients(
+            x, dy, *(moments := kernels.column_moments_in_units(x)), epsilon=1e-5
+        )
+        + moments
+    )
     mapped = jax.vmap(function)(x, dy)
     for i in range(3):
         for a, b in zip(mapped, function(x[i], dy[i]), strict=True):
