@@ -64,8 +64,8 @@ def batch_norm(
       activation: function applied to the output, entry by entry, before it is rounded; what goes
         into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
       implementation: None or "xla", or a kernel by name for the statistics of a batch, features
-        last: "mosaic_tpu". One that cannot be had is refused, here or when the program is lowered.
-        At inference nothing is measured, and no kernel is asked for.
+        last: "cpu" or "mosaic_tpu". One that cannot be had is refused, here or when the program is
+        lowered. At inference nothing is measured, and no kernel is asked for.
 
     Returns:
       The output, of the shape of `x`, and the new `RunningStats`, of the dtypes of `stats`. No

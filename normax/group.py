@@ -54,9 +54,9 @@ def group_norm(
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
       activation: function applied to the output, entry by entry, before it is rounded; what goes
         into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
-      implementation: None or "xla", or a kernel by name: "mosaic_gpu", which knows activations of
-        a few operations, such as SiLU and ReLU. One that cannot be had is refused, here or when the
-        program is lowered.
+      implementation: None or "xla", or a kernel by name: "cpu", which knows no activation, or
+        "mosaic_gpu", which knows those of a few operations, such as SiLU and ReLU. One that cannot
+        be had is refused, here or when the program is lowered.
 
     Returns:
       An array of the shape of `x`.

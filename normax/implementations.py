@@ -1,7 +1,7 @@
 """Kernels that can be asked for by name, in place of the form that XLA compiles.
 
 A kernel that was asked for is had or refused: where it cannot be, that is said when the program is
-traced or, of the wrong platform, lowered. None of them is the default, as none was timed yet.
+traced or, of the wrong platform, lowered. None of them is the default: only that of CPU was timed.
 """
 
 import functools
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from normax import measure as me
+from normax import units
 from normax.forms import equal_in_no_unit
 from normax.kernels.dispatch import by_platform
 from normax.kernels.sharding import sharded
@@ -33,6 +34,7 @@ class Kernels(NamedTuple):
 
 
 NAMED = {
+    "cpu": Kernels("normax.kernels.cpu", "normax.kernels.cpu_groups", "cpu", columns=True),
     "mosaic_gpu": Kernels("normax.kernels.mosaic_gpu", "normax.kernels.mosaic_gpu_groups", "cuda"),
     "mosaic_tpu": Kernels("normax.kernels.mosaic_tpu", None, "tpu", columns=True, symbols=True),
 }
@@ -201,7 +203,9 @@ def _measure_columns(plan, x):
     kernel = functools.partial(module.column_moments_in_units, interpret=interpret)
     together = functools.partial(_columns_of_devices, plan.reduction)
     found = sharded(kernel, "... d -> d, d, d, d", together=together)(x)
-    kept = (v.reshape((1,) * (x.ndim - 1) + v.shape) for v in found)
+    kept = [v.reshape((1,) * (x.ndim - 1) + v.shape) for v in found]
+    if not units.needed(x.dtype):
+        kept[0] = None  # as in the form: squares of float16 are in the range of float32
     return me.as_precise(plan.reduction, me.Measured(None, *equal_in_no_unit(*kept)), x.dtype)
 
 
@@ -215,6 +219,8 @@ def column_sums(plan, x, dy, measured):
     options = {"epsilon": plan.epsilon, "interpret": NAMED[plan.implementation].interpret}
     kernel = functools.partial(_call_columns, _module(plan), tuple(options.items()))
     known = [v for v in measured[1:] if v is not None]
+    if measured.unit is None:
+        known = [jnp.ones_like(measured.var), *known]
     rule = f"... d, ... d{', d' * len(known)} -> d, d"
     found = sharded(kernel, rule)(x, dy, *(v.reshape(-1) for v in known))
     return [v.reshape(measured.var.shape) for v in found]

@@ -45,8 +45,8 @@ def layer_norm(
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
       activation: function applied to the output, entry by entry, before it is rounded; what goes
         into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
-      implementation: None or "xla", or a kernel by name: "mosaic_gpu" or "mosaic_tpu". One that
-        cannot be had is refused, here or when the program is lowered.
+      implementation: None or "xla", or a kernel by name: "cpu", "mosaic_gpu" or "mosaic_tpu".
+        One that cannot be had is refused, here or when the program is lowered.
 
     Returns:
       An array of the shape of `x`.
@@ -123,8 +123,8 @@ def rms_norm(
       scale_offset: o, added to a scale that is given; 1 for weights that were stored less one.
       activation: function applied to the output, entry by entry, before it is rounded; what goes
         into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
-      implementation: None or "xla", or a kernel by name: "mosaic_gpu" or "mosaic_tpu". One that
-        cannot be had is refused, here or when the program is lowered.
+      implementation: None or "xla", or a kernel by name: "cpu", "mosaic_gpu" or "mosaic_tpu".
+        One that cannot be had is refused, here or when the program is lowered.
 
     Returns:
       An array of the shape of `x`.
@@ -201,8 +201,8 @@ def instance_norm(
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
       activation: function applied to the output, entry by entry, before it is rounded; what goes
         into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
-      implementation: None or "xla", or a kernel by name: "mosaic_gpu". One that cannot be had is
-        refused, here or when the program is lowered.
+      implementation: None or "xla", or a kernel by name: "cpu" or "mosaic_gpu". One that cannot
+        be had is refused, here or when the program is lowered.
 
     Returns:
       An array of the shape of `x`. Where no axis is left to reduce each entry is alone, equals

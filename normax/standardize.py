@@ -73,7 +73,8 @@ def standardize(
         into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
       implementation: None or "xla", or a kernel by name: "mosaic_gpu", for what is summarised over
         the last axis, or over groups of it at all positions of an example; "mosaic_tpu", for the
-        former, or what is summarised over all but the last axis. One that cannot be had is refused.
+        former, or what is summarised over all but the last axis; "cpu", for all three. One that
+        cannot be had is refused.
       caller: the function to name in error messages.
 
     Returns:

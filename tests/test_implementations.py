@@ -17,16 +17,20 @@ import normax
 import normax.linen
 import normax.nnx
 from normax import implementations
+from normax.kernels import available
 
-NAMES = ["xla", "mosaic_gpu", "mosaic_tpu"]
+NATIVE = pytest.param(
+    "cpu", marks=pytest.mark.skipif(available()["cpu"] is not None, reason=str(available()["cpu"]))
+)
+NAMES = ["xla", "mosaic_gpu", "mosaic_tpu", NATIVE]
 NORMS = {"layer": normax.layer_norm, "rms": normax.rms_norm}
 SHAPE = (3, 8, 128)
 
 
 @pytest.fixture(params=NAMES)
 def name(request, monkeypatch):
-    """Names an implementation that runs here: "xla", or a kernel in its interpreter or stead."""
-    if request.param != "xla":
+    """Names an implementation that runs here, or a kernel in its interpreter or stead."""
+    if request.param not in ("xla", "cpu"):
         kernels = implementations.NAMED[request.param]
         here = kernels._replace(platform="cpu", interpret=True)
         if request.param == "mosaic_gpu":
@@ -98,6 +102,16 @@ def test_forward_mode_and_twice(kind, name):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", NORMS)
+def test_hessian(kind, name):
+    (x, scale, bias), _ = arguments(shape=(2, 128))
+    along = lambda f: lambda t: jnp.sum(jnp.sin(f(x + t[0] + t[1] * jnp.cos(x), scale, bias)))
+    ours, theirs = (
+        jax.hessian(along(norm_of(kind, by)))(jnp.asarray([0.1, 0.3])) for by in (name, None)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
 def gradients(f, ct):
     return lambda *args: jax.tree.leaves((f(*args), jax.vjp(f, *args)[1](ct)))
 
@@ -147,12 +161,14 @@ def test_modules_pass_it_on(module, name):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "platform"), [("mosaic_tpu", "tpu"), ("mosaic_gpu", "cuda")]
+    ("implementation", "platform"),
+    [("mosaic_tpu", "tpu"), ("mosaic_gpu", "cuda"), pytest.param("cpu", "cpu", marks=NATIVE.marks)],
 )
 def test_the_kernel_is_in_the_program_of_its_platform_and_none_elsewhere(implementation, platform):
     x = jax.ShapeDtypeStruct((1024, 512), jnp.bfloat16)
     f = functools.partial(normax.layer_norm, implementation=implementation)
-    target = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu"}[platform]
+    target = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu", "cpu": "normax_"}[platform]
+    other = "tpu" if platform == "cpu" else "cpu"
 
     def count(f):
         lowered = jax.jit(f).trace(x).lower(lowering_platforms=(platform,))
@@ -162,7 +178,7 @@ def test_the_kernel_is_in_the_program_of_its_platform_and_none_elsewhere(impleme
     assert count(jax.grad(lambda x: jnp.sum(f(x).astype(jnp.float32) ** 2))) == 2
     assert count(normax.layer_norm) == 0
     with pytest.raises(NotImplementedError, match=f"is for {platform} alone"):
-        jax.jit(f).trace(x).lower(lowering_platforms=("cpu",))
+        jax.jit(f).trace(x).lower(lowering_platforms=(other,))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +191,7 @@ def test_the_kernel_is_in_the_program_of_its_platform_and_none_elsewhere(impleme
         (lambda f, x: f(x.astype(jnp.complex64)), "complex"),
     ],
 )
-@pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu"])
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu", NATIVE])
 def test_what_a_kernel_cannot_do_is_refused(call, reason, implementation):
     f = functools.partial(normax.layer_norm, implementation=implementation)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Batch norm by the kernels of a TPU, run on CPU by Pallas' interpreter."""
+"""Batch norm by kernels: those of a TPU, run on CPU by Pallas' interpreter, and native ones."""
 
 import functools
 
@@ -12,6 +12,7 @@ from cases import Case
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_implementations import NATIVE
 
 import normax
 import normax.linen
@@ -30,6 +31,12 @@ def here(monkeypatch):
     jax.clear_caches()
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(params=[BY, NATIVE])
+def by(request):
+    """Names an implementation that runs here."""
+    return request.param
 
 
 def norm(x, scale, bias, **options):
@@ -55,9 +62,9 @@ def both(ct, **options):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_output_statistics_and_gradients(dtype):
+def test_output_statistics_and_gradients(dtype, by):
     args, ct = arguments(dtype)
-    y, mean, var, dx, dscale, dbias = jax.jit(both(ct, implementation=BY))(*args)
+    y, mean, var, dx, dscale, dbias = jax.jit(both(ct, implementation=by))(*args)
     assert (y.dtype, dx.dtype, dscale.dtype) == (dtype, dtype, jnp.float32)
     case = Case("", None, SHAPE, (0, 1), epsilon=1e-5)
     exact = lambda v: np.asarray(v).astype(np.longdouble)
@@ -72,41 +79,41 @@ def test_output_statistics_and_gradients(dtype):
     assert test_accuracy.units(var, exact(args[0]).var((0, 1)), "float32") <= 4
 
 
-def test_large_means_large_entries_and_equal_ones():
+def test_large_means_large_entries_and_equal_ones(by):
     rng = np.random.default_rng(0)
     for center, deviation in ((1e6, 1), (1e30, 1e29), (0, 1e-4)):
         x = jnp.asarray(rng.normal(size=(64, 16)) * deviation + center, jnp.float32)
         x = x.at[:, 3].set(center)
-        y, _ = norm(x, None, None, implementation=BY)
+        y, _ = norm(x, None, None, implementation=by)
         case = Case("", None, x.shape, (0,), epsilon=1e-5)
         assert test_accuracy.units(y, reference.forward(case, x), "float32") <= 4
         np.testing.assert_array_equal(y[:, 3], 0)
 
 
 @pytest.mark.parametrize("activation", [jax.nn.silu, jax.nn.relu], ids=["silu", "relu"])
-def test_with_an_activation(activation):
+def test_with_an_activation(activation, by):
     args, ct = arguments()
     ours, theirs = (
-        jax.jit(both(ct, activation=activation, implementation=by))(*args) for by in (BY, None)
+        jax.jit(both(ct, activation=activation, implementation=name))(*args) for name in (by, None)
     )
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_forward_mode_and_twice():
+def test_forward_mode_and_twice(by):
     args, _ = arguments(shape=(2, 8, 16))
     tangents = tuple(jnp.cos(7 * a) for a in args)
-    loss = lambda by: lambda *args: jnp.sum(jnp.cos(norm(*args, implementation=by)[0]))
-    along = lambda by: jax.jvp(jax.grad(loss(by), (0, 1, 2)), args, tangents)
-    for a, b in zip(jax.tree.leaves(along(BY)), jax.tree.leaves(along(None)), strict=True):
+    loss = lambda name: lambda *args: jnp.sum(jnp.cos(norm(*args, implementation=name)[0]))
+    along = lambda name: jax.jvp(jax.grad(loss(name), (0, 1, 2)), args, tangents)
+    for a, b in zip(jax.tree.leaves(along(by)), jax.tree.leaves(along(None)), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
 
 
-def test_mapped():
+def test_mapped(by):
     args, ct = arguments(shape=(3, 8, 16))
     apart = [
-        jax.vmap(lambda x, ct, by=by: both(ct, implementation=by)(x, *args[1:]))
-        for by in (BY, None)
+        jax.vmap(lambda x, ct, name=name: both(ct, implementation=name)(x, *args[1:]))
+        for name in (by, None)
     ]
     ours, theirs = (jax.jit(f)(args[0], ct) for f in apart)
     for a, b in zip(ours, theirs, strict=True):
@@ -115,12 +122,12 @@ def test_mapped():
 
 @pytest.mark.parametrize("spec", [P("data"), P(None, None, "data")], ids=["batch", "features"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_devices_pool_and_gather_nothing(axis_type, spec):
+def test_devices_pool_and_gather_nothing(axis_type, spec, by):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,), devices=jax.devices()[:4])
     (x, *lines), ct = arguments()
     x = x * jnp.arange(1.0, 5)[:, None, None] + 1e4 * jnp.arange(4.0)[:, None, None]
 
-    def step(ct, *args, implementation=BY):
+    def step(ct, *args, implementation=by):
         f = functools.partial(normax.normalize_batch, implementation=implementation)
         y, backward, m = jax.vjp(f, *args, has_aux=True)
         return y, m.mean, m.var, *backward(ct)
@@ -137,9 +144,9 @@ def test_devices_pool_and_gather_nothing(axis_type, spec):
 
 
 @pytest.mark.parametrize("module", [normax.linen, normax.nnx])
-def test_modules_pass_it_on(module):
+def test_modules_pass_it_on(module, by):
     (x, *_), _ = arguments()
-    options = {"implementation": BY, "use_running_average": False}
+    options = {"implementation": by, "use_running_average": False}
     if module is normax.linen:
         y, _ = module.BatchNorm(**options).init_with_output(jax.random.key(0), x)
     else:

@@ -1,4 +1,4 @@
-"""Group and instance norm by the kernels of a GPU, run on CPU by their stand-in."""
+"""Group and instance norm by kernels: those of a GPU, run on CPU by a stand-in, and native ones."""
 
 import functools
 
@@ -10,6 +10,7 @@ import test_accuracy
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_implementations import NATIVE
 
 import normax
 import normax.linen
@@ -42,6 +43,12 @@ def here(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.fixture(params=[BY, NATIVE])
+def by(request):
+    """Names an implementation that runs here."""
+    return request.param
+
+
 def arguments(dtype="float32"):
     keys = jax.random.split(jax.random.key(0), 4)
     x, ct = (jax.random.normal(key, SHAPE).astype(dtype) for key in keys[:2])
@@ -65,15 +72,21 @@ def exact(kind, args, ct, activation):
         return [np.asarray(v, np.longdouble) for v in both(f, wide[-1])(*wide[:-1])]
 
 
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "activation"),
-    [("float32", None), ("bfloat16", jax.nn.silu), ("float16", jax.nn.silu)],
+    ("by", "dtype", "activation"),
+    [
+        *zip([BY] * 3, DTYPES, [None, jax.nn.silu, jax.nn.silu], strict=True),
+        *(pytest.param("cpu", dtype, None, marks=NATIVE.marks) for dtype in DTYPES),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 @pytest.mark.parametrize("kind", NORMS)
-def test_output_and_gradients(kind, dtype, activation):
+def test_output_and_gradients(kind, by, dtype, activation):
     args, ct = arguments(dtype)
-    f = functools.partial(NORMS[kind], epsilon=1e-5, activation=activation, implementation=BY)
+    f = functools.partial(NORMS[kind], epsilon=1e-5, activation=activation, implementation=by)
     y, dx, *of_parameters = jax.jit(both(f, ct))(*args)
     assert y.dtype == dx.dtype == dtype
     expected = exact(kind, args, ct, activation)
@@ -87,30 +100,30 @@ def test_output_and_gradients(kind, dtype, activation):
 
 @pytest.mark.parametrize("only", ["scale", "bias", "neither"])
 @pytest.mark.parametrize("kind", NORMS)
-def test_with_some_of_the_parameters(kind, only):
+def test_with_some_of_the_parameters(kind, only, by):
     (x, scale, bias), ct = arguments()
     parameters = {"scale": (scale, None), "bias": (None, bias), "neither": (None, None)}[only]
 
-    def f(x, by):
-        return NORMS[kind](x, *parameters, implementation=by)
+    def f(x, name):
+        return NORMS[kind](x, *parameters, implementation=name)
 
-    ours, theirs = (jax.jit(both(lambda x, by=by: f(x, by), ct))(x) for by in (BY, None))
+    ours, theirs = (jax.jit(both(lambda x, name=name: f(x, name), ct))(x) for name in (by, None))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 @pytest.mark.parametrize("epsilon", [0.0, 1e-5])
-def test_entries_of_any_size(size, epsilon):
+def test_entries_of_any_size(size, epsilon, by):
     (x, *_), _ = arguments()
-    y = NORMS["group"](x * size, epsilon=epsilon, implementation=BY)
+    y = NORMS["group"](x * size, epsilon=epsilon, implementation=by)
     theirs = NORMS["group"](x * size, epsilon=epsilon)
     np.testing.assert_allclose(y, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_an_empty_batch():
+def test_an_empty_batch(by):
     args = jnp.zeros((0, *SHAPE[1:])), jnp.ones(SHAPE[-1]), jnp.zeros(SHAPE[-1])
-    f = functools.partial(NORMS["group"], implementation=BY)
+    f = functools.partial(NORMS["group"], implementation=by)
     y, dx, dscale, dbias = both(f, jnp.zeros(args[0].shape))(*args)
     assert y.shape == dx.shape == args[0].shape
     np.testing.assert_array_equal(dscale + dbias, jnp.zeros(SHAPE[-1]))
@@ -118,9 +131,9 @@ def test_an_empty_batch():
 
 @pytest.mark.parametrize("kind", ["group", "instance"])
 @pytest.mark.parametrize("transform", ["vmap", "scan", "remat", "twice"])
-def test_transformed(transform, kind):
+def test_transformed(transform, kind, by):
     args, ct = arguments()
-    f = lambda x, *rest: NORMS[kind](x, *rest, implementation=BY)
+    f = lambda x, *rest: NORMS[kind](x, *rest, implementation=by)
     plain = lambda x, *rest: NORMS[kind](x, *rest)
     if transform == "twice":
         twice = lambda f: jax.jvp(
@@ -142,11 +155,11 @@ def test_transformed(transform, kind):
 
 @pytest.mark.parametrize("spec", [P("data"), P(None, None, None, "data")], ids=["batch", "groups"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_what_is_sharded_is_not_gathered(axis_type, spec):
+def test_what_is_sharded_is_not_gathered(axis_type, spec, by):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,), devices=jax.devices()[:4])
     args, ct = arguments()
     whole = both(NORMS["group"], ct)(*args)
-    f = functools.partial(NORMS["group"], implementation=BY)
+    f = functools.partial(NORMS["group"], implementation=by)
     step = lambda ct, *args: both(f, ct)(*args)
     with jax.set_mesh(mesh):
         x, ct = jax.device_put((args[0], ct), NamedSharding(mesh, spec))
@@ -199,6 +212,11 @@ def test_the_kernel_is_in_the_program_of_its_platform_and_none_elsewhere(monkeyp
         (lambda x: NORMS["group"](x, implementation="mosaic_tpu"), r"over axes \(1, 2, 4\)"),
         (lambda x: NORMS["group"](jnp.ones((2, 512, 512, 64)), implementation=BY), "262144"),
         (lambda x: NORMS["group"](x, activation=jax.nn.softplus, implementation=BY), "log1p"),
+        pytest.param(
+            lambda x: NORMS["group"](x, activation=jax.nn.silu, implementation="cpu"),
+            "an activation",
+            marks=NATIVE.marks,
+        ),
     ],
 )
 def test_what_a_kernel_cannot_do_is_refused(call, reason):

@@ -1,0 +1,36 @@
+// The kernels, for the set of instructions that this file is compiled for under the name of LEVEL.
+
+#include "kernels.h"
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+namespace normax {
+namespace LEVEL {
+namespace {
+
+#include "lanes.h"
+// In this order.
+#include "rows.h"
+#include "columns.h"
+
+}  // namespace
+
+#define EACH_PAIR(f)                                                        \
+  {                                                                         \
+    f<float, float>, f<bf16, bf16>, f<f16, f16>, f<double, double>,         \
+        f<bf16, float>, f<f16, float>                                       \
+  }
+#define EACH_BUT_F64(f) \
+  { f<float, float>, f<bf16, bf16>, f<f16, f16>, nullptr, f<bf16, float>, f<f16, float> }
+
+const Kernels kernels = {
+    EACH_PAIR(forward),           EACH_PAIR(backward),           EACH_BUT_F64(add_columns),
+    EACH_BUT_F64(groups_forward), EACH_BUT_F64(groups_backward),
+};
+
+}  // namespace LEVEL
+}  // namespace normax

@@ -1,0 +1,243 @@
+// Vectors of a few entries: loads that widen, stores that round.
+//
+// Included within the namespace of a set of instructions, and with no inline function of the
+// standard library: the linker keeps one copy of those, and it could be one of newer instructions.
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <int N>
+struct Lanes {
+  typedef float F __attribute__((vector_size(4 * N)));
+  typedef int32_t I __attribute__((vector_size(4 * N)));
+  typedef uint32_t U __attribute__((vector_size(4 * N)));
+  typedef uint16_t H __attribute__((vector_size(2 * N)));
+};
+
+// The vector to compute in: 32 bytes, or of float32 as many entries as of float64.
+struct Few {};
+template <class C>
+struct Vector;
+template <>
+struct Vector<float> {
+  static constexpr int kWidth = 8;
+  typedef Lanes<8>::F V;
+};
+template <>
+struct Vector<double> {
+  static constexpr int kWidth = 4;
+  typedef double V __attribute__((vector_size(32)));
+};
+template <>
+struct Vector<Few> {
+  static constexpr int kWidth = 4;
+  typedef Lanes<4>::F V;
+};
+template <class C>
+using V = typename Vector<C>::V;
+template <class C>
+constexpr int kWidth = Vector<C>::kWidth;
+
+#define INLINE inline __attribute__((always_inline))
+
+template <class To, class From>
+INLINE To bits_of(From from) {
+  static_assert(sizeof(To) == sizeof(From), "as many bits");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class To>
+INLINE To read(const void* from) {
+  To to;
+  __builtin_memcpy(&to, from, sizeof(to));
+  return to;
+}
+
+template <int N>
+INLINE typename Lanes<N>::F widened(const float* p) {
+  return read<typename Lanes<N>::F>(p);
+}
+
+template <int N>
+INLINE typename Lanes<N>::F widened(const bf16* p) {
+  typedef Lanes<N> L;
+#ifdef __AVX2__
+  // GCC 12 takes 8 bytes of integers apart one by one.
+  if constexpr (N == 8) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+    return bits_of<typename L::F>(_mm256_slli_epi32(wide, 16));
+  }
+  if constexpr (N == 4) {
+    __m128i wide = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p));
+    return bits_of<typename L::F>(_mm_slli_epi32(wide, 16));
+  }
+#endif
+  auto bits = __builtin_convertvector(read<typename L::H>(p), typename L::U) << 16;
+  return bits_of<typename L::F>(bits);
+}
+
+template <int N>
+INLINE typename Lanes<N>::F widened(const f16* p) {
+#ifdef __F16C__
+  if constexpr (N == 8) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  if constexpr (N == 4) return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p));
+#endif
+  typedef Lanes<N> L;
+  typedef typename L::F F;
+  auto h = __builtin_convertvector(read<typename L::H>(p), typename L::U);
+  auto size = h & 0x7fff;
+  // Subnormal float32 may read as zero here, so that subnormal float16 are made of integers.
+  F small = __builtin_convertvector(bits_of<typename L::I>(size), F) * 0x1p-24f;
+  auto exponent = size >= 0x7c00 ? (size << 13) + (224u << 23) : (size << 13) + (112u << 23);
+  auto bits = size < 0x400 ? bits_of<typename L::U>(small) : exponent;
+  return bits_of<F>(bits | (h & 0x8000) << 16);
+}
+
+template <int N>
+INLINE void narrow(float* p, typename Lanes<N>::F v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+template <int N>
+INLINE void narrow(bf16* p, typename Lanes<N>::F v) {
+  typedef Lanes<N> L;
+  auto bits = bits_of<typename L::U>(v);
+  auto even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  auto nan = (bits >> 16) | 0x40;
+  typename L::U rounded = (bits & 0x7fffffff) > 0x7f800000 ? nan : even;
+#ifdef __AVX2__
+  if constexpr (N == 8) {
+    auto packed = _mm256_packus_epi32(bits_of<__m256i>(rounded), _mm256_setzero_si256());
+    auto joined = _mm256_permute4x64_epi64(packed, 0x08);
+    return _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(joined));
+  }
+#endif
+  auto half = __builtin_convertvector(rounded, typename L::H);
+  __builtin_memcpy(p, &half, sizeof(half));
+}
+
+template <int N>
+INLINE void narrow(f16* p, typename Lanes<N>::F v) {
+#ifdef __F16C__
+  if constexpr (N == 8) return _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, 0));
+  if constexpr (N == 4) return _mm_storel_epi64((__m128i*)p, _mm_cvtps_ph(v, 0));
+#endif
+  typedef Lanes<N> L;
+  typedef typename L::U U;
+  auto bits = bits_of<U>(v);
+  auto size = bits & 0x7fffffff;
+  auto normal = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+  // Adding a half leaves of a small number what float16 can hold, rounded, in the last bits.
+  auto small = bits_of<U>(bits_of<typename L::F>(size) + 0.5f) - (126u << 23);
+  U infinite = size - size + 0x7c00;
+  U most = size < (113u << 23) ? small : (size >= 0x477ff000 ? infinite : normal);
+  U most_or_nan = size > 0x7f800000 ? infinite | 0x200 | ((size >> 13) & 0x3ff) : most;
+  auto half = __builtin_convertvector(most_or_nan | (bits >> 16 & 0x8000), typename L::H);
+  __builtin_memcpy(p, &half, sizeof(half));
+}
+
+// Loads and stores in the type to compute in.
+template <class C>
+struct Memory;
+template <>
+struct Memory<float> {
+  template <class T>
+  static INLINE V<float> load(const T* p) {
+    return widened<8>(p);
+  }
+  template <class T>
+  static INLINE void store(T* p, V<float> v) {
+    narrow<8>(p, v);
+  }
+};
+template <>
+struct Memory<Few> {
+  template <class T>
+  static INLINE V<Few> load(const T* p) {
+    return widened<4>(p);
+  }
+};
+template <>
+struct Memory<double> {
+  template <class T>
+  static INLINE V<double> load(const T* p) {
+    return __builtin_convertvector(widened<4>(p), V<double>);
+  }
+  static INLINE V<double> load(const double* p) { return read<V<double>>(p); }
+  template <class T>
+  static INLINE void store(T* p, V<double> v) {
+    narrow<4>(p, __builtin_convertvector(v, Lanes<4>::F));
+  }
+  static INLINE void store(double* p, V<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
+};
+
+// A place in a line: `count` entries from `at`, a vector or less.
+struct Whole {
+  template <class C, class T>
+  static INLINE V<C> load(const T* p, int) {
+    return Memory<C>::load(p);
+  }
+  template <class C, class T>
+  static INLINE void store(T* p, V<C> v, int) {
+    Memory<C>::store(p, v);
+  }
+  template <class C>
+  static INLINE V<C> present(V<C> v, int) {
+    return v;
+  }
+};
+struct Part {
+  template <class C, class T>
+  static INLINE V<C> load(const T* p, int count) {
+    T padded[kWidth<C>] = {};
+    for (int i = 0; i < count; ++i) padded[i] = p[i];
+    return Memory<C>::load(padded);
+  }
+  template <class C, class T>
+  static INLINE void store(T* p, V<C> v, int count) {
+    T padded[kWidth<C>];
+    Memory<C>::store(padded, v);
+    for (int i = 0; i < count; ++i) p[i] = padded[i];
+  }
+  template <class C>
+  static INLINE V<C> present(V<C> v, int count) {
+    for (int i = count; i < kWidth<C>; ++i) v[i] = 0;
+    return v;
+  }
+};
+
+// Calls body(Whole or Part, which of two, at, count) for each vector of entries begin to end.
+template <class C, class Body>
+INLINE void each(int64_t begin, int64_t end, Body body) {
+  constexpr int width = kWidth<C>;
+  int64_t i = begin;
+  for (; i + 2 * width <= end; i += 2 * width) {
+    body(Whole(), 0, i, width);
+    body(Whole(), 1, i + width, width);
+  }
+  if (i + width <= end) {
+    body(Whole(), 0, i, width);
+    i += width;
+  }
+  if (i < end) body(Part(), 1, i, int(end - i));
+}
+
+INLINE double total(V<double> a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+
+template <class C>
+INLINE V<C> filled(double value) {
+  return V<C>{} + C(value);
+}
+
+template <class T>
+INLINE double number(const T* p) {
+  return Part::load<double>(p, 1)[0];
+}
+INLINE double number(const float* p) { return *p; }
+INLINE double number(const double* p) { return *p; }

@@ -1,0 +1,74 @@
+// Work in pieces, for the threads that XLA lends.
+
+#ifndef NORMAX_PIECES_H_
+#define NORMAX_PIECES_H_
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace normax {
+
+constexpr int64_t kLeastPiece = 16384;  // entries that are worth a thread
+constexpr int64_t kPiecesOfThread = 4;  // so that none waits long for the last
+
+inline int64_t threads_of(const xla::ffi::ThreadPool& pool) {
+  return std::max<int64_t>(1, pool.num_threads());
+}
+
+// Runs task(i) for each i below count, on this thread and on those of the pool that are free. What
+// waits in the pool's queue is not waited for: all its threads may be here.
+template <class Task>
+void in_parallel(xla::ffi::ThreadPool& pool, int64_t count, const Task& task) {
+  const int64_t threads = std::min(threads_of(pool), count);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
+  };
+  auto state = std::make_shared<State>();
+  // The task is there for as long as there is an i to take.
+  auto work = [state, count, task = &task] {
+    for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
+      (*task)(i);
+      if (state->done.fetch_add(1) + 1 == count) {
+        std::lock_guard<std::mutex> lock(state->mutex);
+        state->all_done.notify_all();
+      }
+    }
+  };
+  for (int64_t helper = 1; helper < threads; ++helper) pool.Schedule(std::function<void()>(work));
+  work();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->all_done.wait(lock, [&] { return state->done.load() == count; });
+}
+
+// How rows are cut into pieces. Arrays that are mapped over lead with axes more: `batch` calls in
+// one, of so many rows each.
+struct Cuts {
+  int64_t batch, rows, pieces;
+
+  Cuts(int64_t batch, int64_t all_rows, int64_t length, int64_t threads)
+      : batch(batch), rows(all_rows / batch) {
+    int64_t wanted = (kPiecesOfThread * threads + batch - 1) / batch;
+    pieces = std::max<int64_t>(1, std::min({wanted, rows * length / kLeastPiece, rows}));
+  }
+  int64_t number() const { return batch * pieces; }
+  int64_t call(int64_t piece) const { return piece / pieces; }
+  int64_t begin(int64_t piece) const { return rows * (piece % pieces) / pieces; }
+  int64_t end(int64_t piece) const { return rows * (piece % pieces + 1) / pieces; }
+};
+
+}  // namespace normax
+
+#endif  // NORMAX_PIECES_H_

@@ -1,0 +1,242 @@
+// A row: its sums in double precision about its first entry, in one read; then, from cache, the
+// outputs.
+//
+// About an entry of the row the sum of squares is at most n times what it is about the mean, so
+// that of 16 digits enough are left. Equal entries leave exact zeros.
+
+template <class T>
+struct Precision {
+  typedef float C;
+};
+template <>
+struct Precision<double> {
+  typedef double C;
+};
+template <class T>
+using Compute = typename Precision<T>::C;
+
+// Where entries times this can be had in float32, and the products of xhat, gradients and it.
+constexpr double kLeast = 1e-30, kMost = 1e30;
+
+// What is subtracted, in units: first the pivot, then what the mean is above it.
+struct Center {
+  double per_unit = 1;
+  double pivot = 0;
+  double above = 0;
+};
+
+struct Sums {
+  double d = 0, squares = 0, t = 0, products = 0;
+};
+
+// What the outputs are made from; the mean is pivot + above.
+struct Row {
+  Center center;
+  double rstd = 0;
+  double mean_t = 0;
+  double along = 0;  // the mean of t xhat
+};
+
+template <class C, class T, class Place>
+INLINE V<C> entries_of(Place, const T* x, int count, V<C> per_unit) {
+  V<C> v = Place::template load<C>(x, count);
+  // Of the other dtypes squares are in the range of double precision.
+  if constexpr (sizeof(T) == 8) v *= per_unit;
+  return v;
+}
+
+// dy scale, rounded as it is where dx is written.
+template <class Place, class O>
+INLINE V<double> cotangent(Place, const O* dy, const float* scale, int count) {
+  V<Few> t = Place::template load<Few>(dy, count);
+  if (scale) t *= Place::template load<Few>(scale, count);
+  return __builtin_convertvector(t, V<double>);
+}
+template <class Place>
+INLINE V<double> cotangent(Place, const double* dy, const double* scale, int count) {
+  V<double> t = Place::template load<double>(dy, count);
+  if (scale) t *= Place::template load<double>(scale, count);
+  return t;
+}
+
+template <bool kBackward, class T, class O>
+INLINE Sums sums_of(const Rows& rows, const T* x, const O* dy, const Center& center) {
+  typedef V<double> D;
+  auto scale = static_cast<const Compute<T>*>(rows.scale);
+  const D pivot = filled<double>(center.pivot), above = filled<double>(center.above);
+  const D per_unit = filled<double>(center.per_unit);
+  D d_sum[2] = {}, squares[2] = {}, t_sum[2] = {}, products[2] = {};
+  each<double>(0, rows.length, [&](auto place, int k, int64_t i, int count) INLINE_LAMBDA {
+    typedef decltype(place) P;
+    D d = entries_of<double>(place, x + i, count, per_unit) - pivot;
+    if constexpr (sizeof(T) == 8) d -= above;
+    d = P::template present<double>(d, count);
+    d_sum[k] += d;
+    squares[k] += d * d;
+    if constexpr (kBackward) {
+      D t = cotangent(place, dy + i, scale ? scale + i : scale, count);
+      t_sum[k] += t;
+      products[k] += d * t;
+    }
+  });
+  return {total(d_sum[0] + d_sum[1]), total(squares[0] + squares[1]), total(t_sum[0] + t_sum[1]),
+          total(products[0] + products[1])};
+}
+
+// A power of two near the range of a row, or near its largest entry, to divide by.
+INLINE double per_unit_of(const Rows& rows, const double* x) {
+  double pivot = rows.centered ? x[0] * 0.25 : 0, largest = 0;
+  for (int64_t i = 0; i < rows.length; ++i) {
+    double size = __builtin_fabs(x[i] * 0.25 - pivot);
+    if (size > largest) largest = size;
+  }
+  if (!(largest > 0 && largest < __builtin_inf())) return 1;
+  int up = -__builtin_ilogb(largest) - 2, most = 1000;
+  // Epsilon in that unit has to stay in range; what is small next to it need not.
+  if (rows.epsilon > 0) most = 300 - __builtin_ilogb(rows.epsilon) / 2;
+  if (most > 1000) most = 1000;
+  return __builtin_ldexp(1.0, up < -1000 ? -1000 : up > most ? most : up);
+}
+
+template <bool kBackward, class T, class O>
+INLINE Row measure(const Rows& rows, const T* x, const O* dy) {
+  const double n = double(rows.length);
+  Row row;
+  Sums sums;
+  auto about = [&](double per_unit) INLINE_LAMBDA {
+    row.center = {per_unit, rows.centered ? number(x) * per_unit : 0, 0};
+    sums = sums_of<kBackward>(rows, x, dy, row.center);
+    if (sizeof(T) == 8 && rows.centered) {
+      // Of 16 digits all are asked for, so that squares are summed about the mean.
+      row.center.above = sums.d / n;
+      sums = sums_of<kBackward>(rows, x, dy, row.center);
+    }
+  };
+  about(1);
+  if constexpr (sizeof(T) == 8) {
+    if (!(sums.squares > 1e-200 && sums.squares < 1e200)) about(per_unit_of(rows, x));
+  }
+  const double mean = rows.centered ? sums.d / n : 0;
+  double var = sums.squares / n - mean * mean;
+  if (var < 0) var = 0;
+  var += rows.epsilon * row.center.per_unit * row.center.per_unit;
+  row.rstd = var == 0 ? 0 : 1 / __builtin_sqrt(var);
+  row.mean_t = rows.centered ? sums.t / n : 0;
+  row.along = (sums.products - mean * sums.t) / n * row.rstd;
+  row.center.above += mean;
+  return row;
+}
+
+// Entries less the mean. In float32 the mean is two numbers, and what is left has one rounding.
+template <class C>
+struct Deviation {
+  V<C> per_unit, high, low;
+  explicit Deviation(const Center& center) {
+    double first = center.pivot, second = center.above;
+    if (sizeof(C) == 4) {
+      double mean = first + second;
+      first = float(mean);
+      second = mean - first;
+    }
+    per_unit = filled<C>(center.per_unit);
+    high = filled<C>(first);
+    low = filled<C>(second);
+  }
+  template <class T, class Place>
+  INLINE V<C> of(Place place, const T* x, int count) const {
+    return (entries_of<C>(place, x, count, per_unit) - high) - low;
+  }
+};
+
+template <class C, class T, class O>
+INLINE void write_forward(const Rows& rows, const Row& row, const T* x, O* y) {
+  auto scale = static_cast<const Compute<T>*>(rows.scale);
+  auto bias = static_cast<const Compute<T>*>(rows.bias);
+  const Deviation<C> deviation(row.center);
+  const V<C> rstd = filled<C>(row.rstd);
+  each<C>(0, rows.length, [&](auto place, int, int64_t i, int count) INLINE_LAMBDA {
+    typedef decltype(place) P;
+    V<C> v = deviation.of(place, x + i, count) * rstd;
+    if (scale) v *= P::template load<C>(scale + i, count);
+    if (bias) v += P::template load<C>(bias + i, count);
+    P::template store<C>(y + i, v, count);
+  });
+}
+
+template <class T>
+INLINE void add(int64_t length, const T* x, const T* residual, T* sum) {
+  typedef Compute<T> C;
+  each<C>(0, length, [&](auto place, int, int64_t i, int count) INLINE_LAMBDA {
+    typedef decltype(place) P;
+    V<C> a = P::template load<C>(x + i, count), b = P::template load<C>(residual + i, count);
+    P::template store<C>(sum + i, a + b, count);
+  });
+}
+
+INLINE bool fits(double rstd) { return rstd >= kLeast && rstd <= kMost; }
+
+template <class T, class O>
+void forward(const Rows& rows, int64_t begin, int64_t end) {
+  const int64_t n = rows.length;
+  for (int64_t r = begin; r < end; ++r) {
+    auto x = static_cast<const T*>(rows.x) + r * n;
+    auto y = static_cast<O*>(rows.out) + r * n;
+    if (rows.added) {
+      auto sum = static_cast<T*>(rows.sum) + r * n;
+      add(n, x, static_cast<const T*>(rows.added) + r * n, sum);
+      x = sum;  // rounded: what is normalized is what the backward pass will read
+    }
+    const Row row = measure<false>(rows, x, y);
+    if (fits(row.rstd)) {
+      write_forward<Compute<T>>(rows, row, x, y);
+    } else {
+      write_forward<double>(rows, row, x, y);
+    }
+  }
+}
+
+template <class C, class T, class O>
+INLINE void write_backward(const Rows& rows, const Row& row, const T* x, const O* dy,
+                           const T* added, T* dx, Compute<T>* dscale, Compute<T>* dbias) {
+  auto scale = static_cast<const Compute<T>*>(rows.scale);
+  const Deviation<C> deviation(row.center);
+  const V<C> rstd = filled<C>(row.rstd), mean_t = filled<C>(row.mean_t);
+  const V<C> along = filled<C>(row.along), length = filled<C>(row.rstd * row.center.per_unit);
+  each<C>(0, rows.length, [&](auto place, int, int64_t i, int count) INLINE_LAMBDA {
+    typedef decltype(place) P;
+    V<C> xhat = deviation.of(place, x + i, count) * rstd;
+    V<C> ct = P::template load<C>(dy + i, count), t = ct;
+    if (scale) t *= P::template load<C>(scale + i, count);
+    V<C> v = ((t - mean_t) - xhat * along) * length;
+    if (added) v += P::template load<C>(added + i, count);
+    P::template store<C>(dx + i, v, count);
+    V<C> share = P::template load<C>(dscale + i, count) + ct * xhat;
+    P::template store<C>(dscale + i, share, count);
+    P::template store<C>(dbias + i, P::template load<C>(dbias + i, count) + ct, count);
+  });
+}
+
+constexpr int64_t kRowsTogether = 32;  // whose gradients are added up in float32
+
+template <class T, class O>
+void backward(const Rows& rows, int64_t begin, int64_t end, double* sums, void* work) {
+  const int64_t n = rows.length;
+  auto dscale = static_cast<Compute<T>*>(work), dbias = dscale + n;
+  for (int64_t start = begin; start < end; start += kRowsTogether) {
+    for (int64_t i = 0; i < 2 * n; ++i) dscale[i] = 0;
+    int64_t stop = start + kRowsTogether < end ? start + kRowsTogether : end;
+    for (int64_t r = start; r < stop; ++r) {
+      auto x = static_cast<const T*>(rows.x) + r * n;
+      auto dy = static_cast<const O*>(rows.dy) + r * n;
+      auto dx = static_cast<T*>(rows.out) + r * n;
+      auto added = rows.added ? static_cast<const T*>(rows.added) + r * n : nullptr;
+      const Row row = measure<true>(rows, x, dy);
+      if (fits(row.rstd)) {
+        write_backward<Compute<T>>(rows, row, x, dy, added, dx, dscale, dbias);
+      } else {
+        write_backward<double>(rows, row, x, dy, added, dx, dscale, dbias);
+      }
+    }
+    for (int64_t i = 0; i < 2 * n; ++i) sums[i] += dscale[i];
+  }
+}

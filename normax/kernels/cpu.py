@@ -1,0 +1,264 @@
+"""Norms of rows, and sums of columns, on CPU by native code: every array read or written once.
+
+The code is C++, in the folder `native`, called by XLA on its own threads. A row is read into cache
+once, and summed in double precision; the backward pass writes dx and adds up the gradients of scale
+and bias as it goes, in an order that the number of threads fixes.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from normax.kernels import cpu_library
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+OF_COLUMNS = DTYPES[:3]
+
+
+def supports(
+    x: Any, *, dtype: DTypeLike | None = None, residual: bool = False, backward: bool = True
+) -> str | None:
+    """Returns why rows like those of `x` cannot be had, or None.
+
+    Args:
+      x: array, or shape and dtype, whose last axis is the row.
+      dtype: dtype of the output or, going backward, of dy; that of `x` by default, or float32.
+      residual: whether there is a residual, or its cotangent; nothing depends on it.
+      backward: whether the backward pass is wanted too; nothing depends on it.
+    """
+    del residual, backward
+    reason = cpu_library.unavailable() or unsupported_dtypes(DTYPES, x, dtype)
+    return reason or (None if x.ndim and x.shape[-1] else "there is no row")
+
+
+def supports_columns(x: Any) -> str | None:
+    """Returns why the kernels over columns cannot take `x`, or None."""
+    reason = cpu_library.unavailable() or unsupported_dtypes(OF_COLUMNS, x, None)
+    return reason or (None if len(x.shape) and x.shape[-1] else "there is no column")
+
+
+def unsupported_dtypes(names: Sequence[str], x: Any, dtype: DTypeLike | None) -> str | None:
+    """Returns why there is no kernel for the dtypes of `x` and the output, or None."""
+    given = jnp.dtype(x.dtype)
+    made = given if dtype is None else jnp.dtype(dtype)
+    for each in (given, made):
+        if each.name not in names:
+            return f"dtype {each.name} is none of {', '.join(names)}"
+    if made != given and (made != jnp.float32 or given == jnp.float64):
+        return f"dtype {made.name} out of {given.name}"
+    return None
+
+
+def forward(
+    x: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    centered: bool,
+    epsilon: float,
+    dtype: DTypeLike | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Standardizes each row of `x`, then rescales it.
+
+    Args:
+      x: array of any rank; its last axis is the row.
+      scale: of the shape of a row; None is one.
+      bias: likewise; None is zero.
+      centered: subtract the mean; False divides by the root mean square.
+      epsilon: added to the variance, inside the root.
+      dtype: of the output, that of `x` by default, or float32.
+      interpret: nothing depends on it: what runs on a CPU runs as it is.
+
+    Returns:
+      y, of the shape of `x`.
+    """
+    del interpret
+    y = like(x, dtype)
+    [y] = call("normax_forward", [y], [x, *lines(x, scale, bias)], **rule(centered, epsilon))
+    return y
+
+
+def backward(
+    x: jax.Array,
+    scale: jax.Array | None,
+    dy: jax.Array,
+    *,
+    centered: bool,
+    epsilon: float,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Differentiates `forward` backward; the statistics are measured again, in the same read.
+
+    Args:
+      x: what `forward` was given.
+      scale: likewise.
+      dy: cotangent of y.
+      centered: as in `forward`.
+      epsilon: as in `forward`.
+      interpret: as in `forward`.
+
+    Returns:
+      dx, of the shape and dtype of `x`; dscale and dbias, of the shape of a row, float32 or, of
+      float64 entries, float64.
+    """
+    del interpret
+    return _backward(x, scale, dy, None, centered, epsilon)
+
+
+def add_forward(
+    x: jax.Array,
+    residual: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    centered: bool,
+    epsilon: float,
+    dtype: DTypeLike | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns s = x + residual, rounded to the dtype of `x`, and `forward` of it, in one read."""
+    del interpret
+    given = [x, residual.astype(x.dtype), *lines(x, scale, bias)]
+    outputs = [like(x), like(x, dtype)]
+    s, y = call("normax_add_forward", outputs, given, **rule(centered, epsilon))
+    return s, y
+
+
+def add_backward(
+    s: jax.Array,
+    scale: jax.Array | None,
+    dy: jax.Array,
+    ds: jax.Array,
+    *,
+    centered: bool,
+    epsilon: float,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Differentiates `add_forward` backward, `ds` being the cotangent of the sum.
+
+    Returns:
+      dx, which is also that of the residual; dscale and dbias, as `backward` does.
+    """
+    del interpret
+    return _backward(s, scale, dy, ds, centered, epsilon)
+
+
+def _backward(x, scale, dy, ds, centered, epsilon):
+    line = jax.ShapeDtypeStruct(x.shape[-1:], parameter_dtype(x))
+    ds = nothing(x.dtype) if ds is None else ds.astype(x.dtype)
+    given = [x, *lines(x, scale), dy, ds]
+    outputs = [like(x), line, line]
+    dx, dscale, dbias = call("normax_backward", outputs, given, **rule(centered, epsilon))
+    return dx, dscale, dbias
+
+
+def column_moments_in_units(
+    x: jax.Array, *, interpret: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Measures every column over all rows, in multiples of a power of two for each.
+
+    Args:
+      x: array of any leading shape.
+      interpret: as in `forward`.
+
+    Returns:
+      unit, mean, rest and var, float32 of shape `x.shape[-1:]`: the mean is (mean + rest) * unit,
+      the variance var * unit^2. The unit is one up to deviations of 2^50, so that an epsilon of
+      1e-24 or more can be added to var: where the unit is larger, var is too.
+    """
+    del interpret
+    line = jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32)
+    if not x.size:
+        zero = jnp.zeros(line.shape, line.dtype)
+        return jnp.ones_like(zero), zero, zero, zero
+    unit, mean, rest, var = call("normax_column_moments", [line] * 4, [_of_rows(x)])
+    return unit, mean, rest, var
+
+
+def column_gradients(
+    x: jax.Array,
+    dy: jax.Array,
+    unit: jax.Array | None,
+    mean: jax.Array | None,
+    rest: jax.Array | None,
+    var: jax.Array,
+    *,
+    epsilon: float,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradients of the scale and bias of every column.
+
+    Args:
+      x: array of any leading shape.
+      dy: cotangent of the output, of the shape of `x`, of its dtype or float32.
+      unit: as `column_moments_in_units` returned it, like the next three; None is one.
+      mean: in multiples of the unit; None where none was subtracted.
+      rest: what it lacks; None is zero.
+      var: in multiples of the unit's square.
+      epsilon: added to the variance itself, whatever the unit.
+      interpret: as in `forward`.
+
+    Returns:
+      dscale, the sums of dy xhat, and dbias, those of dy: float32 of shape `x.shape[-1:]`, summed
+      over all rows in a fixed order.
+    """
+    del interpret
+    line = jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32)
+    if not x.size:
+        return jnp.zeros(line.shape, line.dtype), jnp.zeros(line.shape, line.dtype)
+    if unsupported_dtypes(OF_COLUMNS, x, dy.dtype):
+        x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
+    known = [nothing(line.dtype) if v is None else v for v in (unit, mean, rest, var)]
+    given = [_of_rows(x), _of_rows(dy), *(v.astype(jnp.float32) for v in known)]
+    dscale, dbias = call("normax_column_gradients", [line] * 2, given, epsilon=np.float64(epsilon))
+    return dscale, dbias
+
+
+def _of_rows(x):
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def call(
+    target: str, outputs: Sequence[Any], operands: Sequence[jax.Array], **attributes: Any
+) -> Sequence[jax.Array]:
+    """Calls native code; of what is mapped over all lead with the axis, and it is called once.
+
+    Raises:
+      NotImplementedError: it was not built, or this JAX cannot take it.
+    """
+    if reason := cpu_library.unavailable():
+        raise NotImplementedError(reason)
+    function = jax.ffi.ffi_call(target, outputs, vmap_method="broadcast_all")
+    return function(*operands, **attributes)
+
+
+def rule(centered: bool, epsilon: float) -> dict[str, Any]:
+    """Returns what rows are standardized by, as native code takes it."""
+    return {"centered": bool(centered), "epsilon": np.float64(epsilon)}
+
+
+def like(x: jax.Array, dtype: DTypeLike | None = None) -> jax.ShapeDtypeStruct:
+    """Returns the shape of `x`, and a dtype, by default its own."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype if dtype is None else dtype)
+
+
+def parameter_dtype(x: jax.Array) -> Any:
+    """Returns the dtype that a scale or bias is converted to."""
+    return jnp.dtype("float64" if x.dtype == jnp.float64 else "float32")
+
+
+def lines(x: jax.Array, *parameters: jax.Array | None) -> list[jax.Array]:
+    """Returns scale or bias in the dtype to compute in; one with no entries is none."""
+    dtype = parameter_dtype(x)
+    return [nothing(dtype) if v is None else v.astype(dtype) for v in parameters]
+
+
+def nothing(dtype: DTypeLike) -> jax.Array:
+    """Returns what native code reads as an operand that is not there."""
+    return jnp.zeros(0, dtype)

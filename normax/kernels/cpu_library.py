@@ -1,0 +1,62 @@
+"""The library of native kernels: loaded, and made known to XLA, if this JAX can take it."""
+
+import ctypes
+import functools
+import pathlib
+import re
+
+import jax
+
+PATH = pathlib.Path(__file__).with_name("libnormax_cpu.so")
+TARGETS = (
+    "normax_forward",
+    "normax_add_forward",
+    "normax_backward",
+    "normax_groups_forward",
+    "normax_groups_backward",
+    "normax_column_moments",
+    "normax_column_gradients",
+)
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Returns why the native kernels cannot be called, or None; then XLA knows them."""
+    return _register(PATH, _version_of_runtime())
+
+
+def _register(path, runtime):
+    """Registers what is in a library, for a runtime of a version; returns why not, or None."""
+    if not path.exists():
+        return f"the kernels for CPU were not built: there is no {path.name}"
+    try:
+        library = ctypes.CDLL(str(path))
+        major, minor = ctypes.c_int32(), ctypes.c_int32()
+        library.normax_ffi_version(ctypes.byref(major), ctypes.byref(minor))
+        built = major.value, minor.value
+        handlers = {name: jax.ffi.pycapsule(getattr(library, name)) for name in TARGETS}
+    except (OSError, AttributeError) as error:
+        return f"the kernels for CPU cannot be loaded: {error}"
+    # XLA itself would refuse newer ones where it starts, and leave JAX without a device.
+    if runtime is None or built[0] != runtime[0] or built > runtime:
+        return (
+            f"the kernels for CPU were built for version {_dotted(built)} of XLA's interface, "
+            f"and jaxlib has {_dotted(runtime)}"
+        )
+    for name, handler in handlers.items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    return None
+
+
+def _version_of_runtime():
+    """Returns the version of the interface that jaxlib has, by its own headers; None is unknown."""
+    header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h")
+    if not header.exists():
+        return None
+    text = header.read_text()
+    found = [re.search(rf"#define XLA_FFI_API_{part}\s+(\d+)", text) for part in ("MAJOR", "MINOR")]
+    return tuple(int(each[1]) for each in found if each) if all(found) else None
+
+
+def _dotted(version):
+    return "none that is known" if version is None else ".".join(map(str, version))

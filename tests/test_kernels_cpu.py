@@ -1,0 +1,413 @@
+"""Native kernels on CPU: rows, groups and columns held to long double, and what is refused."""
+
+import functools
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from cases import Case
+from test_accuracy import GRID, LIMITS, stress, units
+
+from normax import kernels as all_kernels
+from normax.kernels import cpu as kernels
+from normax.kernels import cpu_groups as groups
+from normax.kernels import cpu_library as library
+
+DTYPES = ["float32", "bfloat16", "float16"]
+RULE = {"centered": True, "epsilon": 1e-5}
+needs_library = pytest.mark.skipif(
+    not library.PATH.exists(), reason="the kernels for CPU were not built: no compiler"
+)
+
+
+def exact(v):
+    return np.asarray(v).astype(np.longdouble)
+
+
+def data(shape, dtype, mean=0.0, deviation=1.0, line=None):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=shape) * deviation + mean, dtype)
+    dy = jnp.asarray(rng.normal(size=shape), dtype)
+    line = shape[-1:] if line is None else line
+    of_line = "float64" if dtype == "float64" else "float32"
+    scale, bias = (jnp.asarray(rng.normal(size=line), of_line) for _ in range(2))
+    return x, dy, scale, bias
+
+
+def case_of(x, centered=True, epsilon=1e-5):
+    return Case("rows", None, x.shape, (x.ndim - 1,), epsilon=epsilon, centered=centered)
+
+
+@functools.cache
+def compiled(centered, epsilon, scaled):
+    """Returns a function to y, dx, dscale and dbias by the kernels, compiled once for a shape."""
+    rule = {"centered": centered, "epsilon": epsilon}
+
+    def both(x, dy, scale, bias):
+        lines = (scale, bias) if scaled else (None, None)
+        y = kernels.forward(x, *lines, **rule)
+        return y, *kernels.backward(x, lines[0], dy, **rule)
+
+    return jax.jit(both)
+
+
+def check_rows(x, dy, centered=True, epsilon=1e-5, limits=None):
+    """Holds y and dx of each row to long double, by units of its own largest."""
+    dtype = str(x.dtype)
+    line = jnp.zeros(x.shape[-1], kernels.parameter_dtype(x))
+    y, dx, *_ = compiled(centered, epsilon, False)(x, dy, line, line)
+    case = case_of(x, centered, epsilon)
+    pairs = (y, reference.forward(case, x)), (dx, reference.backward(case, x, dy))
+    for (found, right), limit in zip(pairs, limits or LIMITS[dtype], strict=True):
+        assert found.dtype == x.dtype
+        for row in range(len(x)):
+            assert units(found[row], right[row], dtype) <= limit, (row, dtype)
+
+
+@needs_library
+def test_available():
+    assert all_kernels.available() == {"cpu": None}
+
+
+@needs_library
+@pytest.mark.parametrize("n", [64, 1000, 1024, 65536])
+@pytest.mark.parametrize(("scale", "dtype"), GRID)
+def test_the_grid(scale, dtype, n):
+    x, dy, *_ = data((6, n), dtype, *scale)
+    for centered in (True, False):
+        check_rows(x, dy, centered)
+
+
+@needs_library
+@pytest.mark.parametrize("n", [64, 1000, 65537])
+def test_stress_rows(n):
+    x = jnp.asarray(np.stack(list(stress(n).values())), "float32")
+    for centered in (True, False):
+        check_rows(x, data(x.shape, "float32")[1], centered)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 1001])
+def test_rows_of_any_length(n, dtype, x64):
+    x, dy, scale, bias = data((5, 3, n), dtype, mean=2)
+    of_line = kernels.parameter_dtype(x)
+    limits = {**LIMITS, "float64": (4, 8)}[dtype]
+    for centered in (True, False):
+        y, dx, dscale, dbias = compiled(centered, 1e-5, True)(x, dy, scale, bias)
+        assert (y.dtype, dx.dtype, dscale.dtype) == (x.dtype, x.dtype, of_line)
+        case, long_dy = case_of(x, centered), exact(dy)
+        xhat = reference.forward(case, x)
+        assert units(y, xhat * exact(scale) + exact(bias), dtype) <= limits[0]
+        right = reference.backward(case, x, long_dy * exact(scale))
+        # Of a few numbers dx is a difference of nearly equal ones; of one, centred, there is none.
+        if n > 3:
+            assert units(dx, right, dtype) <= limits[1]
+        elif n == 1 and centered:
+            np.testing.assert_array_equal(dx, jnp.zeros_like(dx))
+        assert units(dscale, (long_dy * xhat).sum((0, 1)), of_line) <= 8
+        assert units(dbias, long_dy.sum((0, 1)), of_line) <= 8
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_constant_rows_are_zero_with_the_right_gradient(dtype):
+    values = [0.0, 1 / 3, 1e6, 1e7 + 1, 3e9 / 7, 1e30, -1e30, 3e38]
+    for n in (3, 7, 1000):
+        x = jnp.broadcast_to(jnp.asarray(values, dtype)[:, None], (8, n))
+        dy = data(x.shape, dtype)[1]
+        y = kernels.forward(x, **RULE)
+        np.testing.assert_array_equal(y, jnp.zeros_like(y))
+        check_rows(x, dy)
+
+
+@needs_library
+@pytest.mark.parametrize("epsilon", [0.0, 1e-12, 1e-5])
+@pytest.mark.parametrize("centered", [True, False])
+def test_entries_of_any_size(epsilon, centered):
+    rng = np.random.default_rng(3)
+    normal = rng.normal(size=1000)
+    sizes = (1e-30, 1e-20, 1e-6, 1e12, 1e20, 3e38)
+    rows = [normal / np.abs(normal).max() * size for size in sizes]
+    rows += [normal * 1e24 + 1e30, np.where(normal > 2, 1e30, normal)]
+    x = jnp.asarray(np.stack(rows), "float32")
+    check_rows(x, data(x.shape, "float32")[1], centered, epsilon)
+
+
+@needs_library
+@pytest.mark.parametrize("size", [1e-250, 1e-3, 1e250, 1e307])
+def test_float64_of_any_size(size, x64):
+    x, dy, *_ = data((4, 777), "float64", deviation=size)
+    x = x.at[1].add(3 * size).at[2].set(size).at[3, 5].mul(1e6 if size < 1 else 1)
+    for centered in (True, False):
+        check_rows(x, dy, centered, 0.0 if not centered else 1e-12, limits=(8, 16))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_is_widened_and_rounded_as_by_jax(dtype):
+    """By scale and bias alone: xhat of equal entries is zero, so y is the bias, rounded."""
+    rng = np.random.default_rng(4)
+    bits = rng.integers(0, 2**32, 8192, dtype=np.uint32)
+    values = np.concatenate(
+        [bits.view(np.float32), np.float32([0, -0.0, 65519, 65520, 6e-8, 3e-8])]
+    )
+    values = values[np.abs(values) >= np.finfo(np.float32).tiny]
+    x = jnp.zeros((1, len(values)), dtype)
+    y = kernels.forward(x, None, jnp.asarray(values), **RULE)
+    np.testing.assert_array_equal(y[0], jnp.asarray(values).astype(dtype))
+    # Each half number there is, as a residual of zero, comes back.
+    if dtype != "float32":
+        every = jax.lax.bitcast_convert_type(jnp.arange(2**16, dtype=jnp.uint16), dtype)[None]
+        total, _ = kernels.add_forward(every, jnp.zeros_like(every) * 0, **RULE)
+        total, every = (np.asarray(v.astype("float32")) for v in (total, every))
+        # What XLA calls may read subnormal float32 as zero, as XLA does.
+        normal = ~(np.abs(every) < np.finfo(np.float32).tiny)
+        np.testing.assert_array_equal(total[normal], every[normal])
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_float32_out_of_half_precision(dtype):
+    x, dy, scale, bias = data((9, 130), dtype)
+    y = kernels.forward(x, scale, bias, dtype="float32", **RULE)
+    dy = dy.astype("float32")
+    dx, dscale, _ = kernels.backward(x, scale, dy, **RULE)
+    assert (y.dtype, dx.dtype) == ("float32", dtype)
+    xhat = reference.forward(case_of(x), x)
+    assert units(y, xhat * exact(scale) + exact(bias), "float32") <= 4
+    assert units(dx, reference.backward(case_of(x), x, exact(dy) * exact(scale)), dtype) <= 1
+    assert units(dscale, (exact(dy) * xhat).sum(0), "float32") <= 8
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
+def test_a_residual(dtype, x64):
+    x, dy, scale, bias = data((6, 45), dtype)
+    residual, ds = 3 * dy[::-1], dy[:, ::-1]
+    total, y = kernels.add_forward(x, residual, scale, bias, **RULE)
+    np.testing.assert_array_equal(total, x + residual)
+    np.testing.assert_array_equal(y, kernels.forward(total, scale, bias, **RULE))
+    dx, *sums = kernels.add_backward(total, scale, dy, ds, **RULE)
+    alone, *others = kernels.backward(total, scale, dy, **RULE)
+    for a, b in zip(sums, others, strict=True):
+        np.testing.assert_array_equal(a, b)
+    right = reference.backward(case_of(x), total, exact(dy) * exact(scale)) + exact(ds)
+    assert units(dx, right, dtype) <= 2
+    assert not np.array_equal(dx, alone)
+
+
+@needs_library
+def test_many_rows_give_the_same_bits_each_time():
+    x, dy, scale, bias = data((4097, 65), "float32", mean=1)
+    again = [compiled(True, 1e-5, True)(x, dy, scale, bias) for _ in range(8)]
+    for one in again[1:]:
+        for a, b in zip(one, again[0], strict=True):
+            np.testing.assert_array_equal(a, b)
+    xhat = reference.forward(case_of(x), x)
+    assert units(again[0][2], (exact(dy) * xhat).sum(0), "float32") <= 4
+    assert units(again[0][3], exact(dy).sum(0), "float32") <= 4
+
+
+@needs_library
+def test_no_rows_and_one():
+    x, dy, scale, bias = data((0, 3, 64), "float32")
+    y, dx, dscale, dbias = compiled(True, 1e-5, True)(x, dy, scale, bias)
+    assert y.shape == dx.shape == x.shape
+    np.testing.assert_array_equal((dscale, dbias), np.zeros((2, 64)))
+    check_rows(*data((1, 64), "float32")[:2])
+    x, dy, scale, _ = data((64,), "float32")
+    dx = kernels.backward(x, scale, dy, **RULE)[0]
+    right = reference.backward(case_of(x), x, exact(dy) * exact(scale))
+    assert units(dx, right, "float32") <= 8
+
+
+@needs_library
+@pytest.mark.parametrize("axes", [(0, None, 0), (0, 0, 0), (None, 0, 0), (1, None, 1)])
+def test_mapped_it_is_the_same_as_one_by_one(axes):
+    x, dy, scale, _ = data((4, 4, 36), "float32", line=(4, 36))
+    given = [v[0] if axis is None else v for v, axis in zip((x, scale, dy), axes, strict=True)]
+    function = lambda x, scale, dy: (
+        kernels.forward(x, scale, None, **RULE),
+        *kernels.backward(x, scale, dy, **RULE),
+    )
+    mapped = jax.vmap(function, axes)(*given)
+    for i in range(4):
+        one = [
+            v if axis is None else jnp.take(v, i, axis) for v, axis in zip(given, axes, strict=True)
+        ]
+        for a, b in zip(mapped, function(*one), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-6)
+
+
+def group_case(x, centered=True):
+    return Case("groups", None, x.shape, (1, 3), epsilon=1e-5, centered=centered)
+
+
+SHAPES = [(3, 20, 4, 8), (2, 7, 3, 5), (5, 1, 6, 9), (2, 33, 11, 1), (1, 4100, 2, 24), (3, 5, 1, 3)]
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_groups(shape, dtype):
+    x, dy, scale, bias = data(shape, dtype, mean=3, line=shape[2:])
+    for centered in (True, False):
+        rule = {"centered": centered, "epsilon": 1e-5}
+        y = groups.forward_groups(x, scale, bias, **rule)
+        dx, dscale, dbias = groups.backward_groups(x, scale, bias, dy, **rule)
+        case, long_dy = group_case(x, centered), exact(dy)
+        xhat = reference.forward(case, x)
+        limits = LIMITS[dtype]
+        assert y.dtype == dx.dtype == x.dtype
+        assert units(y, xhat * exact(scale) + exact(bias), dtype) <= limits[0]
+        right = reference.backward(case, x, long_dy * exact(scale))
+        assert units(dx, right, dtype) <= limits[1]
+        assert units(dscale, (long_dy * xhat).sum((0, 1)), "float32") <= 8
+        assert units(dbias, long_dy.sum((0, 1)), "float32") <= 8
+
+
+@needs_library
+@pytest.mark.parametrize(("scale", "dtype"), GRID)
+def test_groups_of_the_grid(scale, dtype):
+    x, dy, *_ = data((2, 500, 2, 4), dtype, *scale)
+    y = groups.forward_groups(x, **RULE)
+    dx, *_ = groups.backward_groups(x, None, None, dy, **RULE)
+    assert units(y, reference.forward(group_case(x), x), dtype) <= LIMITS[dtype][0]
+    assert units(dx, reference.backward(group_case(x), x, dy), dtype) <= LIMITS[dtype][1]
+
+
+@needs_library
+@pytest.mark.parametrize("value", [0.0, 1 / 3, 1e7 + 1, 1e30, 3e38])
+def test_constant_groups_and_wild_ones(value):
+    x, *_ = data((2, 40, 3, 4), "float32")
+    x = x.at[:, :, 0].set(value).at[0, :, 1].mul(1e-30).at[1, :, 1].mul(1e30)
+    y = groups.forward_groups(x, centered=True, epsilon=0.0)
+    np.testing.assert_array_equal(y[:, :, 0], 0)
+    right = reference.forward(group_case(x[:, :, 1:])._replace(epsilon=0.0), x[:, :, 1:])
+    assert units(y[:, :, 1:], right, "float32") <= 4
+
+
+@needs_library
+def test_no_examples():
+    x, dy, scale, bias = data((0, 5, 2, 3), "float32", line=(2, 3))
+    assert groups.forward_groups(x, scale, bias, **RULE).shape == x.shape
+    dx, dscale, dbias = groups.backward_groups(x, scale, bias, dy, **RULE)
+    assert dx.shape == x.shape
+    np.testing.assert_array_equal((dscale, dbias), np.zeros((2, 2, 3)))
+
+
+@needs_library
+@pytest.mark.parametrize("n", [2, 64, 1000, 65537])
+@pytest.mark.parametrize(("scale", "dtype"), GRID)
+def test_columns(scale, dtype, n):
+    x, dy, *_ = data((n, 11), dtype, *scale)
+    unit, mean, rest, var = kernels.column_moments_in_units(x)
+    np.testing.assert_array_equal(unit, 1)
+    right = exact(x)
+    off = exact(mean) + exact(rest) - right.mean(0)
+    assert np.all(np.abs(off) <= 1e-12 * np.abs(right).max(0))
+    np.testing.assert_allclose(exact(var), right.var(0), rtol=2e-7, atol=0)
+    dscale, dbias = kernels.column_gradients(x, dy, unit, mean, rest, var, epsilon=1e-5)
+    xhat = reference.forward(Case("", None, x.shape, (0,), epsilon=1e-5), x)
+    size = np.abs(exact(dy) * xhat).sum(0)
+    assert np.all(np.abs(exact(dscale) - (exact(dy) * xhat).sum(0)) <= 2e-7 * size)
+    assert units(dbias, exact(dy).sum(0), "float32") <= 1
+
+
+@needs_library
+def test_columns_that_need_units():
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(300, 6)) * np.array([1, 1e30, 1e37, 1e-30, 1, 1e20])
+    x[:, 0], x[:, 4] = 1e30, 1e6
+    x[0, 4] = np.nextafter(np.float32(1e6), np.float32(2e6))
+    x = jnp.asarray(x, "float32")
+    unit, mean, rest, var = (exact(v) for v in kernels.column_moments_in_units(x))
+    np.testing.assert_array_equal(unit[[0, 3, 4]], 1)
+    assert np.all(np.log2(unit.astype(float)) % 1 == 0)
+    off = np.abs((mean + rest) * unit - exact(x).mean(0))
+    # The rest of a mean of 1e-31 is subnormal.
+    assert np.all(off <= np.where(unit * mean < 1e-30, 1e-7, 1e-12) * np.abs(exact(x)).max(0))
+    wide = np.delete(var * unit * unit, 3)
+    np.testing.assert_allclose(wide, np.delete(exact(x).var(0), 3), rtol=2e-7)
+    assert var[0] == 0
+
+
+@needs_library
+def test_columns_mapped():
+    x, dy, *_ = data((3, 50, 9), "float32", mean=2)
+    function = lambda x, dy: (
+        kernels.column_gradients(
+            x, dy, *(moments := kernels.column_moments_in_units(x)), epsilon=1e-5
+        )
+        + moments
+    )
+    mapped = jax.vmap(function)(x, dy)
+    for i in range(3):
+        for a, b in zip(mapped, function(x[i], dy[i]), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-6)
+
+
+@needs_library
+def test_supports_says_why_not():
+    def why(shape, x_dtype, **how):
+        return kernels.supports(jax.ShapeDtypeStruct(shape, x_dtype), **how)
+
+    for dtype in (*DTYPES, "float64"):
+        assert why((4, 65), dtype) is why((0, 1), dtype, residual=True) is None
+    assert "int32" in why((4, 64), "int32")
+    assert "float16 out of float32" in why((4, 64), "float32", dtype="float16")
+    assert why((4, 64), "bfloat16", dtype="float32") is None
+    assert why((4, 0), "float32") == why((), "float32") == "there is no row"
+    four = jax.ShapeDtypeStruct((2, 3, 4, 5), jnp.float64)
+    assert "float64" in groups.supports_groups(four)
+    assert "float64" in kernels.supports_columns(four)
+    four = jax.ShapeDtypeStruct((2, 3, 4, 5), jnp.float32)
+    assert "activation" in groups.supports_groups(four, activation=jax.nn.relu)
+    assert "no group" in groups.supports_groups(jax.ShapeDtypeStruct((2, 0, 4, 5), jnp.float32))
+
+
+def test_a_library_that_is_not_there_or_too_new_is_refused(tmp_path):
+    runtime = library._version_of_runtime()
+    assert runtime is not None
+    assert "not built" in library._register(tmp_path / "none.so", runtime)
+    broken = tmp_path / "broken.so"
+    broken.write_text("no library")
+    assert "cannot be loaded" in library._register(broken, runtime)
+
+
+@needs_library
+@pytest.mark.parametrize("runtime", [None, (0, 0), (1, 9)])
+def test_a_runtime_of_another_version_is_refused(runtime):
+    assert "XLA's interface" in library._register(library.PATH, runtime)
+
+
+@needs_library
+def test_without_the_library_there_are_devices_and_a_reason(tmp_path):
+    code = f"""
+import pathlib
+from normax.kernels import cpu_library
+cpu_library.PATH = pathlib.Path({str(tmp_path / "none.so")!r})
+import jax, jax.numpy as jnp, normax
+assert jax.devices() and normax.layer_norm(jnp.ones((2, 3))).shape == (2, 3)
+try:
+    normax.layer_norm(jnp.ones((2, 3)), implementation="cpu")
+except ValueError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "were not built" in said.stdout
+
+
+@needs_library
+@pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("ldd"), reason="asks the loader of Linux"
+)
+def test_the_library_needs_no_python():
+    said = subprocess.run(["ldd", str(library.PATH)], capture_output=True, text=True, check=True)
+    assert "python" not in said.stdout
