@@ -2,12 +2,29 @@
 
 import ctypes
 import functools
+import importlib.metadata
 import pathlib
 import re
 
 import jax
 
-PATH = pathlib.Path(__file__).with_name("libnormax_cpu.so")
+NAME = "libnormax_cpu.so"
+
+
+def _find():
+    """Returns where the library is: beside this file, or with what was installed from here."""
+    beside = pathlib.Path(__file__).with_name(NAME)
+    if beside.exists():
+        return beside
+    # An editable install, or tests run in the folder that was installed from.
+    try:
+        installed = importlib.metadata.distribution("normax")
+    except importlib.metadata.PackageNotFoundError:
+        return beside
+    return pathlib.Path(str(installed.locate_file(f"normax/kernels/{NAME}")))
+
+
+PATH = _find()
 TARGETS = (
     "normax_forward",
     "normax_add_forward",
