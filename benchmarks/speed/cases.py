@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-PARTS = ("rows", "backward", "fused", "batch", "group", "models", "latency", "compile")
+PARTS = ("both", "rows", "backward", "fused", "batch", "group", "models", "latency", "compile")
 MODES = ("forward", "backward", "both")
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
 
@@ -102,6 +102,7 @@ class Case:
 
 # Each way through the code once, as small as can be.
 QUICK = {
+    "both": [Case("batch", "", "both", (4, 6, 6, 8))],
     "rows": [Case("layer", "", "forward", (64, 32))],
     "backward": [
         Case("rms", "", "backward", (64, 32)),
@@ -126,8 +127,8 @@ def _shapes(size: str) -> dict[str, list[tuple[int, ...]]]:
             "few": _rows(2**22, [1024]),
             "heads": _rows(2**22, [64]),
             "fused": _rows(2**22, [1024]),
-            "batch": [(32, 56, 56, 64), (256, 14, 14, 64), (4096, 1, 1, 1024)],
-            "group": [(4, 64, 64, 256), (16, 32, 32, 320)],
+            "batch": [(32, 56, 56, 64), (256, 14, 14, 64), (4096, 1, 1, 1024), (64, 14, 14, 256)],
+            "group": [(4, 64, 64, 256), (16, 32, 32, 320), (8, 32, 32, 512), (32, 16, 16, 320)],
             "latency": [(1, 4096), (16, 4096)],
         }
     return {
@@ -176,14 +177,20 @@ def cases(part: str, size: str) -> list[Case]:
         ]
 
     both = ["layer", "rms"]
+    if part == "both":
+        return [
+            case
+            for dtype in (usual, other)
+            for where, norms in (("rows", both), ("batch", ["batch"]), ("group", ["group"]))
+            for case in over(where, norms, [""], ["both"], dtype)
+        ]
     if part == "rows":
         return over("rows", both, [""], ["forward"], usual) + over(
             "few", both, [""], ["forward"], other
         )
     if part == "backward":
         most = over("rows", both, [""], ["backward"], usual)
-        few = over("few", both, [""], ["both"], usual)
-        return most + few + over("few", both, [""], ["backward"], other)
+        return most + over("few", both, [""], ["backward"], other)
     if part == "fused":
         modes = ["forward", "backward"]
         sums = over("fused", both, ["add"], modes, usual)

@@ -18,6 +18,7 @@ import normax.linen
 from benchmarks.speed import measure, timing
 from benchmarks.speed.contestant import Contestant, scratch
 from benchmarks.speed.peers import KERNELS
+from normax import kernels
 
 Check = Callable[[], None]
 
@@ -140,6 +141,8 @@ def norm_modules() -> dict[str, Any]:
     """Returns what has LayerNorm, RMSNorm and BatchNorm, by contestant."""
     found: dict[str, Any] = {"normax": normax.linen, "flax linen": nn, "no norms": NOTHING}
     for name in ("xla", *KERNELS.get(jax.default_backend(), [])):
+        if kernels.available().get(name):  # says why not
+            continue
         options = {"implementation": name}
         kinds = {
             kind: getattr(normax.linen, kind) for kind in ("LayerNorm", "RMSNorm", "BatchNorm")

@@ -18,7 +18,7 @@ from benchmarks.speed.cases import ACTIVATIONS, Case
 
 Norm = Callable[[jax.Array, jax.Array, jax.Array], Any]
 # The implementations that may be asked for by name on a platform; "xla" may be anywhere.
-KERNELS = {"gpu": ["mosaic_gpu"], "tpu": ["mosaic_tpu"]}
+KERNELS = {"cpu": ["cpu"], "gpu": ["mosaic_gpu"], "tpu": ["mosaic_tpu"]}
 
 
 class Fused(NamedTuple):
