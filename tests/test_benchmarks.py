@@ -18,6 +18,7 @@ from benchmarks.speed import __main__ as command
 from benchmarks.speed import cases, ceilings, contestant, exact, measure, peers, report, timing
 from benchmarks.speed.cases import Case
 from benchmarks.speed.contestant import Contestant
+from normax import kernels
 
 ROOT = pathlib.Path(normax.__file__).parents[1]
 OPERATIONS = [case for part in cases.QUICK for case in cases.cases(part, "quick")]
@@ -196,7 +197,8 @@ def test_kernels_take_part_by_name_where_they_can_be_asked_for(monkeypatch):
     layer, batch = (
         cases.Case(norm, "", "forward", (64, 32), "float32") for norm in ("layer", "batch")
     )
-    assert peers.implementations(layer) == peers.implementations(batch) == ["xla"]
+    here = ["xla"] + ["cpu"] * (kernels.available()["cpu"] is None)
+    assert peers.implementations(layer) == peers.implementations(batch) == here
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert peers.implementations(layer) == ["xla", "mosaic_gpu"]
     assert peers.implementations(batch) == ["xla"]
