@@ -203,10 +203,13 @@ def _measure_columns(plan, x):
     kernel = functools.partial(module.column_moments_in_units, interpret=interpret)
     together = functools.partial(_columns_of_devices, plan.reduction)
     found = sharded(kernel, "... d -> d, d, d, d", together=together)(x)
-    kept = [v.reshape((1,) * (x.ndim - 1) + v.shape) for v in found]
+    unit, *kept = (v.reshape((1,) * (x.ndim - 1) + v.shape) for v in found)
     if not units.needed(x.dtype):
-        kept[0] = None  # as in the form: squares of float16 are in the range of float32
-    return me.as_precise(plan.reduction, me.Measured(None, *equal_in_no_unit(*kept)), x.dtype)
+        # As in the form: squares of float16 are in the range of float32. Devices chose one.
+        mean, rest, var = kept
+        unit, kept = None, [mean * unit, rest * unit, var * unit * unit]
+    measured = me.Measured(None, *equal_in_no_unit(unit, *kept))
+    return me.as_precise(plan.reduction, measured, x.dtype)
 
 
 def _columns_of_devices(reduction, axes, moments):

@@ -9,6 +9,7 @@ import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -37,23 +38,30 @@ def total_in_parts(x, axes):
 
     Long runs are summed part by part: on CPU that costs nothing where the parts are equal.
     """
-    for run in _runs(axes):
-        size = math.prod(x.shape[axis] for axis in run)
-        if not isinstance(size, int) or size < LONG:
-            x = jnp.sum(x, run, keepdims=True)
-            continue
-        before, after = x.shape[: run[0]], x.shape[run[-1] + 1 :]
-        x = x.reshape(*before, size, *after)
-        parts = next((parts for parts in range(PART, MANY, -1) if size % parts == 0), None)
-        equal = size - size % (parts or PART)
-        found = lax.slice_in_dim(x, 0, equal, axis=run[0])
-        found = found.reshape(*before, parts or PART, -1, *after)
-        # Divided, so that XLA does not join the two sums.
-        found = jnp.sum(jnp.sum(found, run[0] + 1) / equal, run[0]) * equal
-        if equal < size:
-            found = found + jnp.sum(lax.slice_in_dim(x, equal, size, axis=run[0]), run[0])
-        x = found.reshape(*before, *(1 for _ in run), *after)
-    return x
+    return functools.reduce(_total_in_parts, _runs(axes), x)
+
+
+def _total_in_parts(x, run):
+    size = math.prod(x.shape[axis] for axis in run)
+    spec = jax.typeof(x).sharding.spec
+    cut = any(spec[axis] is not None for axis in run)  # among devices, whose parts are shorter
+    if cut or not isinstance(size, int) or size < LONG:
+        return jnp.sum(x, run, keepdims=True)
+    axis, *others = run
+    # Divided, so that XLA does not join the two sums.
+    if others:
+        each = math.prod(x.shape[other] for other in others)
+        return _total_in_parts(_total_in_parts(x, others) / each, [axis]) * each
+    parts = (part for part in range(MANY + 1, PART + 1) if size % part == 0)
+    # The odder a part, the more devices can share their number.
+    part = min(parts, key=lambda part: (part & -part, -part), default=PART)
+    equal = size - size % part
+    found = lax.slice_in_dim(x, 0, equal, axis=axis)
+    found = found.reshape(*x.shape[:axis], equal // part, part, *x.shape[axis + 1 :])
+    found = jnp.sum(jnp.sum(found, axis + 1) / equal, axis, keepdims=True) * equal
+    if equal < size:
+        found += jnp.sum(lax.slice_in_dim(x, equal, size, axis=axis), axis, keepdims=True)
+    return found
 
 
 def total_in_one_read(x, axes):

@@ -17,7 +17,7 @@ from test_implementations import NATIVE
 import normax
 import normax.linen
 import normax.nnx
-from normax import implementations
+from normax import implementations, kernels
 
 BY = "mosaic_tpu"
 SHAPE = (4, 6, 16)
@@ -26,8 +26,8 @@ SHAPE = (4, 6, 16)
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
     """Has the kernels run here, by Pallas' interpreter."""
-    kernels = implementations.NAMED[BY]._replace(platform="cpu", interpret=True)
-    monkeypatch.setitem(implementations.NAMED, BY, kernels)
+    interpreted = implementations.NAMED[BY]._replace(platform="cpu", interpret=True)
+    monkeypatch.setitem(implementations.NAMED, BY, interpreted)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -118,6 +118,18 @@ def test_mapped(by):
     ours, theirs = (jax.jit(f)(args[0], ct) for f in apart)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(kernels.available()["cpu"] is not None, reason="the library was not built")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_devices_pool_half_precision(dtype):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    x = (1000 + 30 * jax.random.normal(jax.random.key(0), (64, 4))).astype(dtype)
+    apart = jax.device_put(x, NamedSharding(mesh, P("data")))
+    f = jax.jit(functools.partial(normax.normalize_batch, implementation="cpu"))
+    for ours, theirs in zip(f(apart)[:2], normax.normalize_batch(x)[:2], strict=True):
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a.astype("float32"), b.astype("float32"), rtol=1e-2)
 
 
 @pytest.mark.parametrize("spec", [P("data"), P(None, None, "data")], ids=["batch", "features"])

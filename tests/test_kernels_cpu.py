@@ -13,6 +13,7 @@ import reference
 from cases import Case
 from test_accuracy import GRID, LIMITS, stress, units
 
+import normax
 from normax import kernels as all_kernels
 from normax.kernels import cpu as kernels
 from normax.kernels import cpu_groups as groups
@@ -294,6 +295,16 @@ def test_constant_groups_and_wild_ones(value):
 
 
 @needs_library
+@pytest.mark.parametrize(("size", "scale"), [(1e-20, 1e20), (1e20, 1e-22)])
+def test_groups_of_a_scale_far_from_one(size, scale):
+    x, _, line, _ = data((2, 40, 3, 4), "float32", line=(3, 4))
+    x, line = x * jnp.float32(size), line * jnp.float32(scale)
+    y = groups.forward_groups(x, line, centered=True, epsilon=0.0)
+    right = reference.forward(group_case(x)._replace(epsilon=0.0), x) * exact(line)
+    assert units(y, right, "float32") <= 4
+
+
+@needs_library
 def test_no_examples():
     x, dy, scale, bias = data((0, 5, 2, 3), "float32", line=(2, 3))
     assert groups.forward_groups(x, scale, bias, **RULE).shape == x.shape
@@ -370,6 +381,30 @@ def test_supports_says_why_not():
     four = jax.ShapeDtypeStruct((2, 3, 4, 5), jnp.float32)
     assert "activation" in groups.supports_groups(four, activation=jax.nn.relu)
     assert "no group" in groups.supports_groups(jax.ShapeDtypeStruct((2, 0, 4, 5), jnp.float32))
+
+
+def test_what_an_older_build_left_hides_no_library(tmp_path, monkeypatch):
+    places = [tmp_path / name for name in ("left", "installed")]
+    for place in places:
+        (place / "normax.egg-info").mkdir(parents=True)
+        (place / "normax.egg-info" / "PKG-INFO").write_text("Name: normax\nVersion: 0\n")
+    built = places[1] / "normax" / "kernels" / library.NAME
+    built.parent.mkdir(parents=True)
+    built.touch()
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "cpu_library.py"))
+    monkeypatch.setattr(sys, "path", [*map(str, places), *sys.path])
+    assert library._find() == built
+
+
+@needs_library
+def test_a_program_that_names_them_can_be_stored():
+    step = jax.jit(functools.partial(normax.layer_norm, implementation="cpu"))
+    x = jnp.arange(12.0).reshape(3, 4) ** 2
+    with pytest.raises(ValueError, match="normax_forward"):
+        jax.export.export(step)(x)
+    named = [jax.export.DisabledSafetyCheck.custom_call("normax_forward")]
+    stored = jax.export.export(step, disabled_checks=named)(x).serialize()
+    np.testing.assert_array_equal(jax.export.deserialize(stored).call(x), step(x))
 
 
 def test_a_library_that_is_not_there_or_too_new_is_refused(tmp_path):

@@ -21,6 +21,7 @@ from waves import (
     plain,
 )
 
+import normax
 from normax.kernels.sharding import sharded
 
 
@@ -160,3 +161,15 @@ def test_without_a_rule_it_is_gathered(arrays):
 def test_a_rule_that_does_not_fit_is_refused(arrays, rule, message):
     with pytest.raises(ValueError, match=message):
         sharded(forward_kernel, rule)(*arrays)
+
+
+@pytest.mark.parametrize("shape", [(255 * 254, 4), (2**16, 4), (8, 2**13, 4)], ids=str)
+def test_long_sums_of_a_sharded_batch(shape):
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    x = jax.random.normal(jax.random.key(0), shape)
+    loss = lambda scale, x: (normax.layer_norm(x, scale) ** 3).sum()
+    wanted = jax.grad(loss)(jnp.ones(4), x)
+    with jax.set_mesh(mesh):
+        for spec in (P("a"), P(*[None] * (len(shape) - 2), "a")):
+            found = jax.jit(jax.grad(loss))(jnp.ones(4), jax.device_put(x, spec))
+            np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-1)

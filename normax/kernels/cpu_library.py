@@ -16,12 +16,13 @@ def _find():
     beside = pathlib.Path(__file__).with_name(NAME)
     if beside.exists():
         return beside
-    # An editable install, or tests run in the folder that was installed from.
-    try:
-        installed = importlib.metadata.distribution("normax")
-    except importlib.metadata.PackageNotFoundError:
-        return beside
-    return pathlib.Path(str(installed.locate_file(f"normax/kernels/{NAME}")))
+    # An editable install, or tests run in the folder that was installed from, which may hold
+    # what an older build left of another.
+    for installed in importlib.metadata.distributions(name="normax"):
+        path = pathlib.Path(str(installed.locate_file(f"normax/kernels/{NAME}")))
+        if path.exists():
+            return path.resolve()
+    return beside
 
 
 PATH = _find()

@@ -150,6 +150,7 @@ INLINE bool measure_groups(const Groups& groups, int64_t begin, int64_t end, dou
         sums[c] = (sums[3 * width + c] - mean * sums[2 * width + c]) * rstd;
       } else {
         lines.gain[c] = scale * rstd;
+        in_range = in_range && (scale == 0 || fits(__builtin_fabs(lines.gain[c])));
         lines.shift[c] = groups.bias ? groups.bias[begin + c] : 0;
       }
     }

@@ -25,8 +25,8 @@ constexpr int64_t kGroupLines = 12, kMargin = 8;  // what kernels.h asks for
 
 const Kernels& kernels() {
 #ifdef NORMAX_AVX2
-  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                          __builtin_cpu_supports("f16c");
+  // What has AVX2 has F16C, which older compilers cannot ask for.
+  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (has) return avx2::kernels;
 #endif
   return baseline::kernels;
