@@ -105,7 +105,7 @@ MUTATIONS = [
     Mutation("rows: what rounding leaves of equal entries", "rows.py", "nothing = 4 * jnp.finfo(d.dtype).eps ** 2", "nothing = 0.0", "test_forms.py -k cuda and constant"),
     Mutation("rows: no unit", "rows.py", "return jnp.maximum(power * (1 / largest), 1)", "return jnp.ones_like(power)", "test_range.py -k cuda"),
     Mutation("rows: equal entries in a unit", "rows.py", "jnp.where(equal, 1, 1 / unit)", "1 / unit", "test_forms.py -k cuda and constant"),
-    Mutation("parts: all in one", "sums.py", "jnp.sum(jnp.sum(found, axis + 1) / equal, axis, keepdims=True) * equal", "jnp.sum(found, (axis, axis + 1))[None]", "test_accuracy.py -k stress and cauchy-65537"),
+    Mutation("parts: none", "gradient.py", "functools.partial(_whole, plan, shape, sums.total_in_parts)", "functools.partial(_whole, plan, shape, sums.total)", "test_accuracy.py -k stress and cauchy-65537"),
     Mutation("parts: of what is cut among devices", "sums.py", "if cut or not", "if not", "test_sharding.py -k long_sums"),
     Mutation("parts: the last one forgotten", "sums.py", "if equal < size:", "if False:", "test_forms.py -k sums_in_parts and cuda"),
     Mutation("one read: the mean of the samples' deviations forgotten", "sums.py", "var = squares / n - rest * rest", "var = squares / n", "test_forms.py -k cuda and stored"),
