@@ -19,9 +19,8 @@ import normax.nnx
 from normax import implementations
 from normax.kernels import available
 
-NATIVE = pytest.param(
-    "cpu", marks=pytest.mark.skipif(available()["cpu"] is not None, reason=str(available()["cpu"]))
-)
+needs_library = pytest.mark.skipif(available()["cpu"] is not None, reason=str(available()["cpu"]))
+NATIVE = pytest.param("cpu", marks=needs_library)
 NAMES = ["xla", "mosaic_gpu", "mosaic_tpu", NATIVE]
 NORMS = {"layer": normax.layer_norm, "rms": normax.rms_norm}
 SHAPE = (3, 8, 128)

@@ -12,12 +12,12 @@ from cases import Case
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_implementations import NATIVE
+from test_implementations import NATIVE, needs_library
 
 import normax
 import normax.linen
 import normax.nnx
-from normax import implementations, kernels
+from normax import implementations
 
 BY = "mosaic_tpu"
 SHAPE = (4, 6, 16)
@@ -120,7 +120,7 @@ def test_mapped(by):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(kernels.available()["cpu"] is not None, reason="the library was not built")
+@needs_library
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_devices_pool_half_precision(dtype):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
