@@ -82,9 +82,14 @@ def rounded(cotangents, dtypes):
 
 def _by_sums(plan, shape, known, dy):
     """Returns the cotangents of x, scale and bias, the sums by a kernel over columns."""
+    x, scale, _, measured = known
     through = _factors(plan, known, dy)[1] if plan.activation is not None else dy
-    found = implementations.column_sums(plan, known[0], through, known[-1])
-    return _whole(plan, shape, sums.total, known, dy, found=found)
+    found = implementations.column_sums(plan, x, through, measured)
+    whole = functools.partial(_whole, plan, shape, sums.total, known, dy, found=found)
+    dx = implementations.column_cotangent(
+        plan, lambda: whole()[0], x, scale, through, measured, found
+    )
+    return dx, *([None, None] if shape is None else found)
 
 
 def _columns(plan, shape, known, dy):

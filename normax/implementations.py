@@ -23,20 +23,31 @@ PARAMETERS = "scale", "bias"
 
 
 class Kernels(NamedTuple):
-    """Where the kernels of an implementation are, of rows and of groups, and what for."""
+    """Where the kernels of an implementation are, and what for."""
 
     rows: str
     groups: str | None
+    columns: str | None
     platform: str
-    columns: bool = False  # whether it has some for all but the last axis
+    writes_columns: bool = False  # or measures them only
     symbols: bool = False  # whether sizes may be symbols of a program to export
     interpret: bool = False
 
 
 NAMED = {
-    "cpu": Kernels("normax.kernels.cpu", "normax.kernels.cpu_groups", "cpu", columns=True),
-    "mosaic_gpu": Kernels("normax.kernels.mosaic_gpu", "normax.kernels.mosaic_gpu_groups", "cuda"),
-    "mosaic_tpu": Kernels("normax.kernels.mosaic_tpu", None, "tpu", columns=True, symbols=True),
+    "cpu": Kernels(
+        "normax.kernels.cpu",
+        "normax.kernels.cpu_groups",
+        "normax.kernels.cpu_columns",
+        "cpu",
+        writes_columns=True,
+    ),
+    "mosaic_gpu": Kernels(
+        "normax.kernels.mosaic_gpu", "normax.kernels.mosaic_gpu_groups", None, "cuda"
+    ),
+    "mosaic_tpu": Kernels(
+        "normax.kernels.mosaic_tpu", None, "normax.kernels.mosaic_tpu", "tpu", symbols=True
+    ),
 }
 CHOICES = (None, XLA, *NAMED)
 LEAST_EPSILON = 1e-24  # over columns: they are measured in units above one alone
@@ -153,7 +164,11 @@ def forward(plan, form, on_gpu, x, scale, bias, mask, measured):
     if plan.implementation in (None, XLA):
         return by_platform(form, cuda=on_gpu, rocm=on_gpu)(x, scale, bias, mask, measured)
     if plan.layout == COLUMNS:
-        return form(x, scale, bias, mask, measured)
+        if not _writes_columns(plan, x, plan.dtype):
+            return form(x, scale, bias, mask, measured)
+        return _named(plan, form, functools.partial(_forward_columns, plan))(
+            x, scale, bias, mask, measured
+        )
     return _named(plan, form, functools.partial(_forward, plan))(x, scale, bias, mask, measured)
 
 
@@ -178,8 +193,8 @@ def add_backward(plan, shape, whole, known, dtotal, dy):
 
 def _module(plan):
     kernels = NAMED[plan.implementation]
-    of_groups = plan.layout not in (ROWS, COLUMNS)
-    return importlib.import_module(str(kernels.groups) if of_groups else kernels.rows)
+    where = kernels.rows if plan.layout == ROWS else kernels.groups
+    return importlib.import_module(str(kernels.columns if plan.layout == COLUMNS else where))
 
 
 def _named(plan, form, kernel):
@@ -233,6 +248,50 @@ def _call_columns(module, options, x, dy, unit, mean, *others):
     *rest, var = others
     given = unit, mean, rest[0] if rest else None, var
     return module.column_gradients(x, dy, *given, **dict(options))
+
+
+def _writes_columns(plan, x, dtype):
+    writes = NAMED[plan.implementation].writes_columns and plan.activation is None
+    return writes and _module(plan).can_write(x, dtype)
+
+
+def _forward_columns(plan, x, scale, bias, mask, measured):
+    del mask
+    lines = {"scale": scale, "bias": bias, **_lines_of(measured)}
+    options = {"epsilon": plan.epsilon, "dtype": plan.dtype}
+    return _write_columns(plan, "forward_columns", {"x": x}, lines, options)
+
+
+def column_cotangent(plan, form, x, scale, dy, measured, found):
+    """Returns the cotangent of x by the sums of dy xhat and of dy, which are found: by the kernel
+    of the plan where it has one, else by the form.
+    """
+    if not _writes_columns(plan, x, dy.dtype):
+        return form()
+    along, ones = found
+    lines = {"scale": scale, **_lines_of(measured), "dscale": along, "dbias": ones}
+    options = {"epsilon": plan.epsilon, "count": me.count_entries(plan.reduction, x)}
+    return _write_columns(plan, "backward_columns", {"x": x, "dy": dy}, lines, options)
+
+
+def _lines_of(measured):
+    return dict(zip(("unit", "mean", "rest", "var"), measured[1:], strict=True))
+
+
+def _write_columns(plan, function, entries, lines, options):
+    """Returns what is written of the columns of x, each device its part."""
+    there = {name: v.reshape(-1) for name, v in lines.items() if v is not None}
+    absent = tuple(name for name in lines if name not in there)
+    call = functools.partial(
+        _call_lines, _module(plan), function, (*entries, *there), absent, tuple(options.items())
+    )
+    rule = f"{', '.join(['... d'] * len(entries) + ['d'] * len(there))} -> ... d"
+    return sharded(call, rule)(*entries.values(), *there.values())
+
+
+def _call_lines(module, function, names, absent, options, *arrays):
+    given = dict(zip(names, arrays, strict=True)) | dict.fromkeys(absent)
+    return getattr(module, function)(**given, **dict(options))
 
 
 def _forward(plan, x, scale, bias, mask, measured):

@@ -1,11 +1,10 @@
-"""Norms of rows, and sums of columns, on CPU by native code: every array read or written once.
+"""Norms of rows on CPU by native code, and how such code is called.
 
 The code is C++, in the folder `native`, called by XLA on its own threads. A row is read into cache
 once, and summed in double precision; the backward pass writes dx and adds up the gradients of scale
 and bias as it goes, in an order that the number of threads fixes.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,12 +33,6 @@ def supports(
     del residual, backward
     reason = cpu_library.unavailable() or unsupported_dtypes(DTYPES, x, dtype)
     return reason or (None if x.ndim and x.shape[-1] else "there is no row")
-
-
-def supports_columns(x: Any) -> str | None:
-    """Returns why the kernels over columns cannot take `x`, or None."""
-    reason = cpu_library.unavailable() or unsupported_dtypes(OF_COLUMNS, x, None)
-    return reason or (None if len(x.shape) and x.shape[-1] else "there is no column")
 
 
 def unsupported_dtypes(names: Sequence[str], x: Any, dtype: DTypeLike | None) -> str | None:
@@ -156,72 +149,6 @@ def _backward(x, scale, dy, ds, centered, epsilon):
     outputs = [like(x), line, line]
     dx, dscale, dbias = call("normax_backward", outputs, given, **rule(centered, epsilon))
     return dx, dscale, dbias
-
-
-def column_moments_in_units(
-    x: jax.Array, *, interpret: bool = False
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Measures every column over all rows, in multiples of a power of two for each.
-
-    Args:
-      x: array of any leading shape.
-      interpret: as in `forward`.
-
-    Returns:
-      unit, mean, rest and var, float32 of shape `x.shape[-1:]`: the mean is (mean + rest) * unit,
-      the variance var * unit^2. The unit is one up to deviations of 2^50, so that an epsilon of
-      1e-24 or more can be added to var: where the unit is larger, var is too.
-    """
-    del interpret
-    line = jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32)
-    if not x.size:
-        zero = jnp.zeros(line.shape, line.dtype)
-        return jnp.ones_like(zero), zero, zero, zero
-    unit, mean, rest, var = call("normax_column_moments", [line] * 4, [_of_rows(x)])
-    return unit, mean, rest, var
-
-
-def column_gradients(
-    x: jax.Array,
-    dy: jax.Array,
-    unit: jax.Array | None,
-    mean: jax.Array | None,
-    rest: jax.Array | None,
-    var: jax.Array,
-    *,
-    epsilon: float,
-    interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the gradients of the scale and bias of every column.
-
-    Args:
-      x: array of any leading shape.
-      dy: cotangent of the output, of the shape of `x`, of its dtype or float32.
-      unit: as `column_moments_in_units` returned it, like the next three; None is one.
-      mean: in multiples of the unit; None where none was subtracted.
-      rest: what it lacks; None is zero.
-      var: in multiples of the unit's square.
-      epsilon: added to the variance itself, whatever the unit.
-      interpret: as in `forward`.
-
-    Returns:
-      dscale, the sums of dy xhat, and dbias, those of dy: float32 of shape `x.shape[-1:]`, summed
-      over all rows in a fixed order.
-    """
-    del interpret
-    line = jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32)
-    if not x.size:
-        return jnp.zeros(line.shape, line.dtype), jnp.zeros(line.shape, line.dtype)
-    if unsupported_dtypes(OF_COLUMNS, x, dy.dtype):
-        x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
-    known = [nothing(line.dtype) if v is None else v for v in (unit, mean, rest, var)]
-    given = [_of_rows(x), _of_rows(dy), *(v.astype(jnp.float32) for v in known)]
-    dscale, dbias = call("normax_column_gradients", [line] * 2, given, epsilon=np.float64(epsilon))
-    return dscale, dbias
-
-
-def _of_rows(x):
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def call(

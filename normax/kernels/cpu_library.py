@@ -34,6 +34,8 @@ TARGETS = (
     "normax_groups_backward",
     "normax_column_moments",
     "normax_column_gradients",
+    "normax_columns_forward",
+    "normax_columns_backward",
 )
 
 

@@ -1,126 +1,212 @@
 // Columns: sums down them in double precision, rows being read as they lie; and groups of columns.
 
-constexpr int64_t kBlock = 32;  // rows whose sums stay in registers
+// Rows whose sums stay in registers: a few, for each is read from a place of its own.
+constexpr int64_t kLeastRows = 4, kMostRows = 16, kEntriesOfRows = 512;
 
-template <bool kBackward, class T, class O>
-INLINE void sum_columns(const Columns& columns, int64_t begin, int64_t end, const double* pivot,
-                        double* sums, int64_t width) {
-  typedef V<double> D;
+enum class Sum { kMoments, kGradients, kBoth };
+
+// The sums of some vectors of columns: d and d^2, or dy and dy d, or all four. The next rows are
+// asked for: that they come one after the other is more than a processor finds out.
+template <Sum kSum, class A, int kVectors, class P, class T, class O>
+INLINE void sum_block(const T* x, const O* dy, int64_t first, int64_t rows, int64_t stride,
+                      const double* pivot, const double* rstd, double* sums, int64_t width,
+                      int count) {
+  constexpr bool moments = kSum != Sum::kGradients, gradients = kSum != Sum::kMoments;
+  constexpr int kLanes = kWidth<A>;
+  V<A> high[kVectors], low[kVectors], d_sum[kVectors] = {}, squares[kVectors] = {};
+  V<A> t_sum[kVectors] = {}, products[kVectors] = {}, factor[kVectors];
+  for (int k = 0; k < kVectors; ++k) {
+    split<P>(pivot + k * kLanes, count, high[k], low[k]);
+    if constexpr (!moments) factor[k] = P::template load<A>(rstd + k * kLanes, count);
+  }
+  const int64_t ahead = rows * stride;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = first + r * stride;
+    __builtin_prefetch(x + at + ahead);
+    if constexpr (gradients) __builtin_prefetch(dy + at + ahead);
+#pragma GCC unroll 4
+    for (int k = 0; k < kVectors; ++k) {
+      V<A> d = P::template load<A>(x + at + k * kLanes, count) - high[k];
+      if constexpr (moments) {
+        d_sum[k] += d;
+        squares[k] = plus_product(squares[k], d, d);
+      } else {
+        if constexpr (sizeof(A) == 4) d -= low[k];  // otherwise the pivot is an entry, and whole
+        d *= factor[k];
+      }
+      if constexpr (gradients) {
+        V<A> t = P::template load<A>(dy + at + k * kLanes, count);
+        t_sum[k] += t;
+        products[k] = plus_product(products[k], d, t);
+      }
+    }
+  }
+  for (int k = 0; k < kVectors; ++k) {
+    double* line = sums + k * kLanes;
+    if constexpr (moments) {
+      add_to<P>(line, d_sum[k], count);
+      add_to<P>(line + width, squares[k], count);
+    }
+    if constexpr (gradients) {
+      add_to<P>(line + (moments ? 2 : 0) * width, t_sum[k], count);
+      add_to<P>(line + (moments ? 3 : 1) * width, products[k], count);
+    }
+  }
+}
+
+// Adds up columns in double precision: entry by entry, or, with A float, a few rows at a time.
+template <Sum kSum, class A, class T, class O>
+INLINE void sum_down(const Columns& columns, int64_t begin, int64_t end, const double* pivot,
+                     const double* rstd, double* sums, int64_t width) {
+  constexpr int kLanes = kWidth<A>, kVectors = 16 / kLanes / (kSum == Sum::kBoth ? 2 : 1);
   auto x = static_cast<const T*>(columns.x);
   auto dy = static_cast<const O*>(columns.dy);
-  for (int64_t start = 0; start < columns.rows; start += kBlock) {
-    int64_t stop = start + kBlock < columns.rows ? start + kBlock : columns.rows;
-    each<double>(begin, end, [&](auto place, int, int64_t c, int count) INLINE_LAMBDA {
-      typedef decltype(place) P;
-      const D center = P::template load<double>(pivot + c - begin, count);
-      D d_sum[2] = {}, squares[2] = {}, t_sum[2] = {}, products[2] = {};
-      auto add_row = [&](int k, int64_t r) INLINE_LAMBDA {
-        int64_t at = r * columns.stride + c;
-        D d = P::template load<double>(x + at, count) - center;
-        d_sum[k] += d;
-        squares[k] += d * d;
-        if constexpr (kBackward) {
-          D t = P::template load<double>(dy + at, count);
-          t_sum[k] += t;
-          products[k] += d * t;
-        }
-      };
-      int64_t r = start;
-      for (; r + 2 <= stop; r += 2) {
-        add_row(0, r);
-        add_row(1, r + 1);
-      }
-      if (r < stop) add_row(0, r);
-      const D found[4] = {d_sum[0] + d_sum[1], squares[0] + squares[1], t_sum[0] + t_sum[1],
-                          products[0] + products[1]};
-      for (int k = 0; k < (kBackward ? 4 : 2); ++k) {
-        double* line = sums + k * width + c - begin;
-        P::template store<double>(line, P::template load<double>(line, count) + found[k], count);
-      }
-    });
+  int64_t block = kEntriesOfRows / (end - begin);
+  block = block < kLeastRows ? kLeastRows : block > kMostRows ? kMostRows : block;
+  for (int64_t start = 0; start < columns.rows; start += block) {
+    const int64_t left = columns.rows - start, rows = left < block ? left : block;
+    const int64_t first = start * columns.stride, stride = columns.stride;
+    int64_t c = begin;
+    for (; c + kVectors * kLanes <= end; c += kVectors * kLanes) {
+      sum_block<kSum, A, kVectors, Whole>(x, dy, first + c, rows, stride, pivot + c - begin,
+                                          rstd + c - begin, sums + c - begin, width, kLanes);
+    }
+    for (; c + kLanes <= end; c += kLanes) {
+      sum_block<kSum, A, 1, Whole>(x, dy, first + c, rows, stride, pivot + c - begin,
+                                   rstd + c - begin, sums + c - begin, width, kLanes);
+    }
+    if (c < end) {
+      sum_block<kSum, A, 1, Part>(x, dy, first + c, rows, stride, pivot + c - begin,
+                                  rstd + c - begin, sums + c - begin, width, int(end - c));
+    }
   }
 }
 
 template <class T, class O>
-void add_columns(const Columns& columns, int64_t begin, int64_t end, const double* pivot,
+void sum_columns(const Columns& columns, bool exact, const double* pivot, const double* rstd,
                  double* sums, int64_t width) {
-  if (columns.dy) {
-    sum_columns<true, T, O>(columns, begin, end, pivot, sums, width);
+  const int64_t end = columns.stride;
+  if (columns.dy && exact) {
+    sum_down<Sum::kGradients, double, T, O>(columns, 0, end, pivot, rstd, sums, width);
+  } else if (columns.dy) {
+    sum_down<Sum::kGradients, float, T, O>(columns, 0, end, pivot, rstd, sums, width);
+  } else if (exact) {
+    sum_down<Sum::kMoments, double, T, O>(columns, 0, end, pivot, pivot, sums, width);
   } else {
-    sum_columns<false, T, O>(columns, begin, end, pivot, sums, width);
+    sum_down<Sum::kMoments, float, T, O>(columns, 0, end, pivot, pivot, sums, width);
   }
 }
 
-// Lines, of one number for each column: what makes outputs of entries.
-struct Lines {
-  double *high, *low, *gain, *shift, *rstd, *along;
+// Lines in the type to compute in: the mean is two numbers, and what is left has one rounding.
+template <class C>
+struct Factors {
+  C *high, *low, *gain, *shift, *rstd, *along;
+
+  Factors(const Lines& lines, int64_t width, C* work)
+      : high(work),
+        low(high + width),
+        gain(low + width),
+        shift(gain + width),
+        rstd(shift + width),
+        along(rstd + width) {
+    for (int64_t c = 0; c < width; ++c) {
+      high[c] = C(lines.mean[c]);
+      low[c] = C(lines.mean[c] - high[c]);
+      gain[c] = C(lines.gain[c]);
+      shift[c] = C(lines.shift[c]);
+      rstd[c] = C(lines.rstd[c]);
+      along[c] = C(lines.along[c]);
+    }
+  }
 };
 
-// What is left of the mean in float32.
-INLINE void split_mean(const Lines& lines, int64_t width) {
-  for (int64_t c = 0; c < width; ++c) {
-    double mean = lines.high[c];
-    lines.high[c] = float(mean);
-    lines.low[c] = mean - lines.high[c];
-  }
+template <bool kBackward, class W, class C, class T, class O, class R>
+INLINE void write_row(const Factors<C>& f, int64_t width, const T* x, const O* dy, int64_t at,
+                      R* out) {
+  each<C, W>(0, width, [&](auto place, int, int64_t c, int count) INLINE_LAMBDA {
+    typedef decltype(place) P;
+    V<C> v = (P::template load<C>(x + at + c, count) - P::template load<C>(f.high + c, count)) -
+             P::template load<C>(f.low + c, count);
+    const V<C> gain = P::template load<C>(f.gain + c, count);
+    const V<C> shift = P::template load<C>(f.shift + c, count);
+    if constexpr (kBackward) {
+      const V<C> rstd = P::template load<C>(f.rstd + c, count);
+      const V<C> along = P::template load<C>(f.along + c, count);
+      v = ((P::template load<C>(dy + at + c, count) * gain - shift) - v * rstd * along) * rstd;
+    } else {
+      v = v * gain + shift;
+    }
+    P::template store<C>(out + at + c, v, count);
+  });
 }
 
-template <class C>
-INLINE V<C> line_of(const double* line, int64_t c) {
-  V<C> v;
-  for (int i = 0; i < kWidth<C>; ++i) v[i] = C(line[c + i]);
-  return v;
-}
-
-// y = (x - mean) gain + shift, or dx = ((dy gain - shift) - (x - mean) rstd along) rstd.
-template <class C, bool kBackward, class T, class O, class R>
-INLINE void write_columns(const Columns& columns, int64_t begin, int64_t end, const Lines& lines,
-                          R* out) {
+template <bool kBackward, class C, class T, class O, class R>
+INLINE void write_rows(const Columns& columns, int64_t begin, int64_t end, const Lines& lines,
+                       R* out, double* work) {
+  const int64_t width = end - begin;
+  const Factors<C> factors(lines, width, static_cast<C*>(static_cast<void*>(work)));
   auto x = static_cast<const T*>(columns.x);
   auto dy = static_cast<const O*>(columns.dy);
-  for (int64_t start = 0; start < columns.rows; start += kBlock) {
-    int64_t stop = start + kBlock < columns.rows ? start + kBlock : columns.rows;
-    each<C>(begin, end, [&](auto place, int, int64_t c, int count) INLINE_LAMBDA {
-      typedef decltype(place) P;
-      const int64_t at = c - begin;
-      const V<C> high = line_of<C>(lines.high, at), low = line_of<C>(lines.low, at);
-      const V<C> gain = line_of<C>(lines.gain, at);
-      const V<C> shift = line_of<C>(lines.shift, at);
-      const V<C> rstd = kBackward ? line_of<C>(lines.rstd, at) : V<C>{};
-      const V<C> along = kBackward ? line_of<C>(lines.along, at) : V<C>{};
-      for (int64_t r = start; r < stop; ++r) {
-        const int64_t i = r * columns.stride + c;
-        V<C> v = (P::template load<C>(x + i, count) - high) - low;
-        if constexpr (kBackward) {
-          v = ((P::template load<C>(dy + i, count) * gain - shift) - v * rstd * along) * rstd;
-        } else {
-          v = v * gain + shift;
-        }
-        P::template store<C>(out + i, v, count);
-      }
-    });
+  for (int64_t r = 0; r < columns.rows; ++r) {
+    const int64_t at = r * columns.stride + begin;
+    if (columns.past) {
+      write_row<kBackward, WholePast>(factors, width, x, dy, at, out);
+    } else {
+      write_row<kBackward, Whole>(factors, width, x, dy, at, out);
+    }
+  }
+  settle();
+}
+
+template <class T, class O>
+INLINE void write_groups(bool in_range, const Columns& columns, int64_t begin, int64_t end,
+                         const Lines& lines, double* work) {
+  if (columns.dy) {
+    auto dx = static_cast<T*>(columns.out);
+    if (in_range) {
+      write_rows<true, float, T, O>(columns, begin, end, lines, dx, work);
+    } else {
+      write_rows<true, double, T, O>(columns, begin, end, lines, dx, work);
+    }
+  } else {
+    auto y = static_cast<O*>(columns.out);
+    if (in_range) {
+      write_rows<false, float, T, O>(columns, begin, end, lines, y, work);
+    } else {
+      write_rows<false, double, T, O>(columns, begin, end, lines, y, work);
+    }
   }
 }
 
-// The sums of the groups' columns, and the lines that are the same forward and backward. Lines are
-// a vector wider than the columns, for a vector is read of them at their end.
-template <bool kBackward, class T, class O>
-INLINE bool measure_groups(const Groups& groups, int64_t begin, int64_t end, double* work,
-                           Lines& lines, double*& sums, int64_t& width) {
-  width = end - begin + kWidth<float>;
-  for (int64_t i = 0; i < 12 * width; ++i) work[i] = 0;
-  lines = {work,             work + width,     work + 2 * width,
-           work + 3 * width, work + 4 * width, work + 5 * width};
-  sums = work + 6 * width;
-  double* pivot = lines.high;
+INLINE bool lines_fit(const Lines& lines, int64_t width, bool backward) {
+  for (int64_t c = 0; c < width; ++c) {
+    if (!fits(lines.rstd[c])) return false;
+    if (!backward && lines.gain[c] != 0 && !fits(__builtin_fabs(lines.gain[c]))) return false;
+  }
+  return true;
+}
+
+template <class T, class O>
+void write_columns(const Columns& columns, const Lines& lines, int64_t width, double* work) {
+  const bool in_range = lines_fit(lines, width, columns.dy);
+  write_groups<T, O>(in_range, columns, 0, width, lines, work);
+}
+
+// The sums of the groups' columns, and their lines; returns whether float32 was enough for A.
+template <Sum kSum, class A, class T, class O>
+INLINE bool measure_groups_in(const Groups& groups, int64_t begin, int64_t end, double* sums,
+                              int64_t width, const Lines& lines) {
+  constexpr bool backward = kSum == Sum::kBoth;
+  for (int64_t i = 0; i < (kGroupLines - kFactorLines) * width; ++i) sums[i] = 0;
+  double* pivot = lines.mean;
+  bool enough = true;
   auto x = static_cast<const T*>(groups.columns.x);
   const int64_t members = groups.members;
   for (int64_t c = begin; c < end && groups.centered; ++c) {
     pivot[c - begin] = number(x + c / members * members);
   }
-  sum_columns<kBackward, T, O>(groups.columns, begin, end, pivot, sums, width);
+  sum_down<kSum, A, T, O>(groups.columns, begin, end, pivot, pivot, sums, width);
   const double n = double(groups.columns.rows) * double(members);
-  bool in_range = true;
   for (int64_t g = 0; g < end - begin; g += members) {
     Sums all;
     for (int64_t c = g; c < g + members; ++c) {
@@ -130,64 +216,61 @@ INLINE bool measure_groups(const Groups& groups, int64_t begin, int64_t end, dou
       all.t += scale * sums[2 * width + c];
       all.products += scale * sums[3 * width + c];
     }
-    const double mean = groups.centered ? all.d / n : 0;
-    double var = all.squares / n - mean * mean;
+    const double above = groups.centered ? all.d / n : 0;
+    double var = all.squares / n - above * above;
+    enough = enough && is_enough(above, var, backward) && is_number(all.t + all.products);
     if (var < 0) var = 0;
     var += groups.epsilon;
     const double rstd = var == 0 ? 0 : 1 / __builtin_sqrt(var);
     const double mean_t = groups.centered ? all.t / n : 0;
-    const double along = (all.products - mean * all.t) / n * rstd;
-    in_range = in_range && fits(rstd);
+    const double along = (all.products - above * all.t) / n * rstd;
     for (int64_t c = g; c < g + members; ++c) {
       double scale = groups.scale ? groups.scale[begin + c] : 1;
-      lines.high[c] += mean;
+      lines.mean[c] += above;
       lines.rstd[c] = rstd;
-      if (kBackward) {
+      if (backward) {
         lines.gain[c] = scale;
         lines.shift[c] = mean_t;
         lines.along[c] = along;
         // What the gradients of scale and bias are.
-        sums[c] = (sums[3 * width + c] - mean * sums[2 * width + c]) * rstd;
+        sums[c] = (sums[3 * width + c] - above * sums[2 * width + c]) * rstd;
       } else {
         lines.gain[c] = scale * rstd;
-        in_range = in_range && (scale == 0 || fits(__builtin_fabs(lines.gain[c])));
         lines.shift[c] = groups.bias ? groups.bias[begin + c] : 0;
       }
     }
   }
-  return in_range;
+  return enough;
+}
+
+template <Sum kSum, class T, class O>
+INLINE Lines measure_groups(const Groups& groups, int64_t begin, int64_t end, double* sums,
+                            int64_t width) {
+  double* mean = sums + 4 * width;
+  const Lines lines{mean, mean + width, mean + 2 * width, mean + 3 * width, mean + 4 * width};
+  if (!measure_groups_in<kSum, float, T, O>(groups, begin, end, sums, width, lines)) {
+    measure_groups_in<kSum, double, T, O>(groups, begin, end, sums, width, lines);
+  }
+  return lines;
 }
 
 template <class T, class O>
 void groups_forward(const Groups& groups, int64_t begin, int64_t end, double* work) {
-  Lines lines;
-  double* sums;
-  int64_t width;
-  auto y = static_cast<O*>(groups.out);
-  if (measure_groups<false, T, O>(groups, begin, end, work, lines, sums, width)) {
-    split_mean(lines, width);
-    write_columns<float, false, T, O>(groups.columns, begin, end, lines, y);
-  } else {
-    write_columns<double, false, T, O>(groups.columns, begin, end, lines, y);
-  }
+  const int64_t width = end - begin;
+  const Lines lines = measure_groups<Sum::kMoments, T, O>(groups, begin, end, work, width);
+  const bool in_range = lines_fit(lines, width, false);
+  write_groups<T, O>(in_range, groups.columns, begin, end, lines, work + (kGroupLines - kFactorLines) * width);
 }
 
 template <class T, class O>
 void groups_backward(const Groups& groups, int64_t begin, int64_t end, double* work,
                      double* gradients, int64_t apart) {
-  Lines lines;
-  double* sums;
-  int64_t width;
-  auto dx = static_cast<T*>(groups.out);
-  bool in_range = measure_groups<true, T, O>(groups, begin, end, work, lines, sums, width);
-  for (int64_t c = 0; c < end - begin; ++c) {
-    gradients[begin + c] += sums[c];
-    gradients[apart + begin + c] += sums[2 * width + c];
+  const int64_t width = end - begin;
+  const Lines lines = measure_groups<Sum::kBoth, T, O>(groups, begin, end, work, width);
+  for (int64_t c = 0; c < width; ++c) {
+    gradients[begin + c] += work[c];
+    gradients[apart + begin + c] += work[2 * width + c];
   }
-  if (in_range) {
-    split_mean(lines, width);
-    write_columns<float, true, T, O>(groups.columns, begin, end, lines, dx);
-  } else {
-    write_columns<double, true, T, O>(groups.columns, begin, end, lines, dx);
-  }
+  const bool in_range = lines_fit(lines, width, true);
+  write_groups<T, O>(in_range, groups.columns, begin, end, lines, work + (kGroupLines - kFactorLines) * width);
 }

@@ -6,6 +6,7 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <utility>
 
 #include "kernels.h"
 #include "pieces.h"
@@ -19,9 +20,10 @@ using ffi::AnyBuffer;
 using Output = ffi::Result<AnyBuffer>;
 using Memory = std::unique_ptr<double[]>;
 
-constexpr int64_t kGroupEntries = 1 << 15;  // of groups together: they are to stay in cache
-constexpr int64_t kTogether = 16;  // columns, at least: a line of cache
-constexpr int64_t kGroupLines = 12, kMargin = 8;  // what kernels.h asks for
+constexpr int64_t kCacheLine = 64;
+constexpr int64_t kFewRows = 256;  // of more, roundings to float32 cancel out
+constexpr int64_t kWriters = 4;  // more pieces than of sums: what is written is in no order
+constexpr int64_t kBytesPast = 1 << 23;  // from here on an output is written past the caches
 
 const Kernels& kernels() {
 #ifdef NORMAX_AVX2
@@ -64,6 +66,16 @@ ffi::Error no_memory() {
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "normax: no memory for sums");
 }
 
+// Whether rows of an output are to be written past the caches: it is more than they hold, and each
+// row is whole lines of theirs, for a line that is written in parts is slow.
+bool is_past(const AnyBuffer& output, int64_t row) {
+  const int64_t bytes = row * int64_t(ffi::ByteWidth(output.element_type()));
+  const bool aligned = reinterpret_cast<uintptr_t>(output.untyped_data()) % kCacheLine == 0;
+  return int64_t(output.size_bytes()) >= kBytesPast && bytes % kCacheLine == 0 && aligned;
+}
+
+Memory room_for(int64_t count) { return Memory(new (std::nothrow) double[count]); }
+
 Memory zeros(int64_t count) { return Memory(new (std::nothrow) double[count]()); }
 
 // Writes the sums of the pieces of each call, `lines` of them, rounded to the outputs' dtype.
@@ -99,7 +111,7 @@ ffi::Error run_forward(ffi::ThreadPool& pool, const AnyBuffer& x, const AnyBuffe
   const int64_t length = x.dimensions().back(), rows = count_of(x) / length;
   const int64_t lines = std::max(count_of(scale), count_of(bias)) / length;
   const Cuts cuts(std::max<int64_t>(1, lines), rows, length, threads_of(pool));
-  in_parallel(pool, cuts.number(), [&](int64_t piece) {
+  in_parallel(pool, cuts.number(), [&](int64_t piece, int64_t) {
     const int64_t call = cuts.call(piece), first = call * cuts.rows * length;
     Rows task{};
     task.x = at(x, first);
@@ -111,6 +123,7 @@ ffi::Error run_forward(ffi::ThreadPool& pool, const AnyBuffer& x, const AnyBuffe
     task.length = length;
     task.epsilon = epsilon;
     task.centered = centered;
+    task.past = is_past(y, length);
     kernels().forward[pair](task, cuts.begin(piece), cuts.end(piece));
   });
   return ffi::Error::Success();
@@ -141,9 +154,9 @@ ffi::Error backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffe
   const Cuts cuts(count_of(*dscale) / length, count_of(x) / length, length, threads_of(pool));
   const int64_t line = 2 * length;
   Memory sums = zeros(cuts.number() * line);
-  Memory work(new (std::nothrow) double[cuts.number() * line]);
+  Memory work = room_for(workers_for(pool, cuts.number()) * line);
   if (!sums || !work) return no_memory();
-  in_parallel(pool, cuts.number(), [&](int64_t piece) {
+  in_parallel(pool, cuts.number(), [&](int64_t piece, int64_t worker) {
     const int64_t call = cuts.call(piece), first = call * cuts.rows * length;
     Rows task{};
     task.x = at(x, first);
@@ -154,30 +167,44 @@ ffi::Error backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffe
     task.length = length;
     task.epsilon = epsilon;
     task.centered = centered;
+    task.past = is_past(*dx, length);
     kernels().backward[pair](task, cuts.begin(piece), cuts.end(piece), &sums[piece * line],
-                             &work[piece * line]);
+                             &work[worker * line]);
   });
   add_up(cuts, sums.get(), length, *dscale, *dbias);
   return ffi::Error::Success();
 }
 
-// Sums down the columns of each call; of dy too, where there is one.
-ffi::Error run_columns(ffi::ThreadPool& pool, const AnyBuffer& x, const AnyBuffer* dy,
-                       const double* pivots, const Cuts& cuts, int64_t length, Memory& sums) {
+// Sums down the columns of each call, as kernels.h has them.
+ffi::Error run_columns(ffi::ThreadPool& pool, const AnyBuffer& x, const AnyBuffer* dy, bool exact,
+                       const double* pivots, const double* rstds, const Cuts& cuts, int64_t length,
+                       Memory& sums) {
   const int pair = pair_of(x, dy ? *dy : x);
   if (pair == kPairs || pair == kF64) return refused("dtypes of columns");
-  const int64_t lines = (dy ? 4 : 2) * length;
-  sums = zeros(cuts.number() * lines);
+  sums = zeros(cuts.number() * 2 * length);
   if (!sums) return no_memory();
-  in_parallel(pool, cuts.number(), [&](int64_t piece) {
+  in_parallel(pool, cuts.number(), [&](int64_t piece, int64_t) {
     const int64_t call = cuts.call(piece), begin = cuts.begin(piece);
     const int64_t first = (call * cuts.rows + begin) * length;
-    const Columns columns{at(x, first), dy ? at(*dy, first) : nullptr, cuts.end(piece) - begin,
-                          length};
-    kernels().columns[pair](columns, 0, length, pivots + call * length, &sums[piece * lines],
-                            length);
+    Columns columns{};
+    columns.x = at(x, first);
+    columns.dy = dy ? at(*dy, first) : nullptr;
+    columns.rows = cuts.end(piece) - begin;
+    columns.stride = length;
+    kernels().sum_columns[pair](columns, exact, pivots + call * length, rstds + call * length,
+                                &sums[2 * piece * length], length);
   });
   return ffi::Error::Success();
+}
+
+// Adds up what the pieces of a call found for a column: line 0 or 1.
+double sum_of_pieces(const Cuts& cuts, const Memory& sums, int64_t length, int64_t i, int line) {
+  double sum = 0;
+  const int64_t call = i / length;
+  for (int64_t piece = call * cuts.pieces; piece < (call + 1) * cuts.pieces; ++piece) {
+    sum += sums[(2 * piece + line) * length + i % length];
+  }
+  return sum;
 }
 
 // A power of two that brings a deviation to 2^50; one, for those that are no larger.
@@ -199,23 +226,34 @@ ffi::Error column_moments(ffi::ThreadPool pool, AnyBuffer x, Output unit, Output
   const int pair = pair_of(x, x);
   if (pair == kPairs || pair == kF64) return refused("dtype of columns");
   for (int64_t call = 0; call < batch; ++call) {
-    const Columns first{at(x, call * cuts.rows * length), nullptr, 1, length};
+    Columns first{};
+    first.x = at(x, call * cuts.rows * length);
+    first.rows = 1;
+    first.stride = length;
     std::fill_n(row.get(), 2 * length, 0.0);
-    kernels().columns[pair](first, 0, length, zero.get(), row.get(), length);
+    kernels().sum_columns[pair](first, true, zero.get(), zero.get(), row.get(), length);
     std::copy_n(row.get(), length, &pivots[call * length]);
   }
-  if (auto error = run_columns(pool, x, nullptr, pivots.get(), cuts, length, sums);
-      error.failure()) {
-    return error;
-  }
   const double n = double(cuts.rows);
-  for (int64_t i = 0; i < batch * length; ++i) {
-    double d = 0, squares = 0;
-    for (int64_t piece = i / length * cuts.pieces; piece < (i / length + 1) * cuts.pieces; ++piece) {
-      d += sums[2 * piece * length + i % length];
-      squares += sums[(2 * piece + 1) * length + i % length];
+  auto measured = [&](int64_t i) {
+    const double above = sum_of_pieces(cuts, sums, length, i, 0) / n;
+    return std::pair(above, sum_of_pieces(cuts, sums, length, i, 1) / n - above * above);
+  };
+  for (bool exact : {false, true}) {
+    if (!exact && cuts.rows < kFewRows) continue;
+    auto error = run_columns(pool, x, nullptr, exact, pivots.get(), pivots.get(), cuts, length,
+                             sums);
+    if (error.failure()) return error;
+    bool enough = true;
+    for (int64_t i = 0; i < batch * length && enough; ++i) {
+      const auto [above, variance] = measured(i);
+      enough = is_enough(above, variance, false);
     }
-    const double above = d / n, variance = std::max(squares / n - above * above, 0.0);
+    if (enough) break;
+  }
+  for (int64_t i = 0; i < batch * length; ++i) {
+    const auto [above, found] = measured(i);
+    const double variance = std::max(found, 0.0);
     const double per_unit = 1 / unit_of(variance);
     const double center = (pivots[i] + above) * per_unit;
     auto write = [i](const AnyBuffer& output, double value) {
@@ -225,10 +263,37 @@ ffi::Error column_moments(ffi::ThreadPool pool, AnyBuffer x, Output unit, Output
     write(*mean, center);
     write(*rest, center - double(float(center)));
     // A sum that is no number is none here, either.
-    write(*var, std::isnan(squares) ? squares : variance * per_unit * per_unit);
+    write(*var, std::isnan(found) ? found : variance * per_unit * per_unit);
   }
   return ffi::Error::Success();
 }
+
+// What was measured of columns, as it was kept: in units, an array that is not there being one or
+// zero.
+struct Measured {
+  const float *unit, *mean, *rest, *var;
+  double epsilon;
+
+  Measured(const AnyBuffer& unit, const AnyBuffer& mean, const AnyBuffer& rest,
+           const AnyBuffer& var, double epsilon)
+      : unit(entries(unit)),
+        mean(entries(mean)),
+        rest(entries(rest)),
+        var(entries(var)),
+        epsilon(epsilon) {}
+
+  static const float* entries(const AnyBuffer& buffer) {
+    return static_cast<const float*>(at(buffer, 0));
+  }
+  double size(int64_t i) const { return unit ? unit[i] : 1; }
+  double center(int64_t i) const {
+    return ((mean ? double(mean[i]) : 0) + (rest ? double(rest[i]) : 0)) * size(i);
+  }
+  double reciprocal(int64_t i) const {
+    const double squared = double(var[i]) * size(i) * size(i) + epsilon;
+    return squared == 0 ? 0 : 1 / std::sqrt(squared);
+  }
+};
 
 ffi::Error column_gradients(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer dy, AnyBuffer unit,
                             AnyBuffer mean, AnyBuffer rest, AnyBuffer var, Output dscale,
@@ -237,50 +302,125 @@ ffi::Error column_gradients(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer dy, Any
   if (!length || !count_of(*dscale) || !count_of(x)) return refused("empty columns");
   if (count_of(dy) != count_of(x)) return refused("shape of dy");
   const int64_t lines = count_of(*dscale);
+  if (count_of(var) != lines) return refused("variance");
   const Cuts cuts(lines / length, count_of(x) / length, length, threads_of(pool));
-  Memory pivots = zeros(lines), sums;
-  if (!pivots) return no_memory();
-  auto given = [](const AnyBuffer& buffer, int64_t i, double otherwise) {
-    return buffer.element_count() ? double(static_cast<const float*>(buffer.untyped_data())[i])
-                                  : otherwise;
-  };
+  const Measured measured(unit, mean, rest, var, epsilon);
+  Memory pivots = zeros(lines), rstds = zeros(lines), sums;
+  if (!pivots || !rstds) return no_memory();
+  bool exact = cuts.rows < kFewRows;
   for (int64_t i = 0; i < lines; ++i) {
-    pivots[i] = (given(mean, i, 0) + given(rest, i, 0)) * given(unit, i, 1);
+    pivots[i] = measured.center(i);
+    rstds[i] = measured.reciprocal(i);
+    exact = exact || !(rstds[i] == 0 || (rstds[i] >= kLeast && rstds[i] <= kMost));
   }
-  if (auto error = run_columns(pool, x, &dy, pivots.get(), cuts, length, sums); error.failure()) {
+  if (auto error = run_columns(pool, x, &dy, exact, pivots.get(), rstds.get(), cuts, length, sums);
+      error.failure()) {
     return error;
   }
   for (int64_t i = 0; i < lines; ++i) {
-    double ones = 0, along = 0;
-    for (int64_t piece = i / length * cuts.pieces; piece < (i / length + 1) * cuts.pieces; ++piece) {
-      ones += sums[(4 * piece + 2) * length + i % length];
-      along += sums[(4 * piece + 3) * length + i % length];
-    }
-    const double size = given(unit, i, 1);
-    const double squared = given(var, i, 0) * size * size + epsilon;
-    static_cast<float*>(dscale->untyped_data())[i] =
-        float(squared == 0 ? 0 : along / std::sqrt(squared));
-    static_cast<float*>(dbias->untyped_data())[i] = float(ones);
+    static_cast<float*>(dscale->untyped_data())[i] = float(sum_of_pieces(cuts, sums, length, i, 1));
+    static_cast<float*>(dbias->untyped_data())[i] = float(sum_of_pieces(cuts, sums, length, i, 0));
   }
   return ffi::Error::Success();
 }
 
-// Calls task(groups, piece, begin, end, work) for each piece of examples and strip of groups.
+// Writes y or dx, of lines that fill(lines, i) makes for column i of all calls.
+template <class Fill>
+ffi::Error write_columns(ffi::ThreadPool& pool, int pair, const AnyBuffer& x, const AnyBuffer* dy,
+                         const AnyBuffer& out, int64_t length, int64_t all, const Fill& fill) {
+  if (pair == kPairs || pair == kF64) return refused("dtypes of columns");
+  if (!length || !all || !count_of(x)) return refused("empty columns");
+  constexpr int64_t kLines = 5;
+  Memory memory = zeros(kLines * all);
+  const Cuts cuts(all / length, count_of(x) / length, length, kWriters * threads_of(pool));
+  const int64_t room = kFactorLines * length;
+  Memory work = room_for(workers_for(pool, cuts.number()) * room);
+  if (!memory || !work) return no_memory();
+  auto from = [&](int64_t i) {
+    double* line = memory.get() + i;
+    return Lines{line, line + all, line + 2 * all, line + 3 * all, line + 4 * all};
+  };
+  for (int64_t i = 0; i < all; ++i) fill(from(i), i);
+  in_parallel(pool, cuts.number(), [&](int64_t item, int64_t worker) {
+    // The last piece first: of what was summed it is the last that is still in a cache.
+    const int64_t piece = cuts.number() - 1 - item;
+    const int64_t call = cuts.call(piece), begin = cuts.begin(piece);
+    const int64_t first = (call * cuts.rows + begin) * length;
+    Columns columns{};
+    columns.x = at(x, first);
+    columns.dy = dy ? at(*dy, first) : nullptr;
+    columns.out = to(out, first);
+    columns.rows = cuts.end(piece) - begin;
+    columns.stride = length;
+    columns.past = is_past(out, length);
+    kernels().write_columns[pair](columns, from(call * length), length, &work[worker * room]);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error columns_forward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffer bias,
+                           AnyBuffer unit, AnyBuffer mean, AnyBuffer rest, AnyBuffer var, Output y,
+                           double epsilon) {
+  const Measured measured(unit, mean, rest, var, epsilon);
+  auto gains = static_cast<const float*>(at(scale, 0));
+  auto shifts = static_cast<const float*>(at(bias, 0));
+  auto fill = [&](const Lines& line, int64_t i) {
+    *line.mean = measured.center(i);
+    *line.rstd = measured.reciprocal(i);
+    *line.gain = gains ? gains[i] * *line.rstd : *line.rstd;
+    *line.shift = shifts ? shifts[i] : 0;
+  };
+  return write_columns(pool, pair_of(x, *y), x, nullptr, *y, x.dimensions().back(), count_of(var),
+                       fill);
+}
+
+ffi::Error columns_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffer dy,
+                            AnyBuffer unit, AnyBuffer mean, AnyBuffer rest, AnyBuffer var,
+                            AnyBuffer along, AnyBuffer ones, Output dx, double epsilon,
+                            double count) {
+  if (count_of(dy) != count_of(x)) return refused("shape of dy");
+  const Measured measured(unit, mean, rest, var, epsilon);
+  auto gains = static_cast<const float*>(at(scale, 0));
+  auto dscale = static_cast<const float*>(at(along, 0));
+  auto dbias = static_cast<const float*>(at(ones, 0));
+  auto fill = [&](const Lines& line, int64_t i) {
+    *line.mean = measured.center(i);
+    *line.rstd = measured.reciprocal(i);
+    *line.gain = gains ? gains[i] : 1;
+    *line.shift = *line.gain * dbias[i] / count;
+    *line.along = *line.gain * dscale[i] / count;
+  };
+  return write_columns(pool, pair_of(x, dy), x, &dy, *dx, x.dimensions().back(), count_of(var),
+                       fill);
+}
+
+// Calls task(piece, begin, end, work) for each piece of examples and strip of groups. Memory is read
+// best as it lies, so that there are strips only where threads would have no piece.
 template <class Task>
 ffi::Error each_strip(ffi::ThreadPool& pool, const Cuts& cuts, const Groups& like, int64_t width,
                       const Task& task) {
-  const int64_t members = like.members, rows = std::max<int64_t>(1, like.columns.rows);
-  int64_t strip = std::max(kTogether, kGroupEntries / rows);
-  strip = std::min(width, (strip + members - 1) / members * members);
+  const int64_t groups = width / like.members;
+  const int64_t wanted = (threads_of(pool) + cuts.number() - 1) / cuts.number();
+  const int64_t strip = (groups + wanted - 1) / wanted * like.members;
   const int64_t strips = (width + strip - 1) / strip;
-  const int64_t room = kGroupLines * (strip + kMargin);
-  Memory work(new (std::nothrow) double[cuts.number() * strips * room]);
+  const int64_t items = cuts.number() * strips, room = kGroupLines * strip;
+  Memory work = room_for(workers_for(pool, items) * room);
   if (!work) return no_memory();
-  in_parallel(pool, cuts.number() * strips, [&](int64_t item) {
+  in_parallel(pool, items, [&](int64_t item, int64_t worker) {
     const int64_t piece = item / strips, begin = item % strips * strip;
-    task(piece, begin, std::min(begin + strip, width), &work[item * room]);
+    task(piece, begin, std::min(begin + strip, width), &work[worker * room]);
   });
   return ffi::Error::Success();
+}
+
+Groups groups_of(int64_t rows, int64_t width, int64_t members, double epsilon, bool centered) {
+  Groups groups{};
+  groups.columns.rows = rows;
+  groups.columns.stride = width;
+  groups.members = members;
+  groups.epsilon = epsilon;
+  groups.centered = centered;
+  return groups;
 }
 
 ffi::Error groups_forward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffer bias,
@@ -294,16 +434,17 @@ ffi::Error groups_forward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, An
   const int64_t rows = shape[shape.size() - 3];
   const int64_t batch = std::max<int64_t>(1, std::max(count_of(scale), count_of(bias)) / width);
   const Cuts cuts(batch, count_of(x) / (rows * width), rows * width, threads_of(pool));
-  Groups like{{nullptr, nullptr, rows, width}, nullptr, nullptr, nullptr, members, epsilon, centered};
+  const Groups like = groups_of(rows, width, members, epsilon, centered);
   auto task = [&](int64_t piece, int64_t begin, int64_t end, double* work) {
     const int64_t call = cuts.call(piece);
     Groups groups = like;
+    groups.columns.past = is_past(*y, begin) && is_past(*y, end);
     groups.scale = static_cast<const float*>(at(scale, call * width));
     groups.bias = static_cast<const float*>(at(bias, call * width));
     for (int64_t example = cuts.begin(piece); example < cuts.end(piece); ++example) {
       const int64_t first = (call * cuts.rows + example) * rows * width;
       groups.columns.x = at(x, first);
-      groups.out = to(*y, first);
+      groups.columns.out = to(*y, first);
       kernels().groups_forward[pair](groups, begin, end, work);
     }
   };
@@ -324,16 +465,17 @@ ffi::Error groups_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, A
                   threads_of(pool));
   Memory sums = zeros(cuts.number() * 2 * width);
   if (!sums) return no_memory();
-  Groups like{{nullptr, nullptr, rows, width}, nullptr, nullptr, nullptr, members, epsilon, centered};
+  const Groups like = groups_of(rows, width, members, epsilon, centered);
   auto task = [&](int64_t piece, int64_t begin, int64_t end, double* work) {
     const int64_t call = cuts.call(piece);
     Groups groups = like;
+    groups.columns.past = is_past(*dx, begin) && is_past(*dx, end);
     groups.scale = static_cast<const float*>(at(scale, call * width));
     for (int64_t example = cuts.begin(piece); example < cuts.end(piece); ++example) {
       const int64_t first = (call * cuts.rows + example) * rows * width;
       groups.columns.x = at(x, first);
       groups.columns.dy = at(dy, first);
-      groups.out = to(*dx, first);
+      groups.columns.out = to(*dx, first);
       kernels().groups_backward[pair](groups, begin, end, work, &sums[piece * 2 * width], width);
     }
   };
@@ -414,6 +556,35 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(normax_column_moments, normax::column_moments,
                                   .Ret<AnyBuffer>()  // mean
                                   .Ret<AnyBuffer>()  // rest
                                   .Ret<AnyBuffer>());  // var
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(normax_columns_forward, normax::columns_forward,
+                              Ffi::Bind()
+                                  .Ctx<ThreadPool>()
+                                  .Arg<AnyBuffer>()  // x
+                                  .Arg<AnyBuffer>()  // scale
+                                  .Arg<AnyBuffer>()  // bias
+                                  .Arg<AnyBuffer>()  // unit
+                                  .Arg<AnyBuffer>()  // mean
+                                  .Arg<AnyBuffer>()  // rest
+                                  .Arg<AnyBuffer>()  // var
+                                  .Ret<AnyBuffer>()  // y
+                                  .Attr<double>("epsilon"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(normax_columns_backward, normax::columns_backward,
+                              Ffi::Bind()
+                                  .Ctx<ThreadPool>()
+                                  .Arg<AnyBuffer>()  // x
+                                  .Arg<AnyBuffer>()  // scale
+                                  .Arg<AnyBuffer>()  // dy
+                                  .Arg<AnyBuffer>()  // unit
+                                  .Arg<AnyBuffer>()  // mean
+                                  .Arg<AnyBuffer>()  // rest
+                                  .Arg<AnyBuffer>()  // var
+                                  .Arg<AnyBuffer>()  // dscale
+                                  .Arg<AnyBuffer>()  // dbias
+                                  .Ret<AnyBuffer>()  // dx
+                                  .Attr<double>("epsilon")
+                                  .Attr<double>("count"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(normax_column_gradients, normax::column_gradients,
                               Ffi::Bind()

@@ -22,18 +22,26 @@ struct Rows {
   int64_t length;
   double epsilon;
   bool centered;
+  bool past;  // the output, of whole lines of cache, is written past it
 };
 
 struct Columns {
   const void* x;
   const void* dy;
+  void* out;  // y or dx
   int64_t rows;
   int64_t stride;  // from a row to the next, in entries
+  bool past;       // as in Rows
+};
+
+// What outputs are made from, a number for each column:
+// y = (x - mean) gain + shift, or dx = ((dy gain - shift) - (x - mean) rstd along) rstd.
+struct Lines {
+  double *mean, *gain, *shift, *rstd, *along;
 };
 
 struct Groups {
   Columns columns;  // of one example
-  void* out;
   const float* scale;
   const float* bias;
   int64_t members;
@@ -47,16 +55,34 @@ struct Kernels {
   // Likewise; adds its share of dscale and dbias to `sums`, two lines. `work` has room for two
   // lines of the parameters' dtype.
   void (*backward[kPairs])(const Rows&, int64_t begin, int64_t end, double* sums, void* work);
-  // Adds, for each column from `begin` to `end`, the sums of d and d^2, d being x less its pivot;
-  // or, where there is a dy, of d, d^2, dy and dy d. Of each a line of `width`.
-  void (*columns[kPairs])(const Columns&, int64_t begin, int64_t end, const double* pivot,
-                          double* sums, int64_t width);
-  // Whole groups of columns from `begin` to `end`; `work` has room for 12 lines of end - begin.
+  // Adds, for each column, the sums of d and d^2, d being x less its pivot; or, where there is a
+  // dy, of dy and dy d times rstd. Of each a line of `width`. If not `exact`, of a few rows in
+  // float32.
+  void (*sum_columns[kPairs])(const Columns&, bool exact, const double* pivot, const double* rstd,
+                              double* sums, int64_t width);
+  // Writes the columns, of lines of `width` columns. `work` has room for
+  // kFactorLines lines.
+  void (*write_columns[kPairs])(const Columns&, const Lines&, int64_t width, double* work);
+  // Whole groups of columns from `begin` to `end`; `work` has room for kGroupLines
+  // lines of end - begin.
   void (*groups_forward[kPairs])(const Groups&, int64_t begin, int64_t end, double* work);
   // Likewise; adds to dscale and dbias, `width` apart.
   void (*groups_backward[kPairs])(const Groups&, int64_t begin, int64_t end, double* work,
                                   double* sums, int64_t width);
 };
+
+constexpr int64_t kFactorLines = 6, kGroupLines = 9 + kFactorLines;
+// Where factors are of this size, products of them and what they are made for can be had in float32.
+constexpr double kLeast = 1e-30, kMost = 1e30;
+
+// Whether float32 was enough for the sums of a few d and d^2, of the mean of d and the variance: no
+// square left its range, nor a product of d and a gradient, and the pivot was not so far out that
+// all digits of d are those of the distance. Of equal entries anything is enough, of NaN nothing.
+inline bool is_enough(double mean, double var, bool products) {
+  if (var == 0 && mean == 0) return true;
+  const bool fits = products ? var > 1e-12 && var < 1e12 : var > 1e-28 && var < 1e36;
+  return fits && mean * mean < 16 * var;
+}
 
 namespace baseline {
 extern const Kernels kernels;

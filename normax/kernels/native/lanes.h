@@ -99,13 +99,14 @@ INLINE typename Lanes<N>::F widened(const f16* p) {
   return bits_of<F>(bits | (h & 0x8000) << 16);
 }
 
+// Entries of a dtype, rounded to even: of float32 as they are.
 template <int N>
-INLINE void narrow(float* p, typename Lanes<N>::F v) {
-  __builtin_memcpy(p, &v, sizeof(v));
+INLINE typename Lanes<N>::F narrowed(const float*, typename Lanes<N>::F v) {
+  return v;
 }
 
 template <int N>
-INLINE void narrow(bf16* p, typename Lanes<N>::F v) {
+INLINE typename Lanes<N>::H narrowed(const bf16*, typename Lanes<N>::F v) {
   typedef Lanes<N> L;
   auto bits = bits_of<typename L::U>(v);
   auto even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -115,20 +116,22 @@ INLINE void narrow(bf16* p, typename Lanes<N>::F v) {
   if constexpr (N == 8) {
     auto packed = _mm256_packus_epi32(bits_of<__m256i>(rounded), _mm256_setzero_si256());
     auto joined = _mm256_permute4x64_epi64(packed, 0x08);
-    return _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(joined));
+    return bits_of<typename L::H>(_mm256_castsi256_si128(joined));
   }
 #endif
-  auto half = __builtin_convertvector(rounded, typename L::H);
-  __builtin_memcpy(p, &half, sizeof(half));
+  return __builtin_convertvector(rounded, typename L::H);
 }
 
 template <int N>
-INLINE void narrow(f16* p, typename Lanes<N>::F v) {
-#ifdef __F16C__
-  if constexpr (N == 8) return _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, 0));
-  if constexpr (N == 4) return _mm_storel_epi64((__m128i*)p, _mm_cvtps_ph(v, 0));
-#endif
+INLINE typename Lanes<N>::H narrowed(const f16*, typename Lanes<N>::F v) {
   typedef Lanes<N> L;
+#ifdef __F16C__
+  if constexpr (N == 8) return bits_of<typename L::H>(_mm256_cvtps_ph(v, 0));
+  if constexpr (N == 4) {
+    __m128i packed = _mm_cvtps_ph(v, 0);
+    return read<typename L::H>(&packed);
+  }
+#endif
   typedef typename L::U U;
   auto bits = bits_of<U>(v);
   auto size = bits & 0x7fffffff;
@@ -138,11 +141,42 @@ INLINE void narrow(f16* p, typename Lanes<N>::F v) {
   U infinite = size - size + 0x7c00;
   U most = size < (113u << 23) ? small : (size >= 0x477ff000 ? infinite : normal);
   U most_or_nan = size > 0x7f800000 ? infinite | 0x200 | ((size >> 13) & 0x3ff) : most;
-  auto half = __builtin_convertvector(most_or_nan | (bits >> 16 & 0x8000), typename L::H);
-  __builtin_memcpy(p, &half, sizeof(half));
+  return __builtin_convertvector(most_or_nan | (bits >> 16 & 0x8000), typename L::H);
 }
 
-// Loads and stores in the type to compute in.
+template <class T, class Bits>
+INLINE void write(T* p, Bits bits) {
+  __builtin_memcpy(p, &bits, sizeof(bits));
+}
+
+// Past the caches, to an aligned address. What is larger than they are would be read from memory
+// before it is written there.
+template <class T, class Bits>
+INLINE void write_past(T* p, Bits bits) {
+#ifdef __AVX2__
+  if constexpr (sizeof(bits) == 32) {
+    return _mm256_stream_si256((__m256i*)p, bits_of<__m256i>(bits));
+  } else if constexpr (sizeof(bits) == 16) {
+    return _mm_stream_si128((__m128i*)p, bits_of<__m128i>(bits));
+  }
+#endif
+  write(p, bits);
+}
+
+// Other threads may read what was written past the caches.
+INLINE void settle() {
+#ifdef __AVX2__
+  _mm_sfence();
+#endif
+}
+
+typedef Lanes<4>::F Quad;
+
+INLINE Lanes<8>::F joined(Quad a, Quad b) {
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+
+// Entries from and to the type to compute in.
 template <class C>
 struct Memory;
 template <>
@@ -151,9 +185,13 @@ struct Memory<float> {
   static INLINE V<float> load(const T* p) {
     return widened<8>(p);
   }
+  static INLINE V<float> load(const double* p) {
+    return joined(__builtin_convertvector(read<V<double>>(p), Quad),
+                  __builtin_convertvector(read<V<double>>(p + 4), Quad));
+  }
   template <class T>
-  static INLINE void store(T* p, V<float> v) {
-    narrow<8>(p, v);
+  static INLINE auto narrow(const T* p, V<float> v) {
+    return narrowed<8>(p, v);
   }
 };
 template <>
@@ -171,10 +209,10 @@ struct Memory<double> {
   }
   static INLINE V<double> load(const double* p) { return read<V<double>>(p); }
   template <class T>
-  static INLINE void store(T* p, V<double> v) {
-    narrow<4>(p, __builtin_convertvector(v, Lanes<4>::F));
+  static INLINE auto narrow(const T* p, V<double> v) {
+    return narrowed<4>(p, __builtin_convertvector(v, Lanes<4>::F));
   }
-  static INLINE void store(double* p, V<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
+  static INLINE V<double> narrow(const double*, V<double> v) { return v; }
 };
 
 // A place in a line: `count` entries from `at`, a vector or less.
@@ -185,12 +223,26 @@ struct Whole {
   }
   template <class C, class T>
   static INLINE void store(T* p, V<C> v, int) {
-    Memory<C>::store(p, v);
+    write(p, Memory<C>::narrow(p, v));
   }
   template <class C>
   static INLINE V<C> present(V<C> v, int) {
     return v;
   }
+};
+struct WholePast : Whole {
+  template <class C, class T>
+  static INLINE void store(T* p, V<C> v, int) {
+    write_past(p, Memory<C>::narrow(p, v));
+  }
+};
+template <class P>
+struct InCache {
+  typedef P Place;
+};
+template <>
+struct InCache<WholePast> {
+  typedef Whole Place;
 };
 struct Part {
   template <class C, class T>
@@ -202,7 +254,7 @@ struct Part {
   template <class C, class T>
   static INLINE void store(T* p, V<C> v, int count) {
     T padded[kWidth<C>];
-    Memory<C>::store(padded, v);
+    write(padded, Memory<C>::narrow(padded, v));
     for (int i = 0; i < count; ++i) p[i] = padded[i];
   }
   template <class C>
@@ -212,20 +264,64 @@ struct Part {
   }
 };
 
-// Calls body(Whole or Part, which of two, at, count) for each vector of entries begin to end.
-template <class C, class Body>
+// Calls body(W or Part, which of two, at, count) for each vector of entries begin to end.
+template <class C, class W = Whole, class Body>
 INLINE void each(int64_t begin, int64_t end, Body body) {
   constexpr int width = kWidth<C>;
   int64_t i = begin;
   for (; i + 2 * width <= end; i += 2 * width) {
-    body(Whole(), 0, i, width);
-    body(Whole(), 1, i + width, width);
+    body(W(), 0, i, width);
+    body(W(), 1, i + width, width);
   }
   if (i + width <= end) {
-    body(Whole(), 0, i, width);
+    body(W(), 0, i, width);
     i += width;
   }
   if (i < end) body(Part(), 1, i, int(end - i));
+}
+
+// sum + a b, rounded once where there is such an instruction.
+INLINE V<double> plus_product(V<double> sum, V<double> a, V<double> b) { return sum + a * b; }
+INLINE V<float> plus_product(V<float> sum, V<float> a, V<float> b) {
+#ifdef __FMA__
+  return _mm256_fmadd_ps(a, b, sum);
+#else
+  return sum + a * b;
+#endif
+}
+
+// The halves of float32 in double precision.
+INLINE V<double> first_half(V<float> v) {
+  return __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3), V<double>);
+}
+INLINE V<double> second_half(V<float> v) {
+  return __builtin_convertvector(__builtin_shufflevector(v, v, 4, 5, 6, 7), V<double>);
+}
+
+// Adds to a line of sums in double precision.
+template <class P>
+INLINE void add_to(double* line, V<double> v, int count) {
+  P::template store<double>(line, P::template load<double>(line, count) + v, count);
+}
+template <class P>
+INLINE void add_to(double* line, V<float> v, int count) {
+  add_to<P>(line, first_half(v), count < 4 ? count : 4);
+  if (count > 4) add_to<P>(line + 4, second_half(v), count - 4);
+}
+
+// A line of numbers in the type to compute in, and what they lack there.
+template <class P>
+INLINE void split(const double* line, int count, V<double>& high, V<double>& low) {
+  high = P::template load<double>(line, count);
+  low = V<double>{};
+}
+template <class P>
+INLINE void split(const double* line, int count, V<float>& high, V<float>& low) {
+  high = P::template load<float>(line, count);
+  const V<double> first = P::template load<double>(line, count < 4 ? count : 4);
+  const V<double> second = count > 4 ? P::template load<double>(line + 4, count - 4) : V<double>{};
+  low = joined(__builtin_convertvector(first - first_half(high), Quad),
+               __builtin_convertvector(second - second_half(high), Quad));
 }
 
 INLINE double total(V<double> a) { return (a[0] + a[2]) + (a[1] + a[3]); }

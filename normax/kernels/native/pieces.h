@@ -22,13 +22,18 @@ inline int64_t threads_of(const xla::ffi::ThreadPool& pool) {
   return std::max<int64_t>(1, pool.num_threads());
 }
 
-// Runs task(i) for each i below count, on this thread and on those of the pool that are free. What
-// waits in the pool's queue is not waited for: all its threads may be here.
+inline int64_t workers_for(const xla::ffi::ThreadPool& pool, int64_t count) {
+  return std::min(threads_of(pool), count);
+}
+
+// Runs task(i, worker) for each i below count, on this thread and on those of the pool that are free;
+// a worker, of workers_for(pool, count), does one at a time. What waits in the pool's queue is not
+// waited for: all its threads may be here.
 template <class Task>
 void in_parallel(xla::ffi::ThreadPool& pool, int64_t count, const Task& task) {
-  const int64_t threads = std::min(threads_of(pool), count);
-  if (threads <= 1) {
-    for (int64_t i = 0; i < count; ++i) task(i);
+  const int64_t workers = workers_for(pool, count);
+  if (workers <= 1) {
+    for (int64_t i = 0; i < count; ++i) task(i, 0);
     return;
   }
   struct State {
@@ -38,17 +43,19 @@ void in_parallel(xla::ffi::ThreadPool& pool, int64_t count, const Task& task) {
   };
   auto state = std::make_shared<State>();
   // The task is there for as long as there is an i to take.
-  auto work = [state, count, task = &task] {
+  auto work = [state, count, task = &task](int64_t worker) {
     for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
-      (*task)(i);
+      (*task)(i, worker);
       if (state->done.fetch_add(1) + 1 == count) {
         std::lock_guard<std::mutex> lock(state->mutex);
         state->all_done.notify_all();
       }
     }
   };
-  for (int64_t helper = 1; helper < threads; ++helper) pool.Schedule(std::function<void()>(work));
-  work();
+  for (int64_t helper = 1; helper < workers; ++helper) {
+    pool.Schedule(std::function<void()>([work, helper] { work(helper); }));
+  }
+  work(0);
   std::unique_lock<std::mutex> lock(state->mutex);
   state->all_done.wait(lock, [&] { return state->done.load() == count; });
 }

@@ -15,8 +15,8 @@ struct Precision<double> {
 template <class T>
 using Compute = typename Precision<T>::C;
 
-// Where entries times this can be had in float32, and the products of xhat, gradients and it.
-constexpr double kLeast = 1e-30, kMost = 1e30;
+INLINE bool is_number(double v) { return v - v == 0; }
+INLINE bool fits(double rstd) { return rstd >= kLeast && rstd <= kMost; }
 
 // What is subtracted, in units: first the pivot, then what the mean is above it.
 struct Center {
@@ -57,6 +57,40 @@ INLINE V<double> cotangent(Place, const double* dy, const double* scale, int cou
   V<double> t = Place::template load<double>(dy, count);
   if (scale) t *= Place::template load<double>(scale, count);
   return t;
+}
+
+// Of entries of 16 bits a few at a time are added in float32, if `measure` finds that enough.
+constexpr int kFew = 8;  // vectors
+
+template <bool kBackward, class T, class O>
+INLINE Sums rough_sums_of(const Rows& rows, const T* x, const O* dy, double pivot) {
+  typedef V<float> F;
+  auto scale = static_cast<const float*>(rows.scale);
+  const F center = filled<float>(pivot);
+  V<double> all[4] = {};
+  constexpr int64_t kStep = kFew * kWidth<float>;
+  for (int64_t begin = 0; begin < rows.length; begin += kStep) {
+    const int64_t end = begin + kStep < rows.length ? begin + kStep : rows.length;
+    F d_sum[2] = {}, squares[2] = {}, t_sum[2] = {}, products[2] = {};
+    each<float>(begin, end, [&](auto place, int k, int64_t i, int count) INLINE_LAMBDA {
+      typedef decltype(place) P;
+      F d = P::template present<float>(P::template load<float>(x + i, count) - center, count);
+      d_sum[k] += d;
+      squares[k] = plus_product(squares[k], d, d);
+      if constexpr (kBackward) {
+        F t = P::template load<float>(dy + i, count);
+        if (scale) t *= P::template load<float>(scale + i, count);
+        t_sum[k] += t;
+        products[k] = plus_product(products[k], d, t);
+      }
+    });
+    const F found[4] = {d_sum[0] + d_sum[1], squares[0] + squares[1], t_sum[0] + t_sum[1],
+                        products[0] + products[1]};
+    for (int k = 0; k < (kBackward ? 4 : 2); ++k) {
+      all[k] += first_half(found[k]) + second_half(found[k]);
+    }
+  }
+  return {total(all[0]), total(all[1]), total(all[2]), total(all[3])};
 }
 
 template <bool kBackward, class T, class O>
@@ -112,7 +146,15 @@ INLINE Row measure(const Rows& rows, const T* x, const O* dy) {
       sums = sums_of<kBackward>(rows, x, dy, row.center);
     }
   };
-  about(1);
+  bool enough = false;
+  if constexpr (sizeof(T) == 2 && sizeof(O) == 2) {
+    row.center.pivot = rows.centered ? number(x) : 0;
+    sums = rough_sums_of<kBackward>(rows, x, dy, row.center.pivot);
+    const double above = rows.centered ? sums.d / n : 0;
+    enough = is_enough(above, sums.squares / n - above * above, kBackward) &&
+             is_number(sums.t + sums.products);
+  }
+  if (!enough) about(1);
   if constexpr (sizeof(T) == 8) {
     if (!(sums.squares > 1e-200 && sums.squares < 1e200)) about(per_unit_of(rows, x));
   }
@@ -148,13 +190,13 @@ struct Deviation {
   }
 };
 
-template <class C, class T, class O>
+template <class C, class W, class T, class O>
 INLINE void write_forward(const Rows& rows, const Row& row, const T* x, O* y) {
   auto scale = static_cast<const Compute<T>*>(rows.scale);
   auto bias = static_cast<const Compute<T>*>(rows.bias);
   const Deviation<C> deviation(row.center);
   const V<C> rstd = filled<C>(row.rstd);
-  each<C>(0, rows.length, [&](auto place, int, int64_t i, int count) INLINE_LAMBDA {
+  each<C, W>(0, rows.length, [&](auto place, int, int64_t i, int count) INLINE_LAMBDA {
     typedef decltype(place) P;
     V<C> v = deviation.of(place, x + i, count) * rstd;
     if (scale) v *= P::template load<C>(scale + i, count);
@@ -173,8 +215,6 @@ INLINE void add(int64_t length, const T* x, const T* residual, T* sum) {
   });
 }
 
-INLINE bool fits(double rstd) { return rstd >= kLeast && rstd <= kMost; }
-
 template <class T, class O>
 void forward(const Rows& rows, int64_t begin, int64_t end) {
   const int64_t n = rows.length;
@@ -187,23 +227,27 @@ void forward(const Rows& rows, int64_t begin, int64_t end) {
       x = sum;  // rounded: what is normalized is what the backward pass will read
     }
     const Row row = measure<false>(rows, x, y);
-    if (fits(row.rstd)) {
-      write_forward<Compute<T>>(rows, row, x, y);
+    if (!fits(row.rstd)) {
+      write_forward<double, Whole>(rows, row, x, y);
+    } else if (rows.past) {
+      write_forward<Compute<T>, WholePast>(rows, row, x, y);
     } else {
-      write_forward<double>(rows, row, x, y);
+      write_forward<Compute<T>, Whole>(rows, row, x, y);
     }
   }
+  settle();
 }
 
-template <class C, class T, class O>
+template <class C, class W, class T, class O>
 INLINE void write_backward(const Rows& rows, const Row& row, const T* x, const O* dy,
                            const T* added, T* dx, Compute<T>* dscale, Compute<T>* dbias) {
   auto scale = static_cast<const Compute<T>*>(rows.scale);
   const Deviation<C> deviation(row.center);
   const V<C> rstd = filled<C>(row.rstd), mean_t = filled<C>(row.mean_t);
   const V<C> along = filled<C>(row.along), length = filled<C>(row.rstd * row.center.per_unit);
-  each<C>(0, rows.length, [&](auto place, int, int64_t i, int count) INLINE_LAMBDA {
+  each<C, W>(0, rows.length, [&](auto place, int, int64_t i, int count) INLINE_LAMBDA {
     typedef decltype(place) P;
+    typedef typename InCache<P>::Place Near;
     V<C> xhat = deviation.of(place, x + i, count) * rstd;
     V<C> ct = P::template load<C>(dy + i, count), t = ct;
     if (scale) t *= P::template load<C>(scale + i, count);
@@ -211,8 +255,8 @@ INLINE void write_backward(const Rows& rows, const Row& row, const T* x, const O
     if (added) v += P::template load<C>(added + i, count);
     P::template store<C>(dx + i, v, count);
     V<C> share = P::template load<C>(dscale + i, count) + ct * xhat;
-    P::template store<C>(dscale + i, share, count);
-    P::template store<C>(dbias + i, P::template load<C>(dbias + i, count) + ct, count);
+    Near::template store<C>(dscale + i, share, count);
+    Near::template store<C>(dbias + i, P::template load<C>(dbias + i, count) + ct, count);
   });
 }
 
@@ -220,8 +264,9 @@ constexpr int64_t kRowsTogether = 32;  // whose gradients are added up in float3
 
 template <class T, class O>
 void backward(const Rows& rows, int64_t begin, int64_t end, double* sums, void* work) {
+  typedef Compute<T> C;
   const int64_t n = rows.length;
-  auto dscale = static_cast<Compute<T>*>(work), dbias = dscale + n;
+  auto dscale = static_cast<C*>(work), dbias = dscale + n;
   for (int64_t start = begin; start < end; start += kRowsTogether) {
     for (int64_t i = 0; i < 2 * n; ++i) dscale[i] = 0;
     int64_t stop = start + kRowsTogether < end ? start + kRowsTogether : end;
@@ -231,12 +276,15 @@ void backward(const Rows& rows, int64_t begin, int64_t end, double* sums, void* 
       auto dx = static_cast<T*>(rows.out) + r * n;
       auto added = rows.added ? static_cast<const T*>(rows.added) + r * n : nullptr;
       const Row row = measure<true>(rows, x, dy);
-      if (fits(row.rstd)) {
-        write_backward<Compute<T>>(rows, row, x, dy, added, dx, dscale, dbias);
+      if (!fits(row.rstd)) {
+        write_backward<double, Whole>(rows, row, x, dy, added, dx, dscale, dbias);
+      } else if (rows.past) {
+        write_backward<C, WholePast>(rows, row, x, dy, added, dx, dscale, dbias);
       } else {
-        write_backward<double>(rows, row, x, dy, added, dx, dscale, dbias);
+        write_backward<C, Whole>(rows, row, x, dy, added, dx, dscale, dbias);
       }
     }
     for (int64_t i = 0; i < 2 * n; ++i) sums[i] += dscale[i];
   }
+  settle();
 }
