@@ -125,8 +125,10 @@ def test_contestants_take_turns(monkeypatch):
     warm, turns = order[:4], order[4:]
     assert warm == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
     # Three calls of a last as long as two of b; the second round begins with b and the next inputs.
-    first = [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)]
-    assert turns == [*first, ("b", 1), ("b", 2), ("a", 1), ("a", 2), ("a", 3)]
+    # A turn begins with a call that is not timed.
+    first = [("a", -1), ("a", 0), ("a", 1), ("a", 2), ("b", -1), ("b", 0), ("b", 1)]
+    second = [("b", 0), ("b", 1), ("b", 2), ("a", 0), ("a", 1), ("a", 2), ("a", 3)]
+    assert turns == [*first, *second]
 
 
 ROUNDS = [

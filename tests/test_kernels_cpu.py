@@ -366,6 +366,166 @@ def test_columns_mapped():
             np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-6)
 
 
+def column_case(x):
+    return Case("columns", None, x.shape, tuple(range(x.ndim - 1)), epsilon=1e-5)
+
+
+@functools.cache
+def written(dtype):
+    """Returns a function to y and dx of columns, by what is measured of them."""
+
+    def both(x, dy, scale, bias):
+        moments = columns.column_moments_in_units(x)
+        y = columns.forward_columns(x, scale, bias, *moments, epsilon=1e-5, dtype=dtype)
+        found = columns.column_gradients(x, dy, *moments, epsilon=1e-5)
+        options = {"epsilon": 1e-5, "count": x.size // x.shape[-1]}
+        return y, columns.backward_columns(x, scale, dy, *moments, *found, **options)
+
+    return jax.jit(both)
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(64, 11), (3, 300, 16), (40, 5, 2, 37)])
+@pytest.mark.parametrize(("scale", "dtype"), GRID)
+def test_columns_standardized(scale, dtype, shape):
+    x, dy, line, bias = data(shape, dtype, *scale)
+    y, dx = written(dtype)(x, dy, line, bias)
+    assert (y.dtype, dx.dtype, y.shape, dx.shape) == (x.dtype, x.dtype, x.shape, x.shape)
+    xhat = reference.forward(column_case(x), x)
+    assert units(y, xhat * exact(line) + exact(bias), dtype) <= LIMITS[dtype][0]
+    right = reference.backward(column_case(x), x, exact(dy) * exact(line))
+    assert units(dx, right, dtype) <= LIMITS[dtype][1]
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_columns_in_float32_out_of_half_precision(dtype):
+    x, dy, line, bias = data((300, 9), dtype, mean=2)
+    dy = dy.astype("float32") * 1.001
+    y, dx = written("float32")(x, dy, line, bias)
+    assert (y.dtype, dx.dtype) == ("float32", dtype)
+    xhat = reference.forward(column_case(x), x)
+    assert units(y, xhat * exact(line) + exact(bias), "float32") <= LIMITS["float32"][0]
+    right = reference.backward(column_case(x), x, exact(dy) * exact(line))
+    assert units(dx, right, dtype) <= LIMITS[dtype][1]
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("far", [30.0, 6e4])
+def test_sums_about_an_entry_that_is_far_out(far, dtype):
+    """What is subtracted is the first entry: alone it would take the digits of all others."""
+    x, dy, line, bias = data((400, 16), dtype)
+    x = x.at[0].set(far).at[:, 0].set(x[0, 0])
+    *_, var = columns.column_moments_in_units(x)
+    np.testing.assert_allclose(exact(var), exact(x).var(0), rtol=4e-7)
+    y, dx = written(dtype)(x, dy, line, bias)
+    xhat = reference.forward(column_case(x), x)
+    assert units(y, xhat * exact(line) + exact(bias), dtype) <= LIMITS[dtype][0]
+    check_rows(x.T, dy.T)
+    one, ct = x.reshape(1, 400, 4, 4), dy.reshape(1, 400, 4, 4)
+    y = groups.forward_groups(one, **RULE)
+    dx = groups.backward_groups(one, None, None, ct, **RULE)[0]
+    right = reference.backward(group_case(one), one, ct)
+    assert units(y, reference.forward(group_case(one), one), dtype) <= LIMITS[dtype][0]
+    assert units(dx, right, dtype) <= LIMITS[dtype][1]
+
+
+@needs_library
+@pytest.mark.parametrize("size", [1e-18, 1.0, 1e15, 1e25])
+@pytest.mark.parametrize("of_dy", [1e-30, 1e30])
+def test_columns_of_gradients_of_any_size(size, of_dy):
+    x, dy, line, _ = data((1000, 8), "float32", size, size)
+    dy = dy * jnp.float32(of_dy)
+    moments = columns.column_moments_in_units(x)
+    dscale, dbias = columns.column_gradients(x, dy, *moments, epsilon=1e-24)
+    case = column_case(x)._replace(epsilon=1e-24)
+    xhat = reference.forward(case, x)
+    assert np.all(np.abs(dscale - (exact(dy) * xhat).sum(0)) <= 2e-7 * exact(np.abs(dy)).sum(0))
+    assert units(dbias, exact(dy).sum(0), "float32") <= 4
+    size = {"epsilon": 1e-24, "count": 1000}
+    dx = columns.backward_columns(x, line, dy, *moments, dscale, dbias, **size)
+    right = reference.backward(case, x, exact(dy) * exact(line))
+    if np.all(np.abs(right) < 1e38) and np.abs(right).max() > 1e-30:
+        assert units(dx, right, "float32") <= 8
+
+
+@needs_library
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_shows_where_it_is_and_nowhere_else(value):
+    x, dy, line, bias = data((300, 16), "float32")
+    x = x.at[7, 3].set(value)
+    y, dx = written("float32")(x, dy, line, bias)
+    rows = compiled(True, 1e-5, False)(x, dy, line, bias)[:2]
+    one, ct = x.reshape(1, 300, 16, 1), dy.reshape(1, 300, 16, 1)
+    of_groups = (
+        groups.forward_groups(one, **RULE),
+        groups.backward_groups(one, None, None, ct, **RULE)[0],
+    )
+    for found in (y, dx, *(v.reshape(x.shape) for v in of_groups)):
+        assert np.isnan(found[:, 3]).all()
+        assert np.isfinite(np.delete(found, 3, 1)).all()
+    for found in rows:
+        assert np.isnan(found[7]).all()
+        assert np.isfinite(np.delete(found, 7, 0)).all()
+
+
+@needs_library
+@pytest.mark.parametrize("width", [1000, 1024])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_outputs_have_the_bits_of_small_ones(dtype, width):
+    """What is written past the caches, because there is much of it, is the same."""
+    bytes_of_row = width * jnp.dtype(dtype).itemsize
+    x, dy, scale, bias = data(((9 << 20) // bytes_of_row, width), dtype)
+    parts = [slice(0, 40), slice(-40, None)]
+    y, dx, *_ = compiled(True, 1e-5, True)(x, dy, scale, bias)
+    for part in parts:
+        few, of_few, *_ = compiled(True, 1e-5, True)(x[part], dy[part], scale, bias)
+        np.testing.assert_array_equal(y[part], few)
+        np.testing.assert_array_equal(dx[part], of_few)
+    moments = columns.column_moments_in_units(x)
+    write = functools.partial(columns.forward_columns, epsilon=1e-5, dtype=dtype)
+    back = functools.partial(columns.backward_columns, epsilon=1e-5, count=len(x))
+    y = write(x, scale, bias, *moments)
+    dx = back(x, scale, dy, *moments, scale, bias)
+    for part in parts:
+        np.testing.assert_array_equal(y[part], write(x[part], scale, bias, *moments))
+        np.testing.assert_array_equal(
+            dx[part], back(x[part], scale, dy[part], *moments, scale, bias)
+        )
+    count = len(x) // 40
+    four = lambda v: v[: 40 * count].reshape(count, 40, width // 8, 8)
+    lines = scale.reshape(-1, 8), bias.reshape(-1, 8)
+    y = groups.forward_groups(four(x), *lines, **RULE)
+    dx = groups.backward_groups(four(x), *lines, four(dy), **RULE)[0]
+    for at in (0, count - 1):
+        one = slice(at, at + 1)
+        np.testing.assert_array_equal(y[one], groups.forward_groups(four(x)[one], *lines, **RULE))
+        alone = groups.backward_groups(four(x)[one], *lines, four(dy)[one], **RULE)[0]
+        np.testing.assert_array_equal(dx[one], alone)
+
+
+@needs_library
+def test_columns_written_where_they_are_mapped_or_none():
+    x, dy, scale, bias = data((3, 50, 9), "float32", mean=2, line=(3, 9))
+    mapped = jax.vmap(written("float32"))(x, dy, scale, bias)
+    for i in range(3):
+        for a, b in zip(mapped, written("float32")(x[i], dy[i], scale[i], bias[i]), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-6)
+    y, dx = written("float32")(x[0, :0], dy[0, :0], scale[0], bias[0])
+    assert y.shape == dx.shape == (0, 9)
+
+
+@needs_library
+def test_an_output_that_has_no_kernel_is_that_of_the_form():
+    x = data((200, 8), "float32", mean=3)[0]
+    norm = functools.partial(normax.standardize, x, reduction_axes=0, dtype="bfloat16")
+    y, _ = norm(implementation="cpu")
+    assert y.dtype == "bfloat16"
+    right, _ = norm()
+    np.testing.assert_allclose(y.astype("float32"), right.astype("float32"), rtol=8e-3)
+
+
 @needs_library
 def test_supports_says_why_not():
     def why(shape, x_dtype, **how):

@@ -11,7 +11,7 @@ import jax
 
 PACKAGES = ["jax", "jaxlib", "flax", "numpy", "dm-haiku", "equinox", "keras", "torch", "triton"]
 PACKAGES += ["liger-kernel", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu"]
-SETTINGS = ["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "XLA_FLAGS"]
+SETTINGS = ["MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "XLA_FLAGS"]
 SETTINGS += ["XLA_PYTHON_CLIENT_PREALLOCATE", "LIBTPU_INIT_ARGS", "OMP_NUM_THREADS"]
 
 

@@ -54,7 +54,7 @@ def rounds(contestants: Mapping[str, Contestant], effort: Effort) -> list[dict[s
     """Returns milliseconds per call, by contestant, of each round.
 
     Args:
-      contestants: compiled already; each is called twice to warm up.
+      contestants: compiled already; each has a turn of one call to warm up.
       effort: how long to measure.
 
     Returns:
@@ -62,7 +62,6 @@ def rounds(contestants: Mapping[str, Contestant], effort: Effort) -> list[dict[s
     """
     calls = {}
     for name, contestant in contestants.items():
-        turn(contestant, 0, 1, effort.queue)
         once = turn(contestant, 1, 1, effort.queue)
         calls[name] = max(1, min(effort.calls, round(effort.sample / max(once, 1e-9))))
     names, found = list(contestants), []

@@ -4,7 +4,6 @@ Sums go down the columns, as the entries lie, in double precision. What is writt
 written from the last rows to the first: of what was summed, they are what a cache still holds.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -45,7 +44,7 @@ def column_moments_in_units(
     if not x.size:
         zero = jnp.zeros(line.shape, line.dtype)
         return jnp.ones_like(zero), zero, zero, zero
-    unit, mean, rest, var = cpu.call("normax_column_moments", [line] * 4, [_of_rows(x)])
+    unit, mean, rest, var = cpu.call("normax_column_moments", [line] * 4, [x])
     return unit, mean, rest, var
 
 
@@ -82,7 +81,7 @@ def column_gradients(
         return jnp.zeros(line.shape, line.dtype), jnp.zeros(line.shape, line.dtype)
     if cpu.unsupported_dtypes(cpu.OF_COLUMNS, x, dy.dtype):
         x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
-    given = [_of_rows(x), _of_rows(dy), *_lines(unit, mean, rest, var)]
+    given = [x, dy, *_lines(unit, mean, rest, var)]
     dscale, dbias = cpu.call(
         "normax_column_gradients", [line] * 2, given, epsilon=np.float64(epsilon)
     )
@@ -119,10 +118,10 @@ def forward_columns(
     """
     if not x.size:
         return x.astype(dtype)
-    given = [_of_rows(x), *_lines(scale, bias, unit, mean, rest, var)]
-    y = jax.ShapeDtypeStruct(given[0].shape, dtype)
+    given = [x, *_lines(scale, bias, unit, mean, rest, var)]
+    y = cpu.like(x, dtype)
     [y] = cpu.call("normax_columns_forward", [y], given, epsilon=np.float64(epsilon))
-    return y.reshape(x.shape)
+    return y
 
 
 def backward_columns(
@@ -160,16 +159,12 @@ def backward_columns(
     if not x.size:
         return x
     lines = _lines(scale, unit, mean, rest, var, dscale, dbias)
-    given = [_of_rows(x), lines[0], _of_rows(dy), *lines[1:]]
-    outputs = [cpu.like(given[0])]
+    given = [x, lines[0], dy, *lines[1:]]
     numbers = {"epsilon": np.float64(epsilon), "count": np.float64(count)}
-    [dx] = cpu.call("normax_columns_backward", outputs, given, **numbers)
-    return dx.reshape(x.shape)
+    [dx] = cpu.call("normax_columns_backward", [cpu.like(x)], given, **numbers)
+    return dx
 
 
 def _lines(*values):
     return [cpu.nothing(jnp.float32) if v is None else v.astype(jnp.float32) for v in values]
 
-
-def _of_rows(x):
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
