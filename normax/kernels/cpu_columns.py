@@ -167,4 +167,3 @@ def backward_columns(
 
 def _lines(*values):
     return [cpu.nothing(jnp.float32) if v is None else v.astype(jnp.float32) for v in values]
-

@@ -1,7 +1,10 @@
 // Columns: sums down them in double precision, rows being read as they lie; and groups of columns.
 
-// Rows whose sums stay in registers: a few, for each is read from a place of its own.
+// Rows whose sums stay in registers: few of long rows, for each is read from a place of its own.
 constexpr int64_t kLeastRows = 4, kMostRows = 16, kEntriesOfRows = 512;
+// Rows whose sums stay in a near cache, a slice of their columns at a time; and how far ahead of
+// what is read to ask for more.
+constexpr int64_t kFewRows = 16, kSlice = 1024, kAhead = 256;
 
 enum class Sum { kMoments, kGradients, kBoth };
 
@@ -13,10 +16,10 @@ INLINE void sum_block(const T* x, const O* dy, int64_t first, int64_t rows, int6
                       int count) {
   constexpr bool moments = kSum != Sum::kGradients, gradients = kSum != Sum::kMoments;
   constexpr int kLanes = kWidth<A>;
-  V<A> high[kVectors], low[kVectors], d_sum[kVectors] = {}, squares[kVectors] = {};
-  V<A> t_sum[kVectors] = {}, products[kVectors] = {}, factor[kVectors];
+  V<A> center[kVectors], factor[kVectors], d_sum[kVectors] = {}, squares[kVectors] = {};
+  V<A> t_sum[kVectors] = {}, products[kVectors] = {};
   for (int k = 0; k < kVectors; ++k) {
-    split<P>(pivot + k * kLanes, count, high[k], low[k]);
+    center[k] = P::template load<A>(pivot + k * kLanes, count);
     if constexpr (!moments) factor[k] = P::template load<A>(rstd + k * kLanes, count);
   }
   const int64_t ahead = rows * stride;
@@ -26,12 +29,11 @@ INLINE void sum_block(const T* x, const O* dy, int64_t first, int64_t rows, int6
     if constexpr (gradients) __builtin_prefetch(dy + at + ahead);
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
-      V<A> d = P::template load<A>(x + at + k * kLanes, count) - high[k];
+      V<A> d = P::template load<A>(x + at + k * kLanes, count) - center[k];
       if constexpr (moments) {
         d_sum[k] += d;
         squares[k] = plus_product(squares[k], d, d);
       } else {
-        if constexpr (sizeof(A) == 4) d -= low[k];  // otherwise the pivot is an entry, and whole
         d *= factor[k];
       }
       if constexpr (gradients) {
@@ -54,7 +56,66 @@ INLINE void sum_block(const T* x, const O* dy, int64_t first, int64_t rows, int6
   }
 }
 
-// Adds up columns in double precision: entry by entry, or, with A float, a few rows at a time.
+// The same where there is a dy, of a few rows in float32 at a time. Of two arrays more is gained by
+// reading rows from end to end, and keeping the sums of these few beside.
+template <Sum kSum, class T, class O>
+INLINE void sum_roughly(const Columns& columns, int64_t begin, int64_t end, const double* pivot,
+                        const double* rstd, double* sums, int64_t width) {
+  constexpr bool moments = kSum == Sum::kBoth;
+  constexpr int kSums = moments ? 4 : 2, kOfDy = moments ? 2 : 0;
+  auto x = static_cast<const T*>(columns.x);
+  auto dy = static_cast<const O*>(columns.dy);
+  alignas(32) float found[kSums][kSlice], high[kSlice], low[kSlice], factor[kSlice];
+  for (int64_t start = 0; start < columns.rows; start += kFewRows) {
+    const int64_t stop = start + kFewRows < columns.rows ? start + kFewRows : columns.rows;
+    for (int64_t c = begin; c < end; c += kSlice) {
+      const int64_t n = end - c < kSlice ? end - c : kSlice;
+      for (int64_t i = 0; i < n; ++i) {
+        const double center = pivot[c - begin + i];
+        high[i] = float(center);
+        low[i] = float(center - high[i]);
+        factor[i] = float(rstd[c - begin + i]);
+        for (int k = 0; k < kSums; ++k) found[k][i] = 0;
+      }
+      for (int64_t r = start; r < stop; ++r) {
+        const int64_t at = r * columns.stride + c;
+        each<float>(0, n, [&](auto place, int half, int64_t i, int count) INLINE_LAMBDA {
+          typedef decltype(place) P;
+          typedef V<float> F;
+          if (half == 0) {
+            __builtin_prefetch(x + at + i + kAhead);
+            __builtin_prefetch(dy + at + i + kAhead);
+          }
+          auto of = [&](const auto* line) INLINE_LAMBDA {
+            return P::template load<float>(line + i, count);
+          };
+          auto sum = [&](int k) INLINE_LAMBDA { return of(found[k]); };
+          auto keep = [&](int k, F v) INLINE_LAMBDA {
+            P::template store<float>(found[k] + i, v, count);
+          };
+          F d = of(x + at) - of(high);
+          if constexpr (moments) {
+            keep(0, sum(0) + d);
+            keep(1, plus_product(sum(1), d, d));
+          } else {
+            // Otherwise the pivot is an entry, which lacks nothing.
+            d = (d - of(low)) * of(factor);
+          }
+          F t = of(dy + at);
+          keep(kOfDy, sum(kOfDy) + t);
+          keep(kOfDy + 1, plus_product(sum(kOfDy + 1), d, t));
+        });
+      }
+      for (int k = 0; k < kSums; ++k) {
+        double* line = sums + k * width + c - begin;
+        for (int64_t i = 0; i < n; ++i) line[i] += found[k][i];
+      }
+    }
+  }
+}
+
+// Adds up columns: with A float, where there is no dy, a few rows in that. The pivots are entries
+// then, which lack nothing in float32.
 template <Sum kSum, class A, class T, class O>
 INLINE void sum_down(const Columns& columns, int64_t begin, int64_t end, const double* pivot,
                      const double* rstd, double* sums, int64_t width) {
@@ -89,7 +150,7 @@ void sum_columns(const Columns& columns, bool exact, const double* pivot, const 
   if (columns.dy && exact) {
     sum_down<Sum::kGradients, double, T, O>(columns, 0, end, pivot, rstd, sums, width);
   } else if (columns.dy) {
-    sum_down<Sum::kGradients, float, T, O>(columns, 0, end, pivot, rstd, sums, width);
+    sum_roughly<Sum::kGradients, T, O>(columns, 0, end, pivot, rstd, sums, width);
   } else if (exact) {
     sum_down<Sum::kMoments, double, T, O>(columns, 0, end, pivot, pivot, sums, width);
   } else {
@@ -205,7 +266,11 @@ INLINE bool measure_groups_in(const Groups& groups, int64_t begin, int64_t end, 
   for (int64_t c = begin; c < end && groups.centered; ++c) {
     pivot[c - begin] = number(x + c / members * members);
   }
-  sum_down<kSum, A, T, O>(groups.columns, begin, end, pivot, pivot, sums, width);
+  if constexpr (sizeof(A) == 4 && backward) {
+    sum_roughly<kSum, T, O>(groups.columns, begin, end, pivot, pivot, sums, width);
+  } else {
+    sum_down<kSum, A, T, O>(groups.columns, begin, end, pivot, pivot, sums, width);
+  }
   const double n = double(groups.columns.rows) * double(members);
   for (int64_t g = 0; g < end - begin; g += members) {
     Sums all;

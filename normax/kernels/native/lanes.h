@@ -309,21 +309,6 @@ INLINE void add_to(double* line, V<float> v, int count) {
   if (count > 4) add_to<P>(line + 4, second_half(v), count - 4);
 }
 
-// A line of numbers in the type to compute in, and what they lack there.
-template <class P>
-INLINE void split(const double* line, int count, V<double>& high, V<double>& low) {
-  high = P::template load<double>(line, count);
-  low = V<double>{};
-}
-template <class P>
-INLINE void split(const double* line, int count, V<float>& high, V<float>& low) {
-  high = P::template load<float>(line, count);
-  const V<double> first = P::template load<double>(line, count < 4 ? count : 4);
-  const V<double> second = count > 4 ? P::template load<double>(line + 4, count - 4) : V<double>{};
-  low = joined(__builtin_convertvector(first - first_half(high), Quad),
-               __builtin_convertvector(second - second_half(high), Quad));
-}
-
 INLINE double total(V<double> a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
 template <class C>
