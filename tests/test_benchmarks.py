@@ -131,6 +131,12 @@ def test_contestants_take_turns(monkeypatch):
     assert turns == [*first, *second]
 
 
+def test_others_are_compared_with_normax_as_it_comes_or_by_a_kernel():
+    assert measure.own(["ceiling 1R1W jax", "normax", "normax xla", "normax cpu"]) == "normax"
+    assert measure.own(["normax xla", "normax cpu", "flax linen"]) == "normax cpu"
+    assert measure.own(["normax_like", "torch"]) is None
+
+
 ROUNDS = [
     {"normax": 4.0, "flax": 8.0, "ceiling 1R0W jax": 3.0, "ceiling 1R0W torch": 1.0,
      "ceiling 1R1W jax": 2.0},

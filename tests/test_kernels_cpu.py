@@ -431,6 +431,108 @@ def test_sums_about_an_entry_that_is_far_out(far, dtype):
     assert units(dx, right, dtype) <= LIMITS[dtype][1]
 
 
+def repeated(kind, shape):
+    """Returns entries of which many are equal, so that roundings of float32 are all alike."""
+    rng = np.random.default_rng(6)
+    normal = rng.normal(size=shape)
+    x = {
+        "few ones": (rng.random(shape) < 0.1) * rng.random(shape[-1]),
+        "relu": np.maximum(normal, 0),
+        "relu, mostly zero": np.maximum(normal - 1, 0),
+        "two values": np.where(np.arange(len(normal))[:, None] * 2 < len(normal), 0.1, 0.7),
+        "tiled": np.broadcast_to(rng.normal(size=(1, shape[-1])), shape) * (1 + (normal > 1)),
+        "exponential": rng.exponential(size=shape),
+    }[kind] + np.zeros(shape)
+    x[0] = x.mean(0) + 3.7 * x.std(0)
+    return jnp.asarray(x, "float32"), jnp.asarray(rng.normal(size=shape), "float32")
+
+
+@needs_library
+@pytest.mark.parametrize("width", [8, 64, 256])
+@pytest.mark.parametrize(
+    "kind", ["few ones", "relu", "relu, mostly zero", "two values", "tiled", "exponential"]
+)
+def test_entries_that_are_repeated(kind, width):
+    x, dy = repeated(kind, (2048, width))
+    ones, zeros = jnp.ones(width), jnp.zeros(width)
+    found = written("float32")(x, dy, ones, zeros)
+    case = column_case(x)
+    right = reference.forward(case, x), reference.backward(case, x, dy)
+    one, ct = x.reshape(1, 2048, width, 1), dy.reshape(1, 2048, width, 1)
+    of_groups = (
+        groups.forward_groups(one, **RULE),
+        groups.backward_groups(one, None, None, ct, **RULE)[0],
+    )
+    for pair in (found, of_groups):
+        for value, exact_value, limit in zip(pair, right, LIMITS["float32"], strict=True):
+            assert units(value.reshape(x.shape), exact_value, "float32") <= limit
+    dscale, dbias = columns.column_gradients(
+        x, dy, *columns.column_moments_in_units(x), epsilon=1e-5
+    )
+    for value, terms in ((dscale, exact(dy) * right[0]), (dbias, exact(dy))):
+        off = np.abs(exact(value) - terms.sum(0))
+        assert np.all(off <= 4e-7 * np.abs(terms).sum(0))
+
+
+@needs_library
+def test_squares_that_are_all_too_small():
+    row = jnp.full((1, 64), 1e-20).at[0, ::2].mul(-2)
+    exactly = {"epsilon": 0.0}
+    for dtype in ("float32", "bfloat16"):
+        x = row.astype(dtype)
+        for centered in (True, False):
+            case = case_of(x, centered, 0.0)
+            y = kernels.forward(x, centered=centered, **exactly)
+            assert units(y, reference.forward(case, x), dtype) <= LIMITS[dtype][0]
+            four = x.reshape(1, 64, 1, 1)
+            y = groups.forward_groups(four, centered=centered, **exactly)
+            assert units(y.reshape(1, 64), reference.forward(case, x), dtype) <= LIMITS[dtype][0]
+    # About the first entry, deviations that cancel out.
+    x = jnp.zeros((1, 64), "bfloat16").at[0, 2:].set(1e-20).at[0, 2::2].mul(-1)
+    y = kernels.forward(x, centered=True, **exactly)
+    right = reference.forward(case_of(x, True, 0.0), x)
+    assert units(y, right, "bfloat16") <= LIMITS["bfloat16"][0]
+
+
+@needs_library
+@pytest.mark.parametrize("of_dy", [1e-30, 1e-20])
+def test_groups_of_gradients_that_are_small(of_dy):
+    x, dy, *_ = data((2, 400, 2, 4), "float32", deviation=3e-6)
+    dy = dy * jnp.float32(of_dy)
+    dx = groups.backward_groups(x, None, None, dy, centered=True, epsilon=0.0)[0]
+    right = reference.backward(group_case(x)._replace(epsilon=0.0), x, dy)
+    assert units(dx, right, "float32") <= LIMITS["float32"][1]
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [192, 512])
+def test_sums_of_gradients_that_leave_the_range_and_come_back(rows):
+    x = data((rows, 8), "float32")[0]
+    dy = jnp.where(jnp.arange(rows)[:, None] // 16 % 2 == 0, 3e37, -3e37) + jnp.zeros((1, 8))
+    _, dbias = columns.column_gradients(x, dy, *columns.column_moments_in_units(x), epsilon=1e-5)
+    np.testing.assert_array_equal(dbias, jnp.zeros(8))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [31, 63, 64, 95])
+def test_one_large_example_whose_groups_are_dealt_out(width, dtype):
+    """A strip of them may be whole lines of cache where the rows are not."""
+    rows = (9 << 20) // (width * jnp.dtype(dtype).itemsize)
+    x, dy, *_ = data((1, rows, width, 1), dtype, mean=1)
+    y = groups.forward_groups(x, **RULE)
+    dx = groups.backward_groups(x, None, None, dy, **RULE)[0]
+    some = slice(rows // 2, rows // 2 + 50)
+    long = np.asarray(x[0, :, :, 0].astype("float32"), np.float64)
+    d = long - long.mean(0)
+    rstd = 1 / np.sqrt((d * d).mean(0) + 1e-5)
+    ct = np.asarray(dy[0, :, :, 0].astype("float32"), np.float64)
+    xhat = d * rstd
+    moved = rstd * (ct - ct.mean(0) - xhat * (ct * xhat).mean(0))
+    assert units(y[0, some, :, 0], xhat[some], dtype) <= LIMITS[dtype][0]
+    assert units(dx[0, some, :, 0], moved[some], dtype) <= LIMITS[dtype][1]
+
+
 @needs_library
 @pytest.mark.parametrize("size", [1e-18, 1.0, 1e15, 1e25])
 @pytest.mark.parametrize("of_dy", [1e-30, 1e30])

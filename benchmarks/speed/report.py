@@ -158,10 +158,13 @@ def _escaped(text: str) -> str:
 def ratios(part: dict[str, Any]) -> list[str]:
     """Returns the table of normax's time over each other's: least and most over the shapes."""
     found: dict[str, dict[str, list[float]]] = {}
+    ours: dict[str, None] = {}
     for case in part["cases"]:
+        own = case.get("own") or "normax"
         for name, record in shown(case):
             ratio = middle(record, "normax_over")
-            if name != "normax" and ratio is not None:
+            if name != own and ratio is not None:
+                ours[own] = None
                 title = f"{case['title']}{', ' + case['dtype'] if 'passes' in case else ''}"
                 found.setdefault(title, {}).setdefault(name, []).append(ratio)
     names = list(dict.fromkeys(name for by_name in found.values() for name in by_name))
@@ -175,7 +178,8 @@ def ratios(part: dict[str, Any]) -> list[str]:
         return low if low == high else f"{low} to {high}"
 
     rows = ([title, *(cell(by.get(name)) for name in names)] for title, by in found.items())
-    text = "normax's time over that of each other, from the least to the most of the shapes:"
+    who = " or ".join(f"`{own}`" for own in ours)
+    text = f"The time of {who} over that of each other, from the least to the most of the shapes:"
     return [text, "", *_rows(["", *names], rows), ""]
 
 
@@ -212,7 +216,7 @@ LEGEND = """\
 - of ceiling: the time that programs need which only read and write as many arrays, in the same
   rounds, over that time. Rows "ceiling 2R1W" are these programs: two arrays read, one written.
 - normax / it: normax's time over the contestant's, median of the ratios of each round; below one
-  normax is faster.
+  normax is faster. Where normax as it comes did not take part, that of the kernel asked for.
 - kept / x: bytes kept for the backward pass, over those of x. new / x: bytes of outputs and of
   what is in between.
 - error: the largest of y or dx against float64 on a slice, over its largest value. A contestant

@@ -1,8 +1,9 @@
 """Norms of rows on CPU by native code, and how such code is called.
 
-The code is C++, in the folder `native`, called by XLA on its own threads. A row is read into cache
-once, and summed in double precision; the backward pass writes dx and adds up the gradients of scale
-and bias as it goes, in an order that the number of threads fixes.
+The code is C++, in the folder `native`, called by XLA on its own threads. A row is read from memory
+once, if a core's cache holds it, and summed in double precision; of 16 bits a few entries at a time
+in float32, if that is enough. The backward pass writes dx and adds up the gradients of scale and
+bias as it goes, in an order that the number of threads fixes.
 """
 
 from collections.abc import Sequence

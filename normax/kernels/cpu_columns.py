@@ -1,7 +1,8 @@
 """Columns on CPU by native code: batch norm's statistics, output and gradients.
 
-Sums go down the columns, as the entries lie, in double precision. What is written afterwards is
-written from the last rows to the first: of what was summed, they are what a cache still holds.
+Sums go down the columns, as the entries lie: a few rows in float32, if that is enough, and all of
+them in double precision. What is written afterwards is written from the last rows to the first: of
+what was summed, they are what a cache still holds.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""Group and instance norms on CPU by native code: an example's groups are read into cache once.
+"""Group and instance norms on CPU by native code: an example at a time, which a cache may hold.
 
-Sums go down the columns, as the entries lie, in double precision; columns of one group are then
-taken together.
+Sums go down the columns, as the entries lie, a few rows in float32, if that is enough, and all of
+them in double precision; columns of one group are then taken together.
 """
 
 import math

@@ -1,10 +1,12 @@
-// Columns: sums down them in double precision, rows being read as they lie; and groups of columns.
+// Columns: sums down them, rows being read as they lie, a few in float32 and all in double
+// precision; and groups of columns.
 
-// Rows whose sums stay in registers: few of long rows, for each is read from a place of its own.
-constexpr int64_t kLeastRows = 4, kMostRows = 16, kEntriesOfRows = 512;
-// Rows whose sums stay in a near cache, a slice of their columns at a time; and how far ahead of
-// what is read to ask for more.
-constexpr int64_t kFewRows = 16, kSlice = 1024, kAhead = 256;
+// Rows whose sums are kept in float32: so few that, of equal entries, roundings that are all alike
+// stay near one unit in the last place.
+template <class T>
+constexpr int64_t kFewRows = sizeof(T) == 2 ? 8 : 4;
+// Columns of them at a time, whose sums stay in a near cache; and how far ahead to ask for more.
+constexpr int64_t kSlice = 1024, kAhead = 256;
 
 enum class Sum { kMoments, kGradients, kBoth };
 
@@ -66,8 +68,8 @@ INLINE void sum_roughly(const Columns& columns, int64_t begin, int64_t end, cons
   auto x = static_cast<const T*>(columns.x);
   auto dy = static_cast<const O*>(columns.dy);
   alignas(32) float found[kSums][kSlice], high[kSlice], low[kSlice], factor[kSlice];
-  for (int64_t start = 0; start < columns.rows; start += kFewRows) {
-    const int64_t stop = start + kFewRows < columns.rows ? start + kFewRows : columns.rows;
+  for (int64_t start = 0; start < columns.rows; start += kFewRows<T>) {
+    const int64_t stop = start + kFewRows<T> < columns.rows ? start + kFewRows<T> : columns.rows;
     for (int64_t c = begin; c < end; c += kSlice) {
       const int64_t n = end - c < kSlice ? end - c : kSlice;
       for (int64_t i = 0; i < n; ++i) {
@@ -122,10 +124,8 @@ INLINE void sum_down(const Columns& columns, int64_t begin, int64_t end, const d
   constexpr int kLanes = kWidth<A>, kVectors = 16 / kLanes / (kSum == Sum::kBoth ? 2 : 1);
   auto x = static_cast<const T*>(columns.x);
   auto dy = static_cast<const O*>(columns.dy);
-  int64_t block = kEntriesOfRows / (end - begin);
-  block = block < kLeastRows ? kLeastRows : block > kMostRows ? kMostRows : block;
-  for (int64_t start = 0; start < columns.rows; start += block) {
-    const int64_t left = columns.rows - start, rows = left < block ? left : block;
+  for (int64_t start = 0; start < columns.rows; start += kFewRows<T>) {
+    const int64_t left = columns.rows - start, rows = left < kFewRows<T> ? left : kFewRows<T>;
     const int64_t first = start * columns.stride, stride = columns.stride;
     int64_t c = begin;
     for (; c + kVectors * kLanes <= end; c += kVectors * kLanes) {
@@ -253,18 +253,29 @@ void write_columns(const Columns& columns, const Lines& lines, int64_t width, do
   write_groups<T, O>(in_range, columns, 0, width, lines, work);
 }
 
+// A number in float32 that is near the mean, of a few entries of a group: of equal ones, theirs.
+template <class T>
+INLINE double about_the_middle(const Groups& groups, const T* x, int64_t first) {
+  double sum = 0;
+  for (int i = 0; i < 4; ++i) {
+    const int64_t row = groups.columns.rows * i / 4;
+    sum += number(x + row * groups.columns.stride + first + i % groups.members);
+  }
+  return double(float(sum / 4));
+}
+
 // The sums of the groups' columns, and their lines; returns whether float32 was enough for A.
 template <Sum kSum, class A, class T, class O>
 INLINE bool measure_groups_in(const Groups& groups, int64_t begin, int64_t end, double* sums,
                               int64_t width, const Lines& lines) {
   constexpr bool backward = kSum == Sum::kBoth;
-  for (int64_t i = 0; i < (kGroupLines - kFactorLines) * width; ++i) sums[i] = 0;
+  for (int64_t i = 0; i < kMeasureLines * width; ++i) sums[i] = 0;
   double* pivot = lines.mean;
   bool enough = true;
   auto x = static_cast<const T*>(groups.columns.x);
   const int64_t members = groups.members;
   for (int64_t c = begin; c < end && groups.centered; ++c) {
-    pivot[c - begin] = number(x + c / members * members);
+    pivot[c - begin] = about_the_middle(groups, x, c / members * members);
   }
   if constexpr (sizeof(A) == 4 && backward) {
     sum_roughly<kSum, T, O>(groups.columns, begin, end, pivot, pivot, sums, width);
@@ -283,9 +294,11 @@ INLINE bool measure_groups_in(const Groups& groups, int64_t begin, int64_t end, 
     }
     const double above = groups.centered ? all.d / n : 0;
     double var = all.squares / n - above * above;
-    enough = enough && is_enough(above, var, backward) && is_number(all.t + all.products);
+    const double epsilon = groups.epsilon;
+    enough = enough && (backward ? are_enough_with(above, var, epsilon, all.t, all.products, n)
+                                 : are_enough(above, var, epsilon));
     if (var < 0) var = 0;
-    var += groups.epsilon;
+    var += epsilon;
     const double rstd = var == 0 ? 0 : 1 / __builtin_sqrt(var);
     const double mean_t = groups.centered ? all.t / n : 0;
     const double along = (all.products - above * all.t) / n * rstd;
@@ -324,7 +337,7 @@ void groups_forward(const Groups& groups, int64_t begin, int64_t end, double* wo
   const int64_t width = end - begin;
   const Lines lines = measure_groups<Sum::kMoments, T, O>(groups, begin, end, work, width);
   const bool in_range = lines_fit(lines, width, false);
-  write_groups<T, O>(in_range, groups.columns, begin, end, lines, work + (kGroupLines - kFactorLines) * width);
+  write_groups<T, O>(in_range, groups.columns, begin, end, lines, work + kMeasureLines * width);
 }
 
 template <class T, class O>
@@ -337,5 +350,5 @@ void groups_backward(const Groups& groups, int64_t begin, int64_t end, double* w
     gradients[apart + begin + c] += work[2 * width + c];
   }
   const bool in_range = lines_fit(lines, width, true);
-  write_groups<T, O>(in_range, groups.columns, begin, end, lines, work + (kGroupLines - kFactorLines) * width);
+  write_groups<T, O>(in_range, groups.columns, begin, end, lines, work + kMeasureLines * width);
 }

@@ -21,7 +21,8 @@ using Output = ffi::Result<AnyBuffer>;
 using Memory = std::unique_ptr<double[]>;
 
 constexpr int64_t kCacheLine = 64;
-constexpr int64_t kFewRows = 256;  // of more, roundings to float32 cancel out
+constexpr int64_t kExactRows = 256;  // of fewer, one rounding to float32 would show
+constexpr int64_t kSamples = 16;     // a power of two: of equal entries the mean is exact
 constexpr int64_t kWriters = 4;  // more pieces than of sums: what is written is in no order
 constexpr int64_t kBytesPast = 1 << 23;  // from here on an output is written past the caches
 
@@ -56,7 +57,9 @@ const void* at(const AnyBuffer& buffer, int64_t entries) {
   return static_cast<const char*>(buffer.untyped_data()) + bytes;
 }
 
-void* to(const AnyBuffer& buffer, int64_t entries) { return const_cast<void*>(at(buffer, entries)); }
+void* to(const AnyBuffer& buffer, int64_t entries) {
+  return const_cast<void*>(at(buffer, entries));
+}
 
 ffi::Error refused(const char* what) {
   return ffi::Error::InvalidArgument(std::string("normax: unexpected ") + what);
@@ -219,20 +222,26 @@ ffi::Error column_moments(ffi::ThreadPool pool, AnyBuffer x, Output unit, Output
   if (!length || !count_of(*unit) || !count_of(x)) return refused("empty columns");
   const int64_t batch = count_of(*unit) / length;
   const Cuts cuts(batch, count_of(x) / length, length, threads_of(pool));
-  // Columns are summed about their first entries: what a row adds up to by itself.
   Memory pivots = zeros(batch * length), sums, zero = zeros(length);
   Memory row = zeros(2 * length);
   if (!pivots || !zero || !row) return no_memory();
   const int pair = pair_of(x, x);
   if (pair == kPairs || pair == kF64) return refused("dtype of columns");
+  // Columns are summed about what is near their mean, in float32: that of a few entries, each being
+  // what a row of it adds up to.
+  const int64_t samples = cuts.rows < kExactRows ? 1 : kSamples;
   for (int64_t call = 0; call < batch; ++call) {
-    Columns first{};
-    first.x = at(x, call * cuts.rows * length);
-    first.rows = 1;
-    first.stride = length;
     std::fill_n(row.get(), 2 * length, 0.0);
-    kernels().sum_columns[pair](first, true, zero.get(), zero.get(), row.get(), length);
-    std::copy_n(row.get(), length, &pivots[call * length]);
+    for (int64_t i = 0; i < samples; ++i) {
+      Columns one{};
+      one.x = at(x, (call * cuts.rows + cuts.rows * i / samples) * length);
+      one.rows = 1;
+      one.stride = length;
+      kernels().sum_columns[pair](one, true, zero.get(), zero.get(), row.get(), length);
+    }
+    for (int64_t i = 0; i < length; ++i) {
+      pivots[call * length + i] = double(float(row[i] / double(samples)));
+    }
   }
   const double n = double(cuts.rows);
   auto measured = [&](int64_t i) {
@@ -240,14 +249,14 @@ ffi::Error column_moments(ffi::ThreadPool pool, AnyBuffer x, Output unit, Output
     return std::pair(above, sum_of_pieces(cuts, sums, length, i, 1) / n - above * above);
   };
   for (bool exact : {false, true}) {
-    if (!exact && cuts.rows < kFewRows) continue;
+    if (!exact && cuts.rows < kExactRows) continue;
     auto error = run_columns(pool, x, nullptr, exact, pivots.get(), pivots.get(), cuts, length,
                              sums);
     if (error.failure()) return error;
     bool enough = true;
     for (int64_t i = 0; i < batch * length && enough; ++i) {
       const auto [above, variance] = measured(i);
-      enough = is_enough(above, variance, false);
+      enough = are_enough(above, variance, kLeastEpsilon);
     }
     if (enough) break;
   }
@@ -266,6 +275,16 @@ ffi::Error column_moments(ffi::ThreadPool pool, AnyBuffer x, Output unit, Output
     write(*var, std::isnan(found) ? found : variance * per_unit * per_unit);
   }
   return ffi::Error::Success();
+}
+
+// Whether each buffer has so many entries of float32; or, of those that may be absent, none.
+template <class... Buffers>
+bool are_lines(int64_t count, const Buffers&... buffers) {
+  return ((buffers.element_type() == ffi::F32 && count_of(buffers) == count) && ...);
+}
+template <class... Buffers>
+bool may_be_lines(int64_t count, const Buffers&... buffers) {
+  return ((!count_of(buffers) || are_lines(count, buffers)) && ...);
 }
 
 // What was measured of columns, as it was kept: in units, an array that is not there being one or
@@ -302,20 +321,23 @@ ffi::Error column_gradients(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer dy, Any
   if (!length || !count_of(*dscale) || !count_of(x)) return refused("empty columns");
   if (count_of(dy) != count_of(x)) return refused("shape of dy");
   const int64_t lines = count_of(*dscale);
-  if (count_of(var) != lines) return refused("variance");
+  if (!are_lines(lines, var) || !may_be_lines(lines, unit, mean, rest)) return refused("moments");
   const Cuts cuts(lines / length, count_of(x) / length, length, threads_of(pool));
   const Measured measured(unit, mean, rest, var, epsilon);
   Memory pivots = zeros(lines), rstds = zeros(lines), sums;
   if (!pivots || !rstds) return no_memory();
-  bool exact = cuts.rows < kFewRows;
+  bool exact = cuts.rows < kExactRows;
   for (int64_t i = 0; i < lines; ++i) {
     pivots[i] = measured.center(i);
     rstds[i] = measured.reciprocal(i);
     exact = exact || !(rstds[i] == 0 || (rstds[i] >= kLeast && rstds[i] <= kMost));
   }
-  if (auto error = run_columns(pool, x, &dy, exact, pivots.get(), rstds.get(), cuts, length, sums);
-      error.failure()) {
-    return error;
+  for (;;) {
+    auto error = run_columns(pool, x, &dy, exact, pivots.get(), rstds.get(), cuts, length, sums);
+    if (error.failure()) return error;
+    auto is_number = [](double v) { return std::isfinite(v); };
+    if (exact || std::all_of(&sums[0], &sums[0] + 2 * cuts.number() * length, is_number)) break;
+    exact = true;
   }
   for (int64_t i = 0; i < lines; ++i) {
     static_cast<float*>(dscale->untyped_data())[i] = float(sum_of_pieces(cuts, sums, length, i, 1));
@@ -361,6 +383,10 @@ ffi::Error write_columns(ffi::ThreadPool& pool, int pair, const AnyBuffer& x, co
 ffi::Error columns_forward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffer bias,
                            AnyBuffer unit, AnyBuffer mean, AnyBuffer rest, AnyBuffer var, Output y,
                            double epsilon) {
+  const int64_t lines = count_of(var);
+  if (!are_lines(lines, var) || !may_be_lines(lines, unit, mean, rest, scale, bias)) {
+    return refused("moments, scale or bias");
+  }
   const Measured measured(unit, mean, rest, var, epsilon);
   auto gains = static_cast<const float*>(at(scale, 0));
   auto shifts = static_cast<const float*>(at(bias, 0));
@@ -370,8 +396,7 @@ ffi::Error columns_forward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, A
     *line.gain = gains ? gains[i] * *line.rstd : *line.rstd;
     *line.shift = shifts ? shifts[i] : 0;
   };
-  return write_columns(pool, pair_of(x, *y), x, nullptr, *y, x.dimensions().back(), count_of(var),
-                       fill);
+  return write_columns(pool, pair_of(x, *y), x, nullptr, *y, x.dimensions().back(), lines, fill);
 }
 
 ffi::Error columns_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffer dy,
@@ -379,6 +404,10 @@ ffi::Error columns_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, 
                             AnyBuffer along, AnyBuffer ones, Output dx, double epsilon,
                             double count) {
   if (count_of(dy) != count_of(x)) return refused("shape of dy");
+  const int64_t lines = count_of(var);
+  if (!are_lines(lines, var, along, ones) || !may_be_lines(lines, unit, mean, rest, scale)) {
+    return refused("moments, sums or scale");
+  }
   const Measured measured(unit, mean, rest, var, epsilon);
   auto gains = static_cast<const float*>(at(scale, 0));
   auto dscale = static_cast<const float*>(at(along, 0));
@@ -390,12 +419,11 @@ ffi::Error columns_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, 
     *line.shift = *line.gain * dbias[i] / count;
     *line.along = *line.gain * dscale[i] / count;
   };
-  return write_columns(pool, pair_of(x, dy), x, &dy, *dx, x.dimensions().back(), count_of(var),
-                       fill);
+  return write_columns(pool, pair_of(x, dy), x, &dy, *dx, x.dimensions().back(), lines, fill);
 }
 
-// Calls task(piece, begin, end, work) for each piece of examples and strip of groups. Memory is read
-// best as it lies, so that there are strips only where threads would have no piece.
+// Calls task(piece, begin, end, work) for each piece of examples and strip of groups. Memory is
+// read best as it lies, so that there are strips only where threads would have no piece.
 template <class Task>
 ffi::Error each_strip(ffi::ThreadPool& pool, const Cuts& cuts, const Groups& like, int64_t width,
                       const Task& task) {
@@ -438,7 +466,7 @@ ffi::Error groups_forward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, An
   auto task = [&](int64_t piece, int64_t begin, int64_t end, double* work) {
     const int64_t call = cuts.call(piece);
     Groups groups = like;
-    groups.columns.past = is_past(*y, begin) && is_past(*y, end);
+    groups.columns.past = is_past(*y, width) && is_past(*y, begin) && is_past(*y, end);
     groups.scale = static_cast<const float*>(at(scale, call * width));
     groups.bias = static_cast<const float*>(at(bias, call * width));
     for (int64_t example = cuts.begin(piece); example < cuts.end(piece); ++example) {
@@ -469,7 +497,7 @@ ffi::Error groups_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, A
   auto task = [&](int64_t piece, int64_t begin, int64_t end, double* work) {
     const int64_t call = cuts.call(piece);
     Groups groups = like;
-    groups.columns.past = is_past(*dx, begin) && is_past(*dx, end);
+    groups.columns.past = is_past(*dx, width) && is_past(*dx, begin) && is_past(*dx, end);
     groups.scale = static_cast<const float*>(at(scale, call * width));
     for (int64_t example = cuts.begin(piece); example < cuts.end(piece); ++example) {
       const int64_t first = (call * cuts.rows + example) * rows * width;

@@ -60,8 +60,7 @@ struct Kernels {
   // float32.
   void (*sum_columns[kPairs])(const Columns&, bool exact, const double* pivot, const double* rstd,
                               double* sums, int64_t width);
-  // Writes the columns, of lines of `width` columns. `work` has room for
-  // kFactorLines lines.
+  // Writes the columns, of lines of `width` columns. `work` has room for kFactorLines lines.
   void (*write_columns[kPairs])(const Columns&, const Lines&, int64_t width, double* work);
   // Whole groups of columns from `begin` to `end`; `work` has room for kGroupLines
   // lines of end - begin.
@@ -71,17 +70,32 @@ struct Kernels {
                                   double* sums, int64_t width);
 };
 
-constexpr int64_t kFactorLines = 6, kGroupLines = 9 + kFactorLines;
-// Where factors are of this size, products of them and what they are made for can be had in float32.
-constexpr double kLeast = 1e-30, kMost = 1e30;
+// What a group is measured in: four sums and what Lines has, for each column.
+constexpr int64_t kMeasureLines = 9, kFactorLines = 6, kGroupLines = kMeasureLines + kFactorLines;
 
-// Whether float32 was enough for the sums of a few d and d^2, of the mean of d and the variance: no
-// square left its range, nor a product of d and a gradient, and the pivot was not so far out that
-// all digits of d are those of the distance. Of equal entries anything is enough, of NaN nothing.
-inline bool is_enough(double mean, double var, bool products) {
-  if (var == 0 && mean == 0) return true;
-  const bool fits = products ? var > 1e-12 && var < 1e12 : var > 1e-28 && var < 1e36;
-  return fits && mean * mean < 16 * var;
+// Where factors are of this size, what they are made for, and products of them and it, can be had
+// in float32.
+constexpr double kLeast = 1e-30, kMost = 1e30;
+constexpr double kLeastEpsilon = 1e-24;
+
+// Whether float32 was enough for the sums of a few d and d^2: no square left its range, and the
+// pivot is not so far from the mean that the digits of d are those of the distance. Squares that
+// add up to nothing may all be too small; to an epsilon that is larger it is the same.
+static inline __attribute__((always_inline)) bool are_enough(double mean, double var,
+                                                             double epsilon) {
+  if (var == 0 && mean == 0) return epsilon >= kLeastEpsilon;
+  return var > 1e-28 && var < 1e36 && mean * mean < 4 * var;
+}
+
+// Likewise of t and t d, n of them, which are not to leave it either.
+static inline __attribute__((always_inline)) bool are_enough_with(double mean, double var,
+                                                                  double epsilon, double t,
+                                                                  double products, double n) {
+  const bool equal = var == 0 && mean == 0;
+  if (!are_enough(mean, var, epsilon) || !(equal || (var > 1e-12 && var < 1e12))) return false;
+  const double of_t = __builtin_fabs(t) / n, of_products = __builtin_fabs(products) / n;
+  if (!(of_t < 1e30 && of_products < 1e30)) return false;
+  return of_t + of_products == 0 || of_t > 1e-26 || of_products > 1e-30;
 }
 
 namespace baseline {

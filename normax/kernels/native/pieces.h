@@ -26,9 +26,9 @@ inline int64_t workers_for(const xla::ffi::ThreadPool& pool, int64_t count) {
   return std::min(threads_of(pool), count);
 }
 
-// Runs task(i, worker) for each i below count, on this thread and on those of the pool that are free;
-// a worker, of workers_for(pool, count), does one at a time. What waits in the pool's queue is not
-// waited for: all its threads may be here.
+// Runs task(i, worker) for each i below count, on this thread and on those of the pool that are
+// free; a worker, of workers_for(pool, count), does one at a time. What waits in the pool's queue
+// is not waited for: all its threads may be here.
 template <class Task>
 void in_parallel(xla::ffi::ThreadPool& pool, int64_t count, const Task& task) {
   const int64_t workers = workers_for(pool, count);

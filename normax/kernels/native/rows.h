@@ -1,8 +1,7 @@
-// A row: its sums in double precision about its first entry, in one read; then, from cache, the
-// outputs.
+// A row: its sums about its first entry, in one read; then, from cache, the outputs.
 //
-// About an entry of the row the sum of squares is at most n times what it is about the mean, so
-// that of 16 digits enough are left. Equal entries leave exact zeros.
+// Sums are in double precision: about an entry of the row the sum of squares is at most n times
+// what it is about the mean, so that of 16 digits enough are left. Equal entries leave exact zeros.
 
 template <class T>
 struct Precision {
@@ -15,7 +14,6 @@ struct Precision<double> {
 template <class T>
 using Compute = typename Precision<T>::C;
 
-INLINE bool is_number(double v) { return v - v == 0; }
 INLINE bool fits(double rstd) { return rstd >= kLeast && rstd <= kMost; }
 
 // What is subtracted, in units: first the pivot, then what the mean is above it.
@@ -151,8 +149,9 @@ INLINE Row measure(const Rows& rows, const T* x, const O* dy) {
     row.center.pivot = rows.centered ? number(x) : 0;
     sums = rough_sums_of<kBackward>(rows, x, dy, row.center.pivot);
     const double above = rows.centered ? sums.d / n : 0;
-    enough = is_enough(above, sums.squares / n - above * above, kBackward) &&
-             is_number(sums.t + sums.products);
+    const double var = sums.squares / n - above * above;
+    enough = kBackward ? are_enough_with(above, var, rows.epsilon, sums.t, sums.products, n)
+                       : are_enough(above, var, rows.epsilon);
   }
   if (!enough) about(1);
   if constexpr (sizeof(T) == 8) {
