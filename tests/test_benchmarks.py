@@ -351,3 +351,10 @@ def test_the_passes_move_what_they_say():
     np.testing.assert_allclose(outputs[0], x + dy + second + 1, rtol=1e-6, atol=1e-6)
     total = ceilings._in_jax((2, 0), [x, dy]).call(0)
     np.testing.assert_allclose(total, jnp.sum(x * dy), rtol=1e-4, atol=1e-3)
+
+
+def test_the_readme_has_the_numbers_of_the_results():
+    stored = report.load([ROOT / "benchmarks" / "results" / "cpu" / report.JSON])
+    text = (ROOT / "benchmarks" / "results" / "cpu" / report.TABLE).read_text()
+    assert text == report.markdown(stored)
+    assert "\n".join(report.ratios(stored["both"])[2:]).strip() in (ROOT / "README.md").read_text()
