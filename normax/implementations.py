@@ -1,8 +1,8 @@
 """Kernels that can be asked for by name, in place of the form that XLA compiles.
 
 A kernel that was asked for is had or refused: where it cannot be, that is said when the program is
-traced or, of the wrong platform, lowered. None of them is the default: those of GPU and TPU were not
-timed, and a program that names that of CPU is exported only if asked to.
+traced or, of the wrong platform, lowered. None of them is the default: those of GPU and TPU were
+not timed, and a program that names those of CPU is exported only if asked to.
 """
 
 import functools
