@@ -688,6 +688,13 @@ def test_a_runtime_of_another_version_is_refused(runtime):
 
 
 @needs_library
+def test_what_another_version_of_normax_left_is_refused(monkeypatch):
+    monkeypatch.setattr(library, "INTERFACE", library.INTERFACE + 1)
+    runtime = library._version_of_runtime()
+    assert "another version of normax" in library._register(library.PATH, runtime)
+
+
+@needs_library
 def test_without_the_library_there_are_devices_and_a_reason(tmp_path):
     code = f"""
 import pathlib

@@ -26,6 +26,7 @@ def _find():
 
 
 PATH = _find()
+INTERFACE = 2  # that of handlers.cc, to tell what another version of normax left
 TARGETS = (
     "normax_forward",
     "normax_add_forward",
@@ -53,10 +54,15 @@ def _register(path, runtime):
         library = ctypes.CDLL(str(path))
         major, minor = ctypes.c_int32(), ctypes.c_int32()
         library.normax_ffi_version(ctypes.byref(major), ctypes.byref(minor))
-        built = major.value, minor.value
+        built, interface = (major.value, minor.value), library.normax_interface()
         handlers = {name: jax.ffi.pycapsule(getattr(library, name)) for name in TARGETS}
     except (OSError, AttributeError) as error:
         return f"the kernels for CPU cannot be loaded: {error}"
+    if interface != INTERFACE:
+        return (
+            f"the kernels for CPU are those of another version of normax, with interface "
+            f"{interface} where {INTERFACE} is asked for: install normax again"
+        )
     # XLA itself would refuse newer ones where it starts, and leave JAX without a device.
     if runtime is None or built[0] != runtime[0] or built > runtime:
         return (

@@ -627,6 +627,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(normax_column_gradients, normax::column_gradients,
                                   .Ret<AnyBuffer>()  // dbias
                                   .Attr<double>("epsilon"));
 
+// What this library and cpu_library.py agree on: to be raised with any handler's arguments.
+extern "C" int32_t normax_interface() { return 2; }
+
 // A runtime older than the headers refuses their handlers, and then has no devices at all: so it
 // is asked first.
 extern "C" void normax_ffi_version(int32_t* major, int32_t* minor) {
