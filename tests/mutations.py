@@ -116,6 +116,10 @@ MUTATIONS = [
     Mutation("residual: the sum is not rounded first", "residual.py", "return jax.lax.reduce_precision(total, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)", "return total", "test_residual.py -k output and xla and layer"),
     Mutation("residual: the cotangent of the sum forgotten", "implementations.py", '"ds": dtotal}', '"ds": 0 * dtotal}', "test_residual.py -k output and mosaic_gpu and layer"),
     Mutation("columns: devices are not taken together", "kernels/sharding.py", "if self.together is not None and any(sums):", "if False:", "test_implementations_columns.py -k gather and Auto and batch"),
+    Mutation("columns: the bias left out", "implementations.py", 'lines = {"scale": scale, "bias": bias, **_lines_of(measured)}', 'lines = {"scale": scale, "bias": None, **_lines_of(measured)}', "test_implementations_columns.py -k output and cpu"),
+    Mutation("columns: the sums of dy taken for those of dy xhat", "implementations.py", '"dscale": along, "dbias": ones}', '"dscale": ones, "dbias": along}', "test_implementations_columns.py -k output and cpu"),
+    Mutation("columns: a device's count", "implementations.py", '"count": me.count_entries(plan.reduction, x)}', '"count": me.count_entries(plan.reduction, x) // 2}', "test_implementations_columns.py -k output and cpu"),
+    Mutation("columns: an output that no kernel can write", "kernels/cpu_columns.py", "return cpu.unsupported_dtypes(cpu.OF_COLUMNS, x, dtype) is None", "return True", "test_kernels_cpu.py -k no_kernel"),
     Mutation("a kernel falls back", "implementations.py", "others = {name: refusal for name in PLATFORMS if name != platform}", "others = {}", "test_implementations.py -k elsewhere"),
     Mutation("a kernel's scale is not the norm's", "implementations.py", "operands = {name: next(given) if is_there else None for name, is_there in there}", "operands = {name: next(given) if is_there else None for name, is_there in there} | {'scale': None}", "test_implementations.py -k tpu and output"),
     # Running statistics.
