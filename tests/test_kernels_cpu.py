@@ -534,6 +534,34 @@ def test_one_large_example_whose_groups_are_dealt_out(width, dtype):
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 7, 10, 12, 15, 16, 20, 24, 31, 32, 63])
+def test_short_rows_taken_as_one(width, dtype):
+    """And those that are left over: of no rows in a multiple."""
+    x, dy, line, bias = data((1109, width), dtype, mean=1)
+    y, dx = written(dtype)(x, dy, line, bias)
+    case, groups_of = column_case(x), (1, 1109, width, 1)
+    xhat = reference.forward(case, x)
+    right = reference.backward(case, x, exact(dy) * exact(line))
+    parameters = line.reshape(width, 1), bias.reshape(width, 1)
+    one, ct = x.reshape(groups_of), dy.reshape(groups_of)
+    alone = groups.forward_groups(one, *parameters, **RULE)
+    moved, dscale, dbias = groups.backward_groups(one, *parameters, ct, **RULE)
+    for value in (y, alone.reshape(x.shape)):
+        assert units(value, xhat * exact(line) + exact(bias), dtype) <= LIMITS[dtype][0]
+    for value in (dx, moved.reshape(x.shape)):
+        assert units(value, right, dtype) <= LIMITS[dtype][1]
+    moments = columns.column_moments_in_units(x)
+    for found in (
+        (dscale.reshape(-1), dbias.reshape(-1)),
+        columns.column_gradients(x, dy, *moments, epsilon=1e-5),
+    ):
+        for value, terms in zip(found, (exact(dy) * xhat, exact(dy)), strict=True):
+            off = np.abs(exact(value) - terms.sum(0))
+            assert np.all(off <= 4e-7 * np.abs(terms).sum(0))
+
+
+@needs_library
 @pytest.mark.parametrize("size", [1e-18, 1.0, 1e15, 1e25])
 @pytest.mark.parametrize("of_dy", [1e-30, 1e30])
 def test_columns_of_gradients_of_any_size(size, of_dy):

@@ -143,18 +143,64 @@ INLINE void sum_down(const Columns& columns, int64_t begin, int64_t end, const d
   }
 }
 
+template <Sum kSum, class A, class T, class O>
+__attribute__((noinline)) void sum_part(const Columns& columns, int64_t begin, int64_t end,
+                                        const double* pivot, const double* rstd, double* sums,
+                                        int64_t width) {
+  if constexpr (sizeof(A) == 4 && kSum != Sum::kMoments) {
+    sum_roughly<kSum, T, O>(columns, begin, end, pivot, rstd, sums, width);
+  } else {
+    sum_down<kSum, A, T, O>(columns, begin, end, pivot, rstd, sums, width);
+  }
+}
+
+// How many rows to take as one: short ones, that are no whole vectors, cost most by their ends.
+INLINE int64_t rows_as_one(const Columns& columns, int64_t width) {
+  const int64_t stride = columns.stride;
+  if (width != stride || stride >= 64) return 1;
+  int64_t many = 16;
+  while (many > 1 && many / 2 * stride % 16 == 0) many /= 2;
+  while (many * stride < 128) many *= 2;
+  return columns.rows >= 4 * many ? many : 1;
+}
+
+template <Sum kSum, class A, class T, class O>
+INLINE void sum_all(const Columns& columns, int64_t begin, int64_t end, const double* pivot,
+                    const double* rstd, double* sums, int64_t width) {
+  const int64_t many = rows_as_one(columns, end - begin), wide = many * columns.stride;
+  if (many == 1) return sum_part<kSum, A, T, O>(columns, begin, end, pivot, rstd, sums, width);
+  constexpr int kSums = kSum == Sum::kBoth ? 4 : 2;
+  double pivots[kSlice], rstds[kSlice], found[kSums * kSlice];
+  for (int64_t c = 0; c < wide; ++c) {
+    pivots[c] = pivot[c % columns.stride];
+    rstds[c] = rstd[c % columns.stride];
+    for (int k = 0; k < kSums; ++k) found[k * wide + c] = 0;
+  }
+  Columns joined = columns, rest = columns;
+  joined.stride = wide;
+  joined.rows = columns.rows / many;
+  sum_part<kSum, A, T, O>(joined, 0, wide, pivots, rstds, found, wide);
+  for (int k = 0; k < kSums; ++k) {
+    for (int64_t c = 0; c < wide; ++c) sums[k * width + c % columns.stride] += found[k * wide + c];
+  }
+  rest.rows = columns.rows % many;
+  rest.x = static_cast<const T*>(columns.x) + joined.rows * wide;
+  if (columns.dy) rest.dy = static_cast<const O*>(columns.dy) + joined.rows * wide;
+  if (rest.rows) sum_part<kSum, A, T, O>(rest, begin, end, pivot, rstd, sums, width);
+}
+
 template <class T, class O>
 void sum_columns(const Columns& columns, bool exact, const double* pivot, const double* rstd,
                  double* sums, int64_t width) {
   const int64_t end = columns.stride;
   if (columns.dy && exact) {
-    sum_down<Sum::kGradients, double, T, O>(columns, 0, end, pivot, rstd, sums, width);
+    sum_all<Sum::kGradients, double, T, O>(columns, 0, end, pivot, rstd, sums, width);
   } else if (columns.dy) {
-    sum_roughly<Sum::kGradients, T, O>(columns, 0, end, pivot, rstd, sums, width);
+    sum_all<Sum::kGradients, float, T, O>(columns, 0, end, pivot, rstd, sums, width);
   } else if (exact) {
-    sum_down<Sum::kMoments, double, T, O>(columns, 0, end, pivot, pivot, sums, width);
+    sum_all<Sum::kMoments, double, T, O>(columns, 0, end, pivot, pivot, sums, width);
   } else {
-    sum_down<Sum::kMoments, float, T, O>(columns, 0, end, pivot, pivot, sums, width);
+    sum_all<Sum::kMoments, float, T, O>(columns, 0, end, pivot, pivot, sums, width);
   }
 }
 
@@ -163,20 +209,22 @@ template <class C>
 struct Factors {
   C *high, *low, *gain, *shift, *rstd, *along;
 
-  Factors(const Lines& lines, int64_t width, C* work)
+  // `many` times one after the other, for as many rows.
+  Factors(const Lines& lines, int64_t width, int64_t many, C* work)
       : high(work),
-        low(high + width),
-        gain(low + width),
-        shift(gain + width),
-        rstd(shift + width),
-        along(rstd + width) {
-    for (int64_t c = 0; c < width; ++c) {
-      high[c] = C(lines.mean[c]);
-      low[c] = C(lines.mean[c] - high[c]);
-      gain[c] = C(lines.gain[c]);
-      shift[c] = C(lines.shift[c]);
-      rstd[c] = C(lines.rstd[c]);
-      along[c] = C(lines.along[c]);
+        low(high + many * width),
+        gain(low + many * width),
+        shift(gain + many * width),
+        rstd(shift + many * width),
+        along(rstd + many * width) {
+    for (int64_t i = 0; i < many * width; ++i) {
+      const int64_t c = many == 1 ? i : i % width;
+      high[i] = C(lines.mean[c]);
+      low[i] = C(lines.mean[c] - high[i]);
+      gain[i] = C(lines.gain[c]);
+      shift[i] = C(lines.shift[c]);
+      rstd[i] = C(lines.rstd[c]);
+      along[i] = C(lines.along[c]);
     }
   }
 };
@@ -204,17 +252,21 @@ INLINE void write_row(const Factors<C>& f, int64_t width, const T* x, const O* d
 template <bool kBackward, class C, class T, class O, class R>
 INLINE void write_rows(const Columns& columns, int64_t begin, int64_t end, const Lines& lines,
                        R* out, double* work) {
-  const int64_t width = end - begin;
-  const Factors<C> factors(lines, width, static_cast<C*>(static_cast<void*>(work)));
+  const int64_t width = end - begin, many = rows_as_one(columns, width);
+  alignas(32) C room[kFactorLines * kSlice];
+  const Factors<C> factors(lines, width, many,
+                           many == 1 ? static_cast<C*>(static_cast<void*>(work)) : room);
   auto x = static_cast<const T*>(columns.x);
   auto dy = static_cast<const O*>(columns.dy);
-  for (int64_t r = 0; r < columns.rows; ++r) {
+  for (int64_t r = 0; r < columns.rows;) {
     const int64_t at = r * columns.stride + begin;
+    const int64_t joined = r + many <= columns.rows ? many : 1;
     if (columns.past) {
-      write_row<kBackward, WholePast>(factors, width, x, dy, at, out);
+      write_row<kBackward, WholePast>(factors, joined * width, x, dy, at, out);
     } else {
-      write_row<kBackward, Whole>(factors, width, x, dy, at, out);
+      write_row<kBackward, Whole>(factors, joined * width, x, dy, at, out);
     }
+    r += joined;
   }
   settle();
 }
@@ -277,11 +329,7 @@ INLINE bool measure_groups_in(const Groups& groups, int64_t begin, int64_t end, 
   for (int64_t c = begin; c < end && groups.centered; ++c) {
     pivot[c - begin] = about_the_middle(groups, x, c / members * members);
   }
-  if constexpr (sizeof(A) == 4 && backward) {
-    sum_roughly<kSum, T, O>(groups.columns, begin, end, pivot, pivot, sums, width);
-  } else {
-    sum_down<kSum, A, T, O>(groups.columns, begin, end, pivot, pivot, sums, width);
-  }
+  sum_all<kSum, A, T, O>(groups.columns, begin, end, pivot, pivot, sums, width);
   const double n = double(groups.columns.rows) * double(members);
   for (int64_t g = 0; g < end - begin; g += members) {
     Sums all;
