@@ -26,7 +26,7 @@ def _find():
 
 
 PATH = _find()
-INTERFACE = 2  # that of handlers.cc, to tell what another version of normax left
+INTERFACE = 2  # that of interface.cc, to tell what another version of normax left
 TARGETS = (
     "normax_forward",
     "normax_add_forward",

@@ -1,0 +1,109 @@
+// Arrays as XLA hands them over, memory for sums, and the kernels for this processor.
+
+#ifndef NORMAX_BUFFERS_H_
+#define NORMAX_BUFFERS_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "kernels.h"
+#include "pieces.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace normax {
+
+namespace ffi = xla::ffi;
+using ffi::AnyBuffer;
+using ffi::Ffi;
+using ffi::ThreadPool;
+using Output = ffi::Result<AnyBuffer>;
+using Memory = std::unique_ptr<double[]>;
+
+constexpr int64_t kCacheLine = 64;
+constexpr int64_t kBytesPast = 1 << 23;  // from here on an output is written past the caches
+
+inline const Kernels& kernels() {
+#ifdef NORMAX_AVX2
+  // What has AVX2 has F16C, which older compilers cannot ask for.
+  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has) return avx2::kernels;
+#endif
+  return baseline::kernels;
+}
+
+inline int pair_of(const AnyBuffer& x_buffer, const AnyBuffer& y_buffer) {
+  const auto x = x_buffer.element_type(), y = y_buffer.element_type();
+  if (x == y) {
+    return x == ffi::F32    ? kF32
+           : x == ffi::BF16 ? kBF16
+           : x == ffi::F16  ? kF16
+           : x == ffi::F64  ? kF64
+                            : kPairs;
+  }
+  if (y != ffi::F32) return kPairs;
+  return x == ffi::BF16 ? kBF16ToF32 : x == ffi::F16 ? kF16ToF32 : kPairs;
+}
+
+inline int64_t count_of(const AnyBuffer& buffer) { return int64_t(buffer.element_count()); }
+
+// An array that is not there came with no entries.
+inline const void* at(const AnyBuffer& buffer, int64_t entries) {
+  if (!buffer.element_count()) return nullptr;
+  int64_t bytes = entries * int64_t(ffi::ByteWidth(buffer.element_type()));
+  return static_cast<const char*>(buffer.untyped_data()) + bytes;
+}
+
+inline void* to(const AnyBuffer& buffer, int64_t entries) {
+  return const_cast<void*>(at(buffer, entries));
+}
+
+inline ffi::Error refused(const char* what) {
+  return ffi::Error::InvalidArgument(std::string("normax: unexpected ") + what);
+}
+
+inline ffi::Error no_memory() {
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "normax: no memory for sums");
+}
+
+// Whether rows of an output are to be written past the caches: it is more than they hold, and each
+// row is whole lines of theirs, for a line that is written in parts is slow.
+inline bool is_past(const AnyBuffer& output, int64_t row) {
+  const int64_t bytes = row * int64_t(ffi::ByteWidth(output.element_type()));
+  const bool aligned = reinterpret_cast<uintptr_t>(output.untyped_data()) % kCacheLine == 0;
+  return int64_t(output.size_bytes()) >= kBytesPast && bytes % kCacheLine == 0 && aligned;
+}
+
+inline Memory room_for(int64_t count) { return Memory(new (std::nothrow) double[count]); }
+
+inline Memory zeros(int64_t count) { return Memory(new (std::nothrow) double[count]()); }
+
+// Writes the sums of the pieces of each call, `lines` of them, rounded to the outputs' dtype.
+template <class... Outputs>
+void add_up(const Cuts& cuts, const double* sums, int64_t length, const Outputs&... outputs) {
+  constexpr int64_t lines = sizeof...(Outputs);
+  int64_t line = 0;
+  auto write = [&](const AnyBuffer& output) {
+    for (int64_t call = 0; call < cuts.batch; ++call) {
+      for (int64_t i = 0; i < length; ++i) {
+        double sum = 0;
+        for (int64_t piece = call * cuts.pieces; piece < (call + 1) * cuts.pieces; ++piece) {
+          sum += sums[(piece * lines + line) * length + i];
+        }
+        if (output.element_type() == ffi::F64) {
+          static_cast<double*>(output.untyped_data())[call * length + i] = sum;
+        } else {
+          static_cast<float*>(output.untyped_data())[call * length + i] = float(sum);
+        }
+      }
+    }
+    ++line;
+  };
+  (write(outputs), ...);
+}
+
+}  // namespace normax
+
+#endif  // NORMAX_BUFFERS_H_

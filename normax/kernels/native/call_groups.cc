@@ -1,0 +1,125 @@
+// What XLA calls for groups of columns: an example at a time, or strips of one.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "buffers.h"
+
+namespace normax {
+namespace {
+
+// Calls task(piece, begin, end, work) for each piece of examples and strip of groups. Memory is
+// read best as it lies, so that there are strips only where threads would have no piece.
+template <class Task>
+ffi::Error each_strip(ffi::ThreadPool& pool, const Cuts& cuts, const Groups& like, int64_t width,
+                      const Task& task) {
+  const int64_t groups = width / like.members;
+  const int64_t wanted = (threads_of(pool) + cuts.number() - 1) / cuts.number();
+  const int64_t strip = (groups + wanted - 1) / wanted * like.members;
+  const int64_t strips = (width + strip - 1) / strip;
+  const int64_t items = cuts.number() * strips, room = kGroupLines * strip;
+  Memory work = room_for(workers_for(pool, items) * room);
+  if (!work) return no_memory();
+  in_parallel(pool, items, [&](int64_t item, int64_t worker) {
+    const int64_t piece = item / strips, begin = item % strips * strip;
+    task(piece, begin, std::min(begin + strip, width), &work[worker * room]);
+  });
+  return ffi::Error::Success();
+}
+
+Groups groups_of(int64_t rows, int64_t width, int64_t members, double epsilon, bool centered) {
+  Groups groups{};
+  groups.columns.rows = rows;
+  groups.columns.stride = width;
+  groups.members = members;
+  groups.epsilon = epsilon;
+  groups.centered = centered;
+  return groups;
+}
+
+ffi::Error groups_forward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffer bias,
+                          Output y, bool centered, double epsilon) {
+  const int pair = pair_of(x, *y);
+  if (pair == kPairs || pair == kF64) return refused("dtypes of groups");
+  const auto shape = x.dimensions();
+  if (shape.size() < 4) return refused("rank of groups");
+  if (!count_of(x)) return ffi::Error::Success();
+  const int64_t members = shape.back(), width = members * shape[shape.size() - 2];
+  const int64_t rows = shape[shape.size() - 3];
+  const int64_t batch = std::max<int64_t>(1, std::max(count_of(scale), count_of(bias)) / width);
+  const Cuts cuts(batch, count_of(x) / (rows * width), rows * width, threads_of(pool));
+  const Groups like = groups_of(rows, width, members, epsilon, centered);
+  auto task = [&](int64_t piece, int64_t begin, int64_t end, double* work) {
+    const int64_t call = cuts.call(piece);
+    Groups groups = like;
+    groups.columns.past = is_past(*y, width) && is_past(*y, begin) && is_past(*y, end);
+    groups.scale = static_cast<const float*>(at(scale, call * width));
+    groups.bias = static_cast<const float*>(at(bias, call * width));
+    for (int64_t example = cuts.begin(piece); example < cuts.end(piece); ++example) {
+      const int64_t first = (call * cuts.rows + example) * rows * width;
+      groups.columns.x = at(x, first);
+      groups.columns.out = to(*y, first);
+      kernels().groups_forward[pair](groups, begin, end, work);
+    }
+  };
+  return each_strip(pool, cuts, like, width, task);
+}
+
+ffi::Error groups_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffer dy,
+                           Output dx, Output dscale, Output dbias, bool centered, double epsilon) {
+  const int pair = pair_of(x, dy);
+  if (pair == kPairs || pair == kF64) return refused("dtypes of groups");
+  const auto shape = x.dimensions();
+  if (shape.size() < 4) return refused("rank of groups");
+  if (count_of(dy) != count_of(x)) return refused("shape of dy");
+  const int64_t members = shape.back(), width = members * shape[shape.size() - 2];
+  const int64_t rows = shape[shape.size() - 3];
+  if (!rows || !count_of(*dscale)) return refused("empty groups");
+  const Cuts cuts(count_of(*dscale) / width, count_of(x) / (rows * width), rows * width,
+                  threads_of(pool));
+  Memory sums = zeros(cuts.number() * 2 * width);
+  if (!sums) return no_memory();
+  const Groups like = groups_of(rows, width, members, epsilon, centered);
+  auto task = [&](int64_t piece, int64_t begin, int64_t end, double* work) {
+    const int64_t call = cuts.call(piece);
+    Groups groups = like;
+    groups.columns.past = is_past(*dx, width) && is_past(*dx, begin) && is_past(*dx, end);
+    groups.scale = static_cast<const float*>(at(scale, call * width));
+    for (int64_t example = cuts.begin(piece); example < cuts.end(piece); ++example) {
+      const int64_t first = (call * cuts.rows + example) * rows * width;
+      groups.columns.x = at(x, first);
+      groups.columns.dy = at(dy, first);
+      groups.columns.out = to(*dx, first);
+      kernels().groups_backward[pair](groups, begin, end, work, &sums[piece * 2 * width], width);
+    }
+  };
+  if (auto error = each_strip(pool, cuts, like, width, task); error.failure()) return error;
+  add_up(cuts, sums.get(), width, *dscale, *dbias);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(normax_groups_forward, groups_forward,
+                              Ffi::Bind()
+                                  .Ctx<ThreadPool>()
+                                  .Arg<AnyBuffer>()  // x
+                                  .Arg<AnyBuffer>()  // scale
+                                  .Arg<AnyBuffer>()  // bias
+                                  .Ret<AnyBuffer>()  // y
+                                  .Attr<bool>("centered")
+                                  .Attr<double>("epsilon"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(normax_groups_backward, groups_backward,
+                              Ffi::Bind()
+                                  .Ctx<ThreadPool>()
+                                  .Arg<AnyBuffer>()  // x
+                                  .Arg<AnyBuffer>()  // scale
+                                  .Arg<AnyBuffer>()  // dy
+                                  .Ret<AnyBuffer>()  // dx
+                                  .Ret<AnyBuffer>()  // dscale
+                                  .Ret<AnyBuffer>()  // dbias
+                                  .Attr<bool>("centered")
+                                  .Attr<double>("epsilon"));
+
+}  // namespace normax
