@@ -236,19 +236,12 @@ def _columns_of_devices(reduction, axes, moments):
 def column_sums(plan, x, dy, measured):
     """Returns the sums of dy xhat and of dy over each column, by the kernel of the plan."""
     options = {"epsilon": plan.epsilon, "interpret": NAMED[plan.implementation].interpret}
-    kernel = functools.partial(_call_columns, _module(plan), tuple(options.items()))
-    known = [v for v in measured[1:] if v is not None]
+    lines = _lines_of(measured)
     if measured.unit is None:
-        known = [jnp.ones_like(measured.var), *known]
-    rule = f"... d, ... d{', d' * len(known)} -> d, d"
-    found = sharded(kernel, rule)(x, dy, *(v.reshape(-1) for v in known))
+        lines["unit"] = jnp.ones_like(measured.var)
+    entries = {"x": x, "dy": dy}
+    found = _call_columns(plan, "column_gradients", entries, lines, options, "d, d")
     return [v.reshape(measured.var.shape) for v in found]
-
-
-def _call_columns(module, options, x, dy, unit, mean, *others):
-    *rest, var = others
-    given = unit, mean, rest[0] if rest else None, var
-    return module.column_gradients(x, dy, *given, **dict(options))
 
 
 def _writes_columns(plan, x, dtype):
@@ -260,7 +253,7 @@ def _forward_columns(plan, x, scale, bias, mask, measured):
     del mask
     lines = {"scale": scale, "bias": bias, **_lines_of(measured)}
     options = {"epsilon": plan.epsilon, "dtype": plan.dtype}
-    return _write_columns(plan, "forward_columns", {"x": x}, lines, options)
+    return _call_columns(plan, "forward_columns", {"x": x}, lines, options, "... d")
 
 
 def column_cotangent(plan, form, x, scale, dy, measured, found):
@@ -272,21 +265,22 @@ def column_cotangent(plan, form, x, scale, dy, measured, found):
     along, ones = found
     lines = {"scale": scale, **_lines_of(measured), "dscale": along, "dbias": ones}
     options = {"epsilon": plan.epsilon, "count": me.count_entries(plan.reduction, x)}
-    return _write_columns(plan, "backward_columns", {"x": x, "dy": dy}, lines, options)
+    entries = {"x": x, "dy": dy}
+    return _call_columns(plan, "backward_columns", entries, lines, options, "... d")
 
 
 def _lines_of(measured):
     return dict(zip(("unit", "mean", "rest", "var"), measured[1:], strict=True))
 
 
-def _write_columns(plan, function, entries, lines, options):
-    """Returns what is written of the columns of x, each device its part."""
+def _call_columns(plan, function, entries, lines, options, outputs):
+    """Returns what a kernel over columns makes of operands by name, each device of its part."""
     there = {name: v.reshape(-1) for name, v in lines.items() if v is not None}
     absent = tuple(name for name in lines if name not in there)
     call = functools.partial(
         _call_lines, _module(plan), function, (*entries, *there), absent, tuple(options.items())
     )
-    rule = f"{', '.join(['... d'] * len(entries) + ['d'] * len(there))} -> ... d"
+    rule = f"{', '.join(['... d'] * len(entries) + ['d'] * len(there))} -> {outputs}"
     return sharded(call, rule)(*entries.values(), *there.values())
 
 
