@@ -69,16 +69,29 @@ inline ffi::Error no_memory() {
 }
 
 // Whether rows of an output are to be written past the caches: it is more than they hold, and each
-// row is whole lines of theirs, for a line that is written in parts is slow.
-inline bool is_past(const AnyBuffer& output, int64_t row) {
-  const int64_t bytes = row * int64_t(ffi::ByteWidth(output.element_type()));
+// row is whole lines of theirs, and where a part of it begins and ends, too: for a line that is
+// written in parts is slow.
+template <class... Entries>
+bool is_past(const AnyBuffer& output, Entries... entries) {
+  const int64_t size = int64_t(ffi::ByteWidth(output.element_type()));
   const bool aligned = reinterpret_cast<uintptr_t>(output.untyped_data()) % kCacheLine == 0;
-  return int64_t(output.size_bytes()) >= kBytesPast && bytes % kCacheLine == 0 && aligned;
+  return int64_t(output.size_bytes()) >= kBytesPast && aligned &&
+         ((entries * size % kCacheLine == 0) && ...);
 }
 
 inline Memory room_for(int64_t count) { return Memory(new (std::nothrow) double[count]); }
 
 inline Memory zeros(int64_t count) { return Memory(new (std::nothrow) double[count]()); }
+
+// Adds up what the pieces of a call found for entry i of a line, of `lines` each.
+inline double sum_of_pieces(const Cuts& cuts, const double* sums, int64_t length, int64_t call,
+                            int64_t lines, int64_t line, int64_t i) {
+  double sum = 0;
+  for (int64_t piece = call * cuts.pieces; piece < (call + 1) * cuts.pieces; ++piece) {
+    sum += sums[(piece * lines + line) * length + i];
+  }
+  return sum;
+}
 
 // Writes the sums of the pieces of each call, `lines` of them, rounded to the outputs' dtype.
 template <class... Outputs>
@@ -88,10 +101,7 @@ void add_up(const Cuts& cuts, const double* sums, int64_t length, const Outputs&
   auto write = [&](const AnyBuffer& output) {
     for (int64_t call = 0; call < cuts.batch; ++call) {
       for (int64_t i = 0; i < length; ++i) {
-        double sum = 0;
-        for (int64_t piece = call * cuts.pieces; piece < (call + 1) * cuts.pieces; ++piece) {
-          sum += sums[(piece * lines + line) * length + i];
-        }
+        const double sum = sum_of_pieces(cuts, sums, length, call, lines, line, i);
         if (output.element_type() == ffi::F64) {
           static_cast<double*>(output.untyped_data())[call * length + i] = sum;
         } else {

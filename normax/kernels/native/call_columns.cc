@@ -36,16 +36,6 @@ ffi::Error run_columns(ffi::ThreadPool& pool, const AnyBuffer& x, const AnyBuffe
   return ffi::Error::Success();
 }
 
-// Adds up what the pieces of a call found for a column: line 0 or 1.
-double sum_of_pieces(const Cuts& cuts, const Memory& sums, int64_t length, int64_t i, int line) {
-  double sum = 0;
-  const int64_t call = i / length;
-  for (int64_t piece = call * cuts.pieces; piece < (call + 1) * cuts.pieces; ++piece) {
-    sum += sums[(2 * piece + line) * length + i % length];
-  }
-  return sum;
-}
-
 // A power of two that brings a deviation to 2^50; one, for those that are no larger.
 double unit_of(double var) {
   if (!(var > 0x1p100 && std::isfinite(var))) return 1;
@@ -81,8 +71,11 @@ ffi::Error column_moments(ffi::ThreadPool pool, AnyBuffer x, Output unit, Output
   }
   const double n = double(cuts.rows);
   auto measured = [&](int64_t i) {
-    const double above = sum_of_pieces(cuts, sums, length, i, 0) / n;
-    return std::pair(above, sum_of_pieces(cuts, sums, length, i, 1) / n - above * above);
+    auto mean_of = [&](int line) {
+      return sum_of_pieces(cuts, sums.get(), length, i / length, 2, line, i % length) / n;
+    };
+    const double above = mean_of(0);
+    return std::pair(above, mean_of(1) - above * above);
   };
   for (bool exact : {false, true}) {
     if (!exact && cuts.rows < kExactRows) continue;
@@ -166,7 +159,7 @@ ffi::Error column_gradients(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer dy, Any
   for (int64_t i = 0; i < lines; ++i) {
     pivots[i] = measured.center(i);
     rstds[i] = measured.reciprocal(i);
-    exact = exact || !(rstds[i] == 0 || (rstds[i] >= kLeast && rstds[i] <= kMost));
+    exact = exact || !(rstds[i] == 0 || fits(rstds[i]));
   }
   for (;;) {
     auto error = run_columns(pool, x, &dy, exact, pivots.get(), rstds.get(), cuts, length, sums);
@@ -175,10 +168,7 @@ ffi::Error column_gradients(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer dy, Any
     if (exact || std::all_of(&sums[0], &sums[0] + 2 * cuts.number() * length, is_number)) break;
     exact = true;
   }
-  for (int64_t i = 0; i < lines; ++i) {
-    static_cast<float*>(dscale->untyped_data())[i] = float(sum_of_pieces(cuts, sums, length, i, 1));
-    static_cast<float*>(dbias->untyped_data())[i] = float(sum_of_pieces(cuts, sums, length, i, 0));
-  }
+  add_up(cuts, sums.get(), length, *dbias, *dscale);
   return ffi::Error::Success();
 }
 

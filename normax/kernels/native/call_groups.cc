@@ -52,7 +52,7 @@ ffi::Error groups_forward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, An
   auto task = [&](int64_t piece, int64_t begin, int64_t end, double* work) {
     const int64_t call = cuts.call(piece);
     Groups groups = like;
-    groups.columns.past = is_past(*y, width) && is_past(*y, begin) && is_past(*y, end);
+    groups.columns.past = is_past(*y, width, begin, end);
     groups.scale = static_cast<const float*>(at(scale, call * width));
     groups.bias = static_cast<const float*>(at(bias, call * width));
     for (int64_t example = cuts.begin(piece); example < cuts.end(piece); ++example) {
@@ -83,7 +83,7 @@ ffi::Error groups_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, A
   auto task = [&](int64_t piece, int64_t begin, int64_t end, double* work) {
     const int64_t call = cuts.call(piece);
     Groups groups = like;
-    groups.columns.past = is_past(*dx, width) && is_past(*dx, begin) && is_past(*dx, end);
+    groups.columns.past = is_past(*dx, width, begin, end);
     groups.scale = static_cast<const float*>(at(scale, call * width));
     for (int64_t example = cuts.begin(piece); example < cuts.end(piece); ++example) {
       const int64_t first = (call * cuts.rows + example) * rows * width;

@@ -76,6 +76,10 @@ constexpr int64_t kMeasureLines = 9, kFactorLines = 6, kGroupLines = kMeasureLin
 // Where factors are of this size, what they are made for, and products of them and it, can be had
 // in float32.
 constexpr double kLeast = 1e-30, kMost = 1e30;
+static inline __attribute__((always_inline)) bool fits(double factor) {
+  return factor >= kLeast && factor <= kMost;
+}
+
 constexpr double kLeastEpsilon = 1e-24;
 
 // Whether float32 was enough for the sums of a few d and d^2: no square left its range, and the

@@ -14,8 +14,6 @@ struct Precision<double> {
 template <class T>
 using Compute = typename Precision<T>::C;
 
-INLINE bool fits(double rstd) { return rstd >= kLeast && rstd <= kMost; }
-
 // What is subtracted, in units: first the pivot, then what the mean is above it.
 struct Center {
   double per_unit = 1;
