@@ -255,9 +255,10 @@ SHAPES = [(3, 20, 4, 8), (2, 7, 3, 5), (5, 1, 6, 9), (2, 33, 11, 1), (1, 4100, 2
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_groups(shape, dtype):
+def test_groups(shape, dtype, x64):
+    of_line = "float64" if dtype == "float64" else "float32"
     x, dy, scale, bias = data(shape, dtype, mean=3, line=shape[2:])
     for centered in (True, False):
         rule = {"centered": centered, "epsilon": 1e-5}
@@ -265,13 +266,14 @@ def test_groups(shape, dtype):
         dx, dscale, dbias = groups.backward_groups(x, scale, bias, dy, **rule)
         case, long_dy = group_case(x, centered), exact(dy)
         xhat = reference.forward(case, x)
-        limits = LIMITS[dtype]
+        limits = {**LIMITS, "float64": (4, 8)}[dtype]
         assert y.dtype == dx.dtype == x.dtype
+        assert dscale.dtype == dbias.dtype == of_line
         assert units(y, xhat * exact(scale) + exact(bias), dtype) <= limits[0]
         right = reference.backward(case, x, long_dy * exact(scale))
         assert units(dx, right, dtype) <= limits[1]
-        assert units(dscale, (long_dy * xhat).sum((0, 1)), "float32") <= 8
-        assert units(dbias, long_dy.sum((0, 1)), "float32") <= 8
+        assert units(dscale, (long_dy * xhat).sum((0, 1)), of_line) <= 8
+        assert units(dbias, long_dy.sum((0, 1)), of_line) <= 8
 
 
 @needs_library
@@ -657,6 +659,142 @@ def test_an_output_that_has_no_kernel_is_that_of_the_form():
     np.testing.assert_allclose(y.astype("float32"), right.astype("float32"), rtol=8e-3)
 
 
+def in_doubles(x, dy, scale, bias, epsilon):
+    """Returns y, dx, dscale and dbias of columns by the kernels."""
+    moments = columns.column_moments_in_units(x)
+    found = columns.column_gradients(x, dy, *moments, epsilon=epsilon)
+    count = x.size // x.shape[-1]
+    y = columns.forward_columns(x, scale, bias, *moments, epsilon=epsilon, dtype=x.dtype)
+    dx = columns.backward_columns(x, scale, dy, *moments, *found, epsilon=epsilon, count=count)
+    return y, dx, *found
+
+
+def about_the_mean(x, axes):
+    """Returns the same less a number near the mean: of that long double has digits to spare."""
+    x = exact(x)
+    return x - np.asarray((x / x.shape[0]).mean(axes, keepdims=True) * x.shape[0], np.float64)
+
+
+def check_doubles(x, dy, scale, bias, epsilon=1e-5):
+    """Holds columns, and the same as groups of one example, to long double."""
+    case = column_case(x)._replace(epsilon=epsilon)
+    entries = about_the_mean(x, 0)
+    xhat, long_dy = reference.forward(case, entries), exact(dy)
+    right = (
+        xhat * exact(scale) + exact(bias),
+        reference.backward(case, entries, long_dy * exact(scale)),
+        (long_dy * xhat).sum(0),
+        long_dy.sum(0),
+    )
+    line = scale.shape[0]
+    one, ct = (v.reshape(1, -1, line, 1) for v in (x, dy))
+    lines = scale.reshape(line, 1), bias.reshape(line, 1)
+    rule = {"centered": True, "epsilon": epsilon}
+    y = groups.forward_groups(one, *lines, **rule)
+    dx, *sums = groups.backward_groups(one, *lines, ct, **rule)
+    terms = np.abs(long_dy * xhat).sum(0), np.abs(long_dy).sum(0)
+    for found in (in_doubles(x, dy, scale, bias, epsilon), (y, dx, *sums)):
+        assert all(v.dtype == "float64" for v in found)
+        for value, wanted, limit in zip(found[:2], right[:2], (8, 16), strict=True):
+            # Column by column: each is of a size of its own. Of two numbers dx is nearly nothing.
+            for c in range(line if len(x) > 2 or limit == 8 else 0):
+                value, column = exact(value).reshape(x.shape), wanted[:, c]
+                assert units(value[:, c], column, "float64") <= limit
+        for value, wanted, size in zip(found[2:], right[2:], terms, strict=True):
+            assert np.all(np.abs(exact(value).reshape(-1) - wanted) <= 2e-15 * size)
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [2, 50, 3000])
+@pytest.mark.parametrize("mean", [0.0, 1e6, -1e12])
+@pytest.mark.parametrize("width", [3, 16, 77])
+def test_columns_of_doubles(rows, mean, width, x64):
+    check_doubles(*data((rows, width), "float64", mean))
+
+
+@needs_library
+@pytest.mark.parametrize("kind", ["constant", "large", "larger", "apart", "far"])
+def test_columns_of_doubles_of_any_size(kind, x64):
+    x, dy, scale, bias = data((400, 5), "float64")
+    x = {
+        "constant": x.at[:, 1].set(1e300).at[:, 2].set(0).at[:, 3].set(1 / 3),
+        "large": x.at[:, 1].mul(1e160).at[:, 2].mul(1e200),
+        "larger": x.at[:, 3].mul(3e307).at[:, 4].mul(1e-30),
+        "apart": x.at[:, 1].set(jnp.where(x[:, 1] > 0, 1.7e308, -1.7e308)),
+        "far": x.at[:, 1].add(1e15).at[0, 2].set(1e12).at[7, 3].set(1e160),
+    }[kind]
+    check_doubles(x, dy, scale, bias)
+
+
+@needs_library
+@pytest.mark.parametrize("size", [1e-250, 1e-170, 1e170, 1e307])
+@pytest.mark.parametrize("centered", [True, False])
+def test_groups_of_doubles_of_any_size(size, centered, x64):
+    x, dy, *_ = data((2, 60, 3, 4), "float64", deviation=size)
+    x = x.at[0, :, 1].set(size).at[1, :, 2].divide(size)
+    rule = {"centered": centered, "epsilon": 0.0}
+    case = group_case(x, centered)._replace(epsilon=0.0)
+    y = groups.forward_groups(x, **rule)
+    dx = groups.backward_groups(x, None, None, dy, **rule)[0]
+    np.testing.assert_array_equal(y[0, :, 1], 0 if centered else 1)
+    entries = about_the_mean(x, (1, 3)) if centered else exact(x)
+    with np.errstate(invalid="ignore", divide="ignore"):  # equal entries, which have no deviation
+        right = reference.forward(case, entries), reference.backward(case, entries, dy)
+    for found, right, limit in zip((y, dx), right, (8, 16), strict=True):
+        for n in range(2):
+            for g in range(3):
+                # Smaller ones are subnormal, larger ones none at all.
+                if np.abs(right[n, :, g]).max() < 1e308:
+                    assert units(found[n, :, g], right[n, :, g], "float64") <= limit
+
+
+@needs_library
+def test_doubles_that_are_mapped_absent_or_no_number(x64):
+    x, dy, scale, bias = data((3, 50, 9), "float64", mean=2, line=(3, 9))
+    function = lambda *v: in_doubles(*v, 1e-5)
+    mapped = jax.vmap(function)(x, dy, scale, bias)
+    for i in range(3):
+        for a, b in zip(mapped, function(x[i], dy[i], scale[i], bias[i]), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-14, atol=1e-14)
+    y, dx, dscale, dbias = function(x[0, :0], dy[0, :0], scale[0], bias[0])
+    assert y.shape == dx.shape == (0, 9)
+    assert dscale.dtype == dbias.dtype == y.dtype == dx.dtype == "float64"
+    for value in (np.nan, np.inf):
+        y, dx, *_ = function(x[0].at[7, 3].set(value), dy[0], scale[0], bias[0])
+        for found in (y, dx):
+            assert np.isnan(found[:, 3]).all()
+            assert np.isfinite(np.delete(found, 3, 1)).all()
+
+
+@needs_library
+@pytest.mark.parametrize("mean", [0.0, 1e6])
+def test_norms_of_doubles(mean, x64):
+    """From the front, where what is kept in between is float64 too."""
+    x, dy, scale, bias = data((40, 6, 8), "float64", mean)
+    stats = normax.RunningStats.create(8, dtype="float64")
+
+    def batch(x, scale, bias):
+        options = {"use_running_average": False, "implementation": "cpu"}
+        return normax.batch_norm(x, stats, scale, bias, **options)[0]
+
+    group = functools.partial(normax.group_norm, num_groups=2, implementation="cpu")
+    flat = about_the_mean(x.reshape(40, 6, 2, 4), (1, 3))
+    cases = (
+        (batch, column_case(x), about_the_mean(x, (0, 1)), (0, 1)),
+        (group, group_case(flat), flat, (0, 1)),
+    )
+    for norm, case, entries, axes in cases:
+        case = case._replace(epsilon=1e-5 if norm is batch else 1e-6)
+        y, back = jax.vjp(norm, x, scale, bias)
+        dx, dscale, dbias = back(dy)
+        xhat = reference.forward(case, entries).reshape(x.shape)
+        moved = reference.backward(case, entries, (exact(dy) * exact(scale)).reshape(entries.shape))
+        assert units(y, xhat * exact(scale) + exact(bias), "float64") <= 8
+        assert units(dx, moved.reshape(x.shape), "float64") <= 16
+        assert units(dscale, (exact(dy) * xhat).sum(axes), "float64") <= 16
+        assert units(dbias, exact(dy).sum(axes), "float64") <= 16
+
+
 @needs_library
 def test_supports_says_why_not():
     def why(shape, x_dtype, **how):
@@ -668,9 +806,9 @@ def test_supports_says_why_not():
     assert "float16 out of float32" in why((4, 64), "float32", dtype="float16")
     assert why((4, 64), "bfloat16", dtype="float32") is None
     assert why((4, 0), "float32") == why((), "float32") == "there is no row"
-    four = jax.ShapeDtypeStruct((2, 3, 4, 5), jnp.float64)
-    assert "float64" in groups.supports_groups(four)
-    assert "float64" in columns.supports_columns(four)
+    four = jax.ShapeDtypeStruct((2, 3, 4, 5), jnp.int32)
+    assert "int32" in groups.supports_groups(four)
+    assert "int32" in columns.supports_columns(four)
     four = jax.ShapeDtypeStruct((2, 3, 4, 5), jnp.float32)
     assert "activation" in groups.supports_groups(four, activation=jax.nn.relu)
     assert "no group" in groups.supports_groups(jax.ShapeDtypeStruct((2, 0, 4, 5), jnp.float32))

@@ -17,7 +17,6 @@ from jax.typing import DTypeLike
 from normax.kernels import cpu_library
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-OF_COLUMNS = DTYPES[:3]
 
 
 def supports(
@@ -32,17 +31,17 @@ def supports(
       backward: whether the backward pass is wanted too; nothing depends on it.
     """
     del residual, backward
-    reason = cpu_library.unavailable() or unsupported_dtypes(DTYPES, x, dtype)
+    reason = cpu_library.unavailable() or unsupported_dtypes(x, dtype)
     return reason or (None if x.ndim and x.shape[-1] else "there is no row")
 
 
-def unsupported_dtypes(names: Sequence[str], x: Any, dtype: DTypeLike | None) -> str | None:
+def unsupported_dtypes(x: Any, dtype: DTypeLike | None) -> str | None:
     """Returns why there is no kernel for the dtypes of `x` and the output, or None."""
     given = jnp.dtype(x.dtype)
     made = given if dtype is None else jnp.dtype(dtype)
     for each in (given, made):
-        if each.name not in names:
-            return f"dtype {each.name} is none of {', '.join(names)}"
+        if each.name not in DTYPES:
+            return f"dtype {each.name} is none of {', '.join(DTYPES)}"
     if made != given and (made != jnp.float32 or given == jnp.float64):
         return f"dtype {made.name} out of {given.name}"
     return None

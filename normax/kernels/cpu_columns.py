@@ -17,13 +17,13 @@ from normax.kernels import cpu, cpu_library
 
 def supports_columns(x: Any) -> str | None:
     """Returns why the columns of arrays like `x` cannot be measured, or None."""
-    reason = cpu_library.unavailable() or cpu.unsupported_dtypes(cpu.OF_COLUMNS, x, None)
+    reason = cpu_library.unavailable() or cpu.unsupported_dtypes(x, None)
     return reason or (None if len(x.shape) and x.shape[-1] else "there is no column")
 
 
 def can_write(x: Any, dtype: DTypeLike) -> bool:
     """Returns whether there is an output, or a cotangent of it, of a dtype for arrays like `x`."""
-    return cpu.unsupported_dtypes(cpu.OF_COLUMNS, x, dtype) is None
+    return cpu.unsupported_dtypes(x, dtype) is None
 
 
 def column_moments_in_units(
@@ -36,12 +36,13 @@ def column_moments_in_units(
       interpret: as in `forward`.
 
     Returns:
-      unit, mean, rest and var, float32 of shape `x.shape[-1:]`: the mean is (mean + rest) * unit,
-      the variance var * unit^2. The unit is one up to deviations of 2^50, so that an epsilon of
-      1e-24 or more can be added to var: where the unit is larger, var is too.
+      unit, mean, rest and var, float32 or, of float64 entries, float64, of shape `x.shape[-1:]`:
+      the mean is (mean + rest) * unit, the variance var * unit^2. The unit is one up to deviations
+      of 2^50, so that an epsilon of 1e-24 or more can be added to var: where the unit is larger,
+      var is too.
     """
     del interpret
-    line = jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32)
+    line = jax.ShapeDtypeStruct(x.shape[-1:], cpu.parameter_dtype(x))
     if not x.size:
         zero = jnp.zeros(line.shape, line.dtype)
         return jnp.ones_like(zero), zero, zero, zero
@@ -73,16 +74,16 @@ def column_gradients(
       interpret: as in `forward`.
 
     Returns:
-      dscale, the sums of dy xhat, and dbias, those of dy: float32 of shape `x.shape[-1:]`, summed
-      over all rows in a fixed order.
+      dscale, the sums of dy xhat, and dbias, those of dy: float32 or, of float64 entries, float64, of
+      shape `x.shape[-1:]`, summed over all rows in a fixed order.
     """
     del interpret
-    line = jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32)
+    line = jax.ShapeDtypeStruct(x.shape[-1:], cpu.parameter_dtype(x))
     if not x.size:
         return jnp.zeros(line.shape, line.dtype), jnp.zeros(line.shape, line.dtype)
-    if cpu.unsupported_dtypes(cpu.OF_COLUMNS, x, dy.dtype):
-        x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
-    given = [x, dy, *_lines(unit, mean, rest, var)]
+    if cpu.unsupported_dtypes(x, dy.dtype):
+        x, dy = x.astype(line.dtype), dy.astype(line.dtype)
+    given = [x, dy, *cpu.lines(x, unit, mean, rest, var)]
     dscale, dbias = cpu.call(
         "normax_column_gradients", [line] * 2, given, epsilon=np.float64(epsilon)
     )
@@ -119,7 +120,7 @@ def forward_columns(
     """
     if not x.size:
         return x.astype(dtype)
-    given = [x, *_lines(scale, bias, unit, mean, rest, var)]
+    given = [x, *cpu.lines(x, scale, bias, unit, mean, rest, var)]
     y = cpu.like(x, dtype)
     [y] = cpu.call("normax_columns_forward", [y], given, epsilon=np.float64(epsilon))
     return y
@@ -159,12 +160,8 @@ def backward_columns(
     """
     if not x.size:
         return x
-    lines = _lines(scale, unit, mean, rest, var, dscale, dbias)
+    lines = cpu.lines(x, scale, unit, mean, rest, var, dscale, dbias)
     given = [x, lines[0], dy, *lines[1:]]
     numbers = {"epsilon": np.float64(epsilon), "count": np.float64(count)}
     [dx] = cpu.call("normax_columns_backward", [cpu.like(x)], given, **numbers)
     return dx
-
-
-def _lines(*values):
-    return [cpu.nothing(jnp.float32) if v is None else v.astype(jnp.float32) for v in values]

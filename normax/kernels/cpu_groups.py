@@ -31,7 +31,7 @@ def supports_groups(
       activation: what is to be applied to the output; there is none here.
     """
     del backward
-    reason = cpu_library.unavailable() or cpu.unsupported_dtypes(cpu.OF_COLUMNS, x, dtype)
+    reason = cpu_library.unavailable() or cpu.unsupported_dtypes(x, dtype)
     if reason:
         return reason
     if len(x.shape) != 4:
@@ -102,14 +102,15 @@ def backward_groups(
       interpret: as in `forward_groups`.
 
     Returns:
-      dx, of the shape and dtype of `x`; dscale and dbias, float32 of shape (G, K).
+      dx, of the shape and dtype of `x`; dscale and dbias, of shape (G, K), float32 or, of
+      float64 entries, float64.
 
     Raises:
       ValueError: an activation.
     """
     del bias, interpret
     _check(activation)
-    line = jax.ShapeDtypeStruct(x.shape[2:], jnp.float32)
+    line = jax.ShapeDtypeStruct(x.shape[2:], cpu.parameter_dtype(x))
     if not x.size:
         return x, jnp.zeros(line.shape, line.dtype), jnp.zeros(line.shape, line.dtype)
     given = [x, *cpu.lines(x, scale), dy]

@@ -47,6 +47,35 @@ inline int pair_of(const AnyBuffer& x_buffer, const AnyBuffer& y_buffer) {
   return x == ffi::BF16 ? kBF16ToF32 : x == ffi::F16 ? kF16ToF32 : kPairs;
 }
 
+// That of parameters, sums and statistics: float32, or float64 for float64 entries.
+inline ffi::DataType line_type_of(const AnyBuffer& x) {
+  return x.element_type() == ffi::F64 ? ffi::F64 : ffi::F32;
+}
+
+// An array of numbers of that type, or none.
+class Line {
+ public:
+  explicit Line(const AnyBuffer& buffer)
+      : data_(buffer.element_count() ? buffer.untyped_data() : nullptr),
+        wide_(buffer.element_type() == ffi::F64) {}
+  explicit operator bool() const { return data_ != nullptr; }
+  double operator[](int64_t i) const {
+    return wide_ ? static_cast<const double*>(data_)[i] : static_cast<const float*>(data_)[i];
+  }
+  void write(int64_t i, double value) const {
+    if (wide_) {
+      static_cast<double*>(data_)[i] = value;
+    } else {
+      static_cast<float*>(data_)[i] = float(value);
+    }
+  }
+  double or_else(int64_t i, double value) const { return data_ ? (*this)[i] : value; }
+
+ private:
+  void* data_;
+  bool wide_;
+};
+
 inline int64_t count_of(const AnyBuffer& buffer) { return int64_t(buffer.element_count()); }
 
 // An array that is not there came with no entries.
@@ -101,12 +130,8 @@ void add_up(const Cuts& cuts, const double* sums, int64_t length, const Outputs&
   auto write = [&](const AnyBuffer& output) {
     for (int64_t call = 0; call < cuts.batch; ++call) {
       for (int64_t i = 0; i < length; ++i) {
-        const double sum = sum_of_pieces(cuts, sums, length, call, lines, line, i);
-        if (output.element_type() == ffi::F64) {
-          static_cast<double*>(output.untyped_data())[call * length + i] = sum;
-        } else {
-          static_cast<float*>(output.untyped_data())[call * length + i] = float(sum);
-        }
+        Line(output).write(call * length + i,
+                           sum_of_pieces(cuts, sums, length, call, lines, line, i));
       }
     }
     ++line;

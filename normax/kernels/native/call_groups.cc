@@ -40,7 +40,7 @@ Groups groups_of(int64_t rows, int64_t width, int64_t members, double epsilon, b
 ffi::Error groups_forward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffer bias,
                           Output y, bool centered, double epsilon) {
   const int pair = pair_of(x, *y);
-  if (pair == kPairs || pair == kF64) return refused("dtypes of groups");
+  if (pair == kPairs) return refused("dtypes of groups");
   const auto shape = x.dimensions();
   if (shape.size() < 4) return refused("rank of groups");
   if (!count_of(x)) return ffi::Error::Success();
@@ -53,8 +53,8 @@ ffi::Error groups_forward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, An
     const int64_t call = cuts.call(piece);
     Groups groups = like;
     groups.columns.past = is_past(*y, width, begin, end);
-    groups.scale = static_cast<const float*>(at(scale, call * width));
-    groups.bias = static_cast<const float*>(at(bias, call * width));
+    groups.scale = at(scale, call * width);
+    groups.bias = at(bias, call * width);
     for (int64_t example = cuts.begin(piece); example < cuts.end(piece); ++example) {
       const int64_t first = (call * cuts.rows + example) * rows * width;
       groups.columns.x = at(x, first);
@@ -68,7 +68,7 @@ ffi::Error groups_forward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, An
 ffi::Error groups_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffer dy,
                            Output dx, Output dscale, Output dbias, bool centered, double epsilon) {
   const int pair = pair_of(x, dy);
-  if (pair == kPairs || pair == kF64) return refused("dtypes of groups");
+  if (pair == kPairs) return refused("dtypes of groups");
   const auto shape = x.dimensions();
   if (shape.size() < 4) return refused("rank of groups");
   if (count_of(dy) != count_of(x)) return refused("shape of dy");
@@ -84,7 +84,7 @@ ffi::Error groups_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, A
     const int64_t call = cuts.call(piece);
     Groups groups = like;
     groups.columns.past = is_past(*dx, width, begin, end);
-    groups.scale = static_cast<const float*>(at(scale, call * width));
+    groups.scale = at(scale, call * width);
     for (int64_t example = cuts.begin(piece); example < cuts.end(piece); ++example) {
       const int64_t first = (call * cuts.rows + example) * rows * width;
       groups.columns.x = at(x, first);

@@ -9,20 +9,23 @@ constexpr int64_t kFewRows = sizeof(T) == 2 ? 8 : 4;
 constexpr int64_t kSlice = 1024, kAhead = 256;
 
 enum class Sum { kMoments, kGradients, kBoth };
+template <Sum kSum>
+constexpr int kSums = kSum == Sum::kBoth ? 4 : 2;
 
 // The sums of some vectors of columns: d and d^2, or dy and dy d, or all four. The next rows are
 // asked for: that they come one after the other is more than a processor finds out.
 template <Sum kSum, class A, int kVectors, class P, class T, class O>
 INLINE void sum_block(const T* x, const O* dy, int64_t first, int64_t rows, int64_t stride,
-                      const double* pivot, const double* rstd, double* sums, int64_t width,
-                      int count) {
+                      const About& about, double* sums, int64_t width, double* lost, int count) {
   constexpr bool moments = kSum != Sum::kGradients, gradients = kSum != Sum::kMoments;
+  constexpr bool in_units = sizeof(T) == 8;
   constexpr int kLanes = kWidth<A>;
   V<A> center[kVectors], factor[kVectors], d_sum[kVectors] = {}, squares[kVectors] = {};
-  V<A> t_sum[kVectors] = {}, products[kVectors] = {};
+  V<A> t_sum[kVectors] = {}, products[kVectors] = {}, per_unit[kVectors];
   for (int k = 0; k < kVectors; ++k) {
-    center[k] = P::template load<A>(pivot + k * kLanes, count);
-    if constexpr (!moments) factor[k] = P::template load<A>(rstd + k * kLanes, count);
+    center[k] = P::template load<A>(about.pivot + k * kLanes, count);
+    if constexpr (!moments) factor[k] = P::template load<A>(about.rstd + k * kLanes, count);
+    if constexpr (in_units) per_unit[k] = P::template load<A>(about.per_unit + k * kLanes, count);
   }
   const int64_t ahead = rows * stride;
   for (int64_t r = 0; r < rows; ++r) {
@@ -31,7 +34,9 @@ INLINE void sum_block(const T* x, const O* dy, int64_t first, int64_t rows, int6
     if constexpr (gradients) __builtin_prefetch(dy + at + ahead);
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
-      V<A> d = P::template load<A>(x + at + k * kLanes, count) - center[k];
+      V<A> d = P::template load<A>(x + at + k * kLanes, count);
+      if constexpr (in_units) d *= per_unit[k];
+      d -= center[k];
       if constexpr (moments) {
         d_sum[k] += d;
         squares[k] = plus_product(squares[k], d, d);
@@ -46,14 +51,21 @@ INLINE void sum_block(const T* x, const O* dy, int64_t first, int64_t rows, int6
     }
   }
   for (int k = 0; k < kVectors; ++k) {
-    double* line = sums + k * kLanes;
+    auto add = [&](int i, V<A> sum) INLINE_LAMBDA {
+      double* line = sums + i * width + k * kLanes;
+      if constexpr (in_units) {
+        add_exactly<P>(line, lost + i * kSlice + k * kLanes, sum, count);
+      } else {
+        add_to<P>(line, sum, count);
+      }
+    };
     if constexpr (moments) {
-      add_to<P>(line, d_sum[k], count);
-      add_to<P>(line + width, squares[k], count);
+      add(0, d_sum[k]);
+      add(1, squares[k]);
     }
     if constexpr (gradients) {
-      add_to<P>(line + (moments ? 2 : 0) * width, t_sum[k], count);
-      add_to<P>(line + (moments ? 3 : 1) * width, products[k], count);
+      add(moments ? 2 : 0, t_sum[k]);
+      add(moments ? 3 : 1, products[k]);
     }
   }
 }
@@ -61,23 +73,23 @@ INLINE void sum_block(const T* x, const O* dy, int64_t first, int64_t rows, int6
 // The same where there is a dy, of a few rows in float32 at a time. Of two arrays more is gained by
 // reading rows from end to end, and keeping the sums of these few beside.
 template <Sum kSum, class T, class O>
-INLINE void sum_roughly(const Columns& columns, int64_t begin, int64_t end, const double* pivot,
-                        const double* rstd, double* sums, int64_t width) {
+INLINE void sum_roughly(const Columns& columns, int64_t begin, int64_t end, const About& about,
+                        double* sums, int64_t width) {
   constexpr bool moments = kSum == Sum::kBoth;
-  constexpr int kSums = moments ? 4 : 2, kOfDy = moments ? 2 : 0;
+  constexpr int kOfDy = moments ? 2 : 0;
   auto x = static_cast<const T*>(columns.x);
   auto dy = static_cast<const O*>(columns.dy);
-  alignas(32) float found[kSums][kSlice], high[kSlice], low[kSlice], factor[kSlice];
+  alignas(32) float found[kSums<kSum>][kSlice], high[kSlice], low[kSlice], factor[kSlice];
   for (int64_t start = 0; start < columns.rows; start += kFewRows<T>) {
     const int64_t stop = start + kFewRows<T> < columns.rows ? start + kFewRows<T> : columns.rows;
     for (int64_t c = begin; c < end; c += kSlice) {
       const int64_t n = end - c < kSlice ? end - c : kSlice;
       for (int64_t i = 0; i < n; ++i) {
-        const double center = pivot[c - begin + i];
+        const double center = about.pivot[c - begin + i];
         high[i] = float(center);
         low[i] = float(center - high[i]);
-        factor[i] = float(rstd[c - begin + i]);
-        for (int k = 0; k < kSums; ++k) found[k][i] = 0;
+        factor[i] = float(about.rstd[c - begin + i]);
+        for (int k = 0; k < kSums<kSum>; ++k) found[k][i] = 0;
       }
       for (int64_t r = start; r < stop; ++r) {
         const int64_t at = r * columns.stride + c;
@@ -108,7 +120,7 @@ INLINE void sum_roughly(const Columns& columns, int64_t begin, int64_t end, cons
           keep(kOfDy + 1, plus_product(sum(kOfDy + 1), d, t));
         });
       }
-      for (int k = 0; k < kSums; ++k) {
+      for (int k = 0; k < kSums<kSum>; ++k) {
         double* line = sums + k * width + c - begin;
         for (int64_t i = 0; i < n; ++i) line[i] += found[k][i];
       }
@@ -117,40 +129,53 @@ INLINE void sum_roughly(const Columns& columns, int64_t begin, int64_t end, cons
 }
 
 // Adds up columns: with A float, where there is no dy, a few rows in that. The pivots are entries
-// then, which lack nothing in float32.
+// then, which lack nothing in float32. Of float64 entries what sums lose goes to lines of kSlice.
 template <Sum kSum, class A, class T, class O>
-INLINE void sum_down(const Columns& columns, int64_t begin, int64_t end, const double* pivot,
-                     const double* rstd, double* sums, int64_t width) {
+INLINE void sum_down(const Columns& columns, int64_t begin, int64_t end, const About& about,
+                     double* sums, int64_t width, double* lost = nullptr) {
   constexpr int kLanes = kWidth<A>, kVectors = 16 / kLanes / (kSum == Sum::kBoth ? 2 : 1);
   auto x = static_cast<const T*>(columns.x);
   auto dy = static_cast<const O*>(columns.dy);
+  auto from = [&](int64_t c) INLINE_LAMBDA { return lost ? lost + c : nullptr; };
   for (int64_t start = 0; start < columns.rows; start += kFewRows<T>) {
     const int64_t left = columns.rows - start, rows = left < kFewRows<T> ? left : kFewRows<T>;
     const int64_t first = start * columns.stride, stride = columns.stride;
     int64_t c = begin;
     for (; c + kVectors * kLanes <= end; c += kVectors * kLanes) {
-      sum_block<kSum, A, kVectors, Whole>(x, dy, first + c, rows, stride, pivot + c - begin,
-                                          rstd + c - begin, sums + c - begin, width, kLanes);
+      sum_block<kSum, A, kVectors, Whole>(x, dy, first + c, rows, stride, about.from(c - begin),
+                                          sums + c - begin, width, from(c - begin), kLanes);
     }
     for (; c + kLanes <= end; c += kLanes) {
-      sum_block<kSum, A, 1, Whole>(x, dy, first + c, rows, stride, pivot + c - begin,
-                                   rstd + c - begin, sums + c - begin, width, kLanes);
+      sum_block<kSum, A, 1, Whole>(x, dy, first + c, rows, stride, about.from(c - begin),
+                                   sums + c - begin, width, from(c - begin), kLanes);
     }
     if (c < end) {
-      sum_block<kSum, A, 1, Part>(x, dy, first + c, rows, stride, pivot + c - begin,
-                                  rstd + c - begin, sums + c - begin, width, int(end - c));
+      sum_block<kSum, A, 1, Part>(x, dy, first + c, rows, stride, about.from(c - begin),
+                                  sums + c - begin, width, from(c - begin), int(end - c));
     }
   }
 }
 
 template <Sum kSum, class A, class T, class O>
 __attribute__((noinline)) void sum_part(const Columns& columns, int64_t begin, int64_t end,
-                                        const double* pivot, const double* rstd, double* sums,
-                                        int64_t width) {
+                                        const About& about, double* sums, int64_t width) {
   if constexpr (sizeof(A) == 4 && kSum != Sum::kMoments) {
-    sum_roughly<kSum, T, O>(columns, begin, end, pivot, rstd, sums, width);
+    sum_roughly<kSum, T, O>(columns, begin, end, about, sums, width);
+  } else if constexpr (sizeof(T) == 8) {
+    for (int64_t c = begin; c < end; c += kSlice) {
+      const int64_t stop = end - c < kSlice ? end : c + kSlice;
+      double lost[kSums<kSum> * kSlice] = {};
+      double* slice = sums + c - begin;
+      sum_down<kSum, A, T, O>(columns, c, stop, about.from(c - begin), slice, width, lost);
+      for (int k = 0; k < kSums<kSum>; ++k) {
+        for (int64_t i = 0; i < stop - c; ++i) {
+          double& sum = slice[k * width + i];
+          if (__builtin_isfinite(sum)) sum += lost[k * kSlice + i];
+        }
+      }
+    }
   } else {
-    sum_down<kSum, A, T, O>(columns, begin, end, pivot, rstd, sums, width);
+    sum_down<kSum, A, T, O>(columns, begin, end, about, sums, width);
   }
 }
 
@@ -165,49 +190,52 @@ INLINE int64_t rows_as_one(const Columns& columns, int64_t width) {
 }
 
 template <Sum kSum, class A, class T, class O>
-INLINE void sum_all(const Columns& columns, int64_t begin, int64_t end, const double* pivot,
-                    const double* rstd, double* sums, int64_t width) {
+INLINE void sum_all(const Columns& columns, int64_t begin, int64_t end, const About& about,
+                    double* sums, int64_t width) {
   const int64_t many = rows_as_one(columns, end - begin), wide = many * columns.stride;
-  if (many == 1) return sum_part<kSum, A, T, O>(columns, begin, end, pivot, rstd, sums, width);
-  constexpr int kSums = kSum == Sum::kBoth ? 4 : 2;
-  double pivots[kSlice], rstds[kSlice], found[kSums * kSlice];
+  if (many == 1) return sum_part<kSum, A, T, O>(columns, begin, end, about, sums, width);
+  double pivots[kSlice], rstds[kSlice], per_units[kSlice], found[kSums<kSum> * kSlice];
   for (int64_t c = 0; c < wide; ++c) {
-    pivots[c] = pivot[c % columns.stride];
-    rstds[c] = rstd[c % columns.stride];
-    for (int k = 0; k < kSums; ++k) found[k * wide + c] = 0;
+    pivots[c] = about.pivot[c % columns.stride];
+    rstds[c] = about.rstd[c % columns.stride];
+    per_units[c] = about.per_unit[c % columns.stride];
+    for (int k = 0; k < kSums<kSum>; ++k) found[k * wide + c] = 0;
   }
   Columns joined = columns, rest = columns;
   joined.stride = wide;
   joined.rows = columns.rows / many;
-  sum_part<kSum, A, T, O>(joined, 0, wide, pivots, rstds, found, wide);
-  for (int k = 0; k < kSums; ++k) {
+  sum_part<kSum, A, T, O>(joined, 0, wide, {pivots, rstds, per_units}, found, wide);
+  for (int k = 0; k < kSums<kSum>; ++k) {
     for (int64_t c = 0; c < wide; ++c) sums[k * width + c % columns.stride] += found[k * wide + c];
   }
   rest.rows = columns.rows % many;
   rest.x = static_cast<const T*>(columns.x) + joined.rows * wide;
   if (columns.dy) rest.dy = static_cast<const O*>(columns.dy) + joined.rows * wide;
-  if (rest.rows) sum_part<kSum, A, T, O>(rest, begin, end, pivot, rstd, sums, width);
+  if (rest.rows) sum_part<kSum, A, T, O>(rest, begin, end, about, sums, width);
 }
 
 template <class T, class O>
-void sum_columns(const Columns& columns, bool exact, const double* pivot, const double* rstd,
-                 double* sums, int64_t width) {
+void sum_columns(const Columns& columns, bool exact, const About& about, double* sums,
+                 int64_t width) {
   const int64_t end = columns.stride;
-  if (columns.dy && exact) {
-    sum_all<Sum::kGradients, double, T, O>(columns, 0, end, pivot, rstd, sums, width);
-  } else if (columns.dy) {
-    sum_all<Sum::kGradients, float, T, O>(columns, 0, end, pivot, rstd, sums, width);
-  } else if (exact) {
-    sum_all<Sum::kMoments, double, T, O>(columns, 0, end, pivot, pivot, sums, width);
+  if constexpr (sizeof(T) < 8) {
+    if (columns.dy && !exact) {
+      return sum_all<Sum::kGradients, float, T, O>(columns, 0, end, about, sums, width);
+    } else if (!exact) {
+      return sum_all<Sum::kMoments, float, T, O>(columns, 0, end, about, sums, width);
+    }
+  }
+  if (columns.dy) {
+    sum_all<Sum::kGradients, double, T, O>(columns, 0, end, about, sums, width);
   } else {
-    sum_all<Sum::kMoments, float, T, O>(columns, 0, end, pivot, pivot, sums, width);
+    sum_all<Sum::kMoments, double, T, O>(columns, 0, end, about, sums, width);
   }
 }
 
 // Lines in the type to compute in: the mean is two numbers, and what is left has one rounding.
 template <class C>
 struct Factors {
-  C *high, *low, *gain, *shift, *rstd, *along;
+  C *high, *low, *gain, *shift, *rstd, *along, *per_unit, *size;
 
   // `many` times one after the other, for as many rows.
   Factors(const Lines& lines, int64_t width, int64_t many, C* work)
@@ -216,15 +244,19 @@ struct Factors {
         gain(low + many * width),
         shift(gain + many * width),
         rstd(shift + many * width),
-        along(rstd + many * width) {
+        along(rstd + many * width),
+        per_unit(along + many * width),
+        size(per_unit + many * width) {
     for (int64_t i = 0; i < many * width; ++i) {
       const int64_t c = many == 1 ? i : i % width;
       high[i] = C(lines.mean[c]);
-      low[i] = C(lines.mean[c] - high[i]);
+      low[i] = C((lines.mean[c] - high[i]) + lines.rest[c]);
       gain[i] = C(lines.gain[c]);
       shift[i] = C(lines.shift[c]);
       rstd[i] = C(lines.rstd[c]);
       along[i] = C(lines.along[c]);
+      per_unit[i] = C(lines.per_unit[c]);
+      size[i] = C(lines.rstd[c] * lines.per_unit[c]);
     }
   }
 };
@@ -232,16 +264,19 @@ struct Factors {
 template <bool kBackward, class W, class C, class T, class O, class R>
 INLINE void write_row(const Factors<C>& f, int64_t width, const T* x, const O* dy, int64_t at,
                       R* out) {
+  constexpr bool in_units = sizeof(T) == 8;
   each<C, W>(0, width, [&](auto place, int, int64_t c, int count) INLINE_LAMBDA {
     typedef decltype(place) P;
-    V<C> v = (P::template load<C>(x + at + c, count) - P::template load<C>(f.high + c, count)) -
-             P::template load<C>(f.low + c, count);
+    V<C> v = P::template load<C>(x + at + c, count);
+    if constexpr (in_units) v *= P::template load<C>(f.per_unit + c, count);
+    v = (v - P::template load<C>(f.high + c, count)) - P::template load<C>(f.low + c, count);
     const V<C> gain = P::template load<C>(f.gain + c, count);
     const V<C> shift = P::template load<C>(f.shift + c, count);
     if constexpr (kBackward) {
       const V<C> rstd = P::template load<C>(f.rstd + c, count);
       const V<C> along = P::template load<C>(f.along + c, count);
-      v = ((P::template load<C>(dy + at + c, count) * gain - shift) - v * rstd * along) * rstd;
+      v = (P::template load<C>(dy + at + c, count) * gain - shift) - v * rstd * along;
+      v *= in_units ? P::template load<C>(f.size + c, count) : rstd;
     } else {
       v = v * gain + shift;
     }
@@ -271,23 +306,13 @@ INLINE void write_rows(const Columns& columns, int64_t begin, int64_t end, const
   settle();
 }
 
-template <class T, class O>
-INLINE void write_groups(bool in_range, const Columns& columns, int64_t begin, int64_t end,
-                         const Lines& lines, double* work) {
+template <class C, class T, class O>
+INLINE void write_in(const Columns& columns, int64_t begin, int64_t end, const Lines& lines,
+                     double* work) {
   if (columns.dy) {
-    auto dx = static_cast<T*>(columns.out);
-    if (in_range) {
-      write_rows<true, float, T, O>(columns, begin, end, lines, dx, work);
-    } else {
-      write_rows<true, double, T, O>(columns, begin, end, lines, dx, work);
-    }
+    write_rows<true, C, T, O>(columns, begin, end, lines, static_cast<T*>(columns.out), work);
   } else {
-    auto y = static_cast<O*>(columns.out);
-    if (in_range) {
-      write_rows<false, float, T, O>(columns, begin, end, lines, y, work);
-    } else {
-      write_rows<false, double, T, O>(columns, begin, end, lines, y, work);
-    }
+    write_rows<false, C, T, O>(columns, begin, end, lines, static_cast<O*>(columns.out), work);
   }
 }
 
@@ -299,10 +324,21 @@ INLINE bool lines_fit(const Lines& lines, int64_t width, bool backward) {
   return true;
 }
 
+// Writes columns `begin` to `end`, in float32 where their lines fit.
+template <class T, class O>
+INLINE void write_fitting(const Columns& columns, int64_t begin, int64_t end, const Lines& lines,
+                          double* work) {
+  if constexpr (sizeof(T) < 8) {
+    if (lines_fit(lines, end - begin, columns.dy)) {
+      return write_in<float, T, O>(columns, begin, end, lines, work);
+    }
+  }
+  write_in<double, T, O>(columns, begin, end, lines, work);
+}
+
 template <class T, class O>
 void write_columns(const Columns& columns, const Lines& lines, int64_t width, double* work) {
-  const bool in_range = lines_fit(lines, width, columns.dy);
-  write_groups<T, O>(in_range, columns, 0, width, lines, work);
+  write_fitting<T, O>(columns, 0, width, lines, work);
 }
 
 // A number in float32 that is near the mean, of a few entries of a group: of equal ones, theirs.
@@ -316,25 +352,25 @@ INLINE double about_the_middle(const Groups& groups, const T* x, int64_t first) 
   return double(float(sum / 4));
 }
 
-// The sums of the groups' columns, and their lines; returns whether float32 was enough for A.
+// The sums of the groups' columns about the mean in `lines`, which they move, and the other lines;
+// returns whether A was enough.
 template <Sum kSum, class A, class T, class O>
 INLINE bool measure_groups_in(const Groups& groups, int64_t begin, int64_t end, double* sums,
                               int64_t width, const Lines& lines) {
-  constexpr bool backward = kSum == Sum::kBoth;
-  for (int64_t i = 0; i < kMeasureLines * width; ++i) sums[i] = 0;
-  double* pivot = lines.mean;
-  bool enough = true;
-  auto x = static_cast<const T*>(groups.columns.x);
+  constexpr bool backward = kSum == Sum::kBoth, in_units = sizeof(T) == 8;
+  auto scales = static_cast<const Compute<T>*>(groups.scale);
+  auto biases = static_cast<const Compute<T>*>(groups.bias);
+  auto scale_of = [&](int64_t c) INLINE_LAMBDA { return scales ? double(scales[begin + c]) : 1; };
+  for (int64_t i = 0; i < kSumLines * width; ++i) sums[i] = 0;
+  sum_all<kSum, A, T, O>(groups.columns, begin, end, {lines.mean, lines.mean, lines.per_unit},
+                         sums, width);
   const int64_t members = groups.members;
-  for (int64_t c = begin; c < end && groups.centered; ++c) {
-    pivot[c - begin] = about_the_middle(groups, x, c / members * members);
-  }
-  sum_all<kSum, A, T, O>(groups.columns, begin, end, pivot, pivot, sums, width);
   const double n = double(groups.columns.rows) * double(members);
+  bool enough = true;
   for (int64_t g = 0; g < end - begin; g += members) {
     Sums all;
     for (int64_t c = g; c < g + members; ++c) {
-      double scale = groups.scale ? groups.scale[begin + c] : 1;
+      const double scale = scale_of(c);
       all.d += sums[c];
       all.squares += sums[width + c];
       all.t += scale * sums[2 * width + c];
@@ -342,17 +378,21 @@ INLINE bool measure_groups_in(const Groups& groups, int64_t begin, int64_t end, 
     }
     const double above = groups.centered ? all.d / n : 0;
     double var = all.squares / n - above * above;
-    const double epsilon = groups.epsilon;
-    enough = enough && (backward ? are_enough_with(above, var, epsilon, all.t, all.products, n)
-                                 : are_enough(above, var, epsilon));
+    if constexpr (in_units) {
+      enough = enough && are_in_range(all.squares);
+    } else {
+      enough = enough && (backward ? are_enough_with(above, var, groups.epsilon, all.t,
+                                                     all.products, n)
+                                   : are_enough(above, var, groups.epsilon));
+    }
     if (var < 0) var = 0;
-    var += epsilon;
+    var += groups.epsilon * lines.per_unit[g] * lines.per_unit[g];
     const double rstd = var == 0 ? 0 : 1 / __builtin_sqrt(var);
     const double mean_t = groups.centered ? all.t / n : 0;
     const double along = (all.products - above * all.t) / n * rstd;
     for (int64_t c = g; c < g + members; ++c) {
-      double scale = groups.scale ? groups.scale[begin + c] : 1;
-      lines.mean[c] += above;
+      const double scale = scale_of(c);
+      (in_units ? lines.rest : lines.mean)[c] += above;
       lines.rstd[c] = rstd;
       if (backward) {
         lines.gain[c] = scale;
@@ -362,20 +402,68 @@ INLINE bool measure_groups_in(const Groups& groups, int64_t begin, int64_t end, 
         sums[c] = (sums[3 * width + c] - above * sums[2 * width + c]) * rstd;
       } else {
         lines.gain[c] = scale * rstd;
-        lines.shift[c] = groups.bias ? groups.bias[begin + c] : 0;
+        lines.shift[c] = biases ? double(biases[begin + c]) : 0;
       }
     }
   }
   return enough;
 }
 
+// Of float64 entries all 16 digits are asked for: they are summed about their mean, which takes
+// another read, and in units where those are needed.
+template <Sum kSum>
+INLINE void measure_doubles(const Groups& groups, int64_t begin, int64_t end, double* sums,
+                            int64_t width, const Lines& lines) {
+  auto x = static_cast<const double*>(groups.columns.x);
+  const int64_t members = groups.members;
+  auto measured = [&] {
+    for (int64_t c = 0; c < end - begin; ++c) {
+      const double first = x[begin + c / members * members];
+      lines.mean[c] = groups.centered ? first * lines.per_unit[c] : 0;
+      lines.rest[c] = 0;
+    }
+    if (groups.centered) {
+      measure_groups_in<Sum::kMoments, double, double, double>(groups, begin, end, sums, width,
+                                                               lines);
+      for (int64_t c = 0; c < end - begin; ++c) {
+        lines.mean[c] += lines.rest[c];
+        lines.rest[c] = 0;
+      }
+    }
+    return measure_groups_in<kSum, double, double, double>(groups, begin, end, sums, width, lines);
+  };
+  if (measured()) return;
+  for (int64_t c = 0; c < end - begin; ++c) {
+    lines.per_unit[c] =
+        c % members ? lines.per_unit[c - 1]
+                    : per_unit_of(x + begin + c, groups.columns.rows, groups.columns.stride,
+                                  members, groups.centered, groups.epsilon);
+  }
+  measured();
+}
+
 template <Sum kSum, class T, class O>
 INLINE Lines measure_groups(const Groups& groups, int64_t begin, int64_t end, double* sums,
                             int64_t width) {
-  double* mean = sums + 4 * width;
-  const Lines lines{mean, mean + width, mean + 2 * width, mean + 3 * width, mean + 4 * width};
-  if (!measure_groups_in<kSum, float, T, O>(groups, begin, end, sums, width, lines)) {
-    measure_groups_in<kSum, double, T, O>(groups, begin, end, sums, width, lines);
+  const Lines lines = lines_in(sums + kSumLines * width, width);
+  for (int64_t i = 0; i < kLines * width; ++i) lines.mean[i] = 0;
+  for (int64_t c = 0; c < width; ++c) lines.per_unit[c] = 1;
+  if constexpr (sizeof(T) == 8) {
+    measure_doubles<kSum>(groups, begin, end, sums, width, lines);
+  } else {
+    auto start = [&] {
+      auto x = static_cast<const T*>(groups.columns.x);
+      const int64_t members = groups.members;
+      for (int64_t c = begin; c < end; ++c) {
+        lines.mean[c - begin] =
+            groups.centered ? about_the_middle(groups, x, c / members * members) : 0;
+      }
+    };
+    start();
+    if (!measure_groups_in<kSum, float, T, O>(groups, begin, end, sums, width, lines)) {
+      start();
+      measure_groups_in<kSum, double, T, O>(groups, begin, end, sums, width, lines);
+    }
   }
   return lines;
 }
@@ -384,8 +472,7 @@ template <class T, class O>
 void groups_forward(const Groups& groups, int64_t begin, int64_t end, double* work) {
   const int64_t width = end - begin;
   const Lines lines = measure_groups<Sum::kMoments, T, O>(groups, begin, end, work, width);
-  const bool in_range = lines_fit(lines, width, false);
-  write_groups<T, O>(in_range, groups.columns, begin, end, lines, work + kMeasureLines * width);
+  write_fitting<T, O>(groups.columns, begin, end, lines, work + kMeasureLines * width);
 }
 
 template <class T, class O>
@@ -397,6 +484,5 @@ void groups_backward(const Groups& groups, int64_t begin, int64_t end, double* w
     gradients[begin + c] += work[c];
     gradients[apart + begin + c] += work[2 * width + c];
   }
-  const bool in_range = lines_fit(lines, width, true);
-  write_groups<T, O>(in_range, groups.columns, begin, end, lines, work + kMeasureLines * width);
+  write_fitting<T, O>(groups.columns, begin, end, lines, work + kMeasureLines * width);
 }

@@ -24,12 +24,10 @@ namespace {
     f<float, float>, f<bf16, bf16>, f<f16, f16>, f<double, double>,         \
         f<bf16, float>, f<f16, float>                                       \
   }
-#define EACH_BUT_F64(f) \
-  { f<float, float>, f<bf16, bf16>, f<f16, f16>, nullptr, f<bf16, float>, f<f16, float> }
 
 const Kernels kernels = {
-    EACH_PAIR(forward),           EACH_PAIR(backward),           EACH_BUT_F64(sum_columns),
-    EACH_BUT_F64(write_columns),  EACH_BUT_F64(groups_forward), EACH_BUT_F64(groups_backward),
+    EACH_PAIR(forward),       EACH_PAIR(backward),       EACH_PAIR(sum_columns),
+    EACH_PAIR(write_columns), EACH_PAIR(groups_forward), EACH_PAIR(groups_backward),
 };
 
 }  // namespace LEVEL

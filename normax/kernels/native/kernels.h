@@ -34,16 +34,34 @@ struct Columns {
   bool past;       // as in Rows
 };
 
-// What outputs are made from, a number for each column:
-// y = (x - mean) gain + shift, or dx = ((dy gain - shift) - (x - mean) rstd along) rstd.
-struct Lines {
-  double *mean, *gain, *shift, *rstd, *along;
+// What columns are summed about, a number for each.
+struct About {
+  const double *pivot, *rstd;
+  const double* per_unit;  // of float64 entries alone: squares of others are in range
+  __attribute__((always_inline)) About from(int64_t column) const {
+    return {pivot + column, rstd + column, per_unit + column};
+  }
 };
+
+// What outputs are made from, a number for each column, d being (x per_unit - mean) - rest:
+// y = d gain + shift, or dx = ((dy gain - shift) - d rstd along) rstd per_unit.
+// Entries that are not float64 have no rest, and 1 per unit.
+struct Lines {
+  double *mean, *rest, *gain, *shift, *rstd, *along, *per_unit;
+};
+constexpr int64_t kLines = 7;
+
+// Such lines one after the other, in memory for kLines of them.
+static inline __attribute__((always_inline)) Lines lines_in(double* memory, int64_t width) {
+  double* line[kLines];
+  for (int64_t i = 0; i < kLines; ++i) line[i] = memory + i * width;
+  return {line[0], line[1], line[2], line[3], line[4], line[5], line[6]};
+}
 
 struct Groups {
   Columns columns;  // of one example
-  const float* scale;
-  const float* bias;
+  const void* scale;  // or null, like the bias
+  const void* bias;
   int64_t members;
   double epsilon;
   bool centered;
@@ -58,8 +76,8 @@ struct Kernels {
   // Adds, for each column, the sums of d and d^2, d being x less its pivot; or, where there is a
   // dy, of dy and dy d times rstd. Of each a line of `width`. If not `exact`, of a few rows in
   // float32.
-  void (*sum_columns[kPairs])(const Columns&, bool exact, const double* pivot, const double* rstd,
-                              double* sums, int64_t width);
+  void (*sum_columns[kPairs])(const Columns&, bool exact, const About&, double* sums,
+                              int64_t width);
   // Writes the columns, of lines of `width` columns. `work` has room for kFactorLines lines.
   void (*write_columns[kPairs])(const Columns&, const Lines&, int64_t width, double* work);
   // Whole groups of columns from `begin` to `end`; `work` has room for kGroupLines
@@ -70,8 +88,9 @@ struct Kernels {
                                   double* sums, int64_t width);
 };
 
-// What a group is measured in: four sums and what Lines has, for each column.
-constexpr int64_t kMeasureLines = 9, kFactorLines = 6, kGroupLines = kMeasureLines + kFactorLines;
+// What a group is measured in, for each column: four sums and what Lines has.
+constexpr int64_t kSumLines = 4, kMeasureLines = kSumLines + kLines, kFactorLines = 8;
+constexpr int64_t kGroupLines = kMeasureLines + kFactorLines;
 
 // Where factors are of this size, what they are made for, and products of them and it, can be had
 // in float32.

@@ -309,6 +309,15 @@ INLINE void add_to(double* line, V<float> v, int count) {
   if (count > 4) add_to<P>(line + 4, second_half(v), count - 4);
 }
 
+// The same, and adds to another line what the sum loses.
+template <class P>
+INLINE void add_exactly(double* line, double* lost, V<double> v, int count) {
+  const V<double> before = P::template load<double>(line, count), sum = before + v;
+  const V<double> added = sum - before, loss = (before - (sum - added)) + (v - added);
+  P::template store<double>(line, sum, count);
+  add_to<P>(lost, loss, count);
+}
+
 INLINE double total(V<double> a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
 template <class C>

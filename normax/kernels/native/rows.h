@@ -113,17 +113,24 @@ INLINE Sums sums_of(const Rows& rows, const T* x, const O* dy, const Center& cen
           total(products[0] + products[1])};
 }
 
-// A power of two near the range of a row, or near its largest entry, to divide by.
-INLINE double per_unit_of(const Rows& rows, const double* x) {
-  double pivot = rows.centered ? x[0] * 0.25 : 0, largest = 0;
-  for (int64_t i = 0; i < rows.length; ++i) {
-    double size = __builtin_fabs(x[i] * 0.25 - pivot);
-    if (size > largest) largest = size;
+// Whether squares of float64 entries, added up, are those of numbers in range.
+INLINE bool are_in_range(double squares) { return squares > 1e-200 && squares < 1e200; }
+
+// A power of two near the range of entries, or near the largest of them, to divide by: of some
+// parts, each of as many entries one after the other.
+INLINE double per_unit_of(const double* x, int64_t parts, int64_t apart, int64_t entries,
+                          bool centered, double epsilon) {
+  double pivot = centered ? x[0] * 0.25 : 0, largest = 0;
+  for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t i = 0; i < entries; ++i) {
+      double size = __builtin_fabs(x[part * apart + i] * 0.25 - pivot);
+      if (size > largest) largest = size;
+    }
   }
   if (!(largest > 0 && largest < __builtin_inf())) return 1;
   int up = -__builtin_ilogb(largest) - 2, most = 1000;
   // Epsilon in that unit has to stay in range; what is small next to it need not.
-  if (rows.epsilon > 0) most = 300 - __builtin_ilogb(rows.epsilon) / 2;
+  if (epsilon > 0) most = 300 - __builtin_ilogb(epsilon) / 2;
   if (most > 1000) most = 1000;
   return __builtin_ldexp(1.0, up < -1000 ? -1000 : up > most ? most : up);
 }
@@ -153,7 +160,9 @@ INLINE Row measure(const Rows& rows, const T* x, const O* dy) {
   }
   if (!enough) about(1);
   if constexpr (sizeof(T) == 8) {
-    if (!(sums.squares > 1e-200 && sums.squares < 1e200)) about(per_unit_of(rows, x));
+    if (!are_in_range(sums.squares)) {
+      about(per_unit_of(x, 1, 0, rows.length, rows.centered, rows.epsilon));
+    }
   }
   const double mean = rows.centered ? sums.d / n : 0;
   double var = sums.squares / n - mean * mean;
