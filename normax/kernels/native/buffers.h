@@ -25,13 +25,23 @@ using Memory = std::unique_ptr<double[]>;
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kBytesPast = 1 << 23;  // from here on an output is written past the caches
 
-inline const Kernels& kernels() {
+inline const Kernels& best_kernels() {
+#ifdef NORMAX_AVX512
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
+    return avx512::kernels;
+  }
+#endif
 #ifdef NORMAX_AVX2
   // What has AVX2 has F16C, which older compilers cannot ask for.
-  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has) return avx2::kernels;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels;
 #endif
   return baseline::kernels;
+}
+
+inline const Kernels& kernels() {
+  static const Kernels& best = best_kernels();
+  return best;
 }
 
 inline int pair_of(const AnyBuffer& x_buffer, const AnyBuffer& y_buffer) {

@@ -79,7 +79,7 @@ INLINE void sum_roughly(const Columns& columns, int64_t begin, int64_t end, cons
   constexpr int kOfDy = moments ? 2 : 0;
   auto x = static_cast<const T*>(columns.x);
   auto dy = static_cast<const O*>(columns.dy);
-  alignas(32) float found[kSums<kSum>][kSlice], high[kSlice], low[kSlice], factor[kSlice];
+  alignas(kBytes) float found[kSums<kSum>][kSlice], high[kSlice], low[kSlice], factor[kSlice];
   for (int64_t start = 0; start < columns.rows; start += kFewRows<T>) {
     const int64_t stop = start + kFewRows<T> < columns.rows ? start + kFewRows<T> : columns.rows;
     for (int64_t c = begin; c < end; c += kSlice) {
@@ -133,7 +133,8 @@ INLINE void sum_roughly(const Columns& columns, int64_t begin, int64_t end, cons
 template <Sum kSum, class A, class T, class O>
 INLINE void sum_down(const Columns& columns, int64_t begin, int64_t end, const About& about,
                      double* sums, int64_t width, double* lost = nullptr) {
-  constexpr int kLanes = kWidth<A>, kVectors = 16 / kLanes / (kSum == Sum::kBoth ? 2 : 1);
+  constexpr int kLanes = kWidth<A>;
+  constexpr int kVectors = 2 * kWidth<float> / kLanes / (kSum == Sum::kBoth ? 2 : 1);
   auto x = static_cast<const T*>(columns.x);
   auto dy = static_cast<const O*>(columns.dy);
   auto from = [&](int64_t c) INLINE_LAMBDA { return lost ? lost + c : nullptr; };
@@ -288,7 +289,7 @@ template <bool kBackward, class C, class T, class O, class R>
 INLINE void write_rows(const Columns& columns, int64_t begin, int64_t end, const Lines& lines,
                        R* out, double* work) {
   const int64_t width = end - begin, many = rows_as_one(columns, width);
-  alignas(32) C room[kFactorLines * kSlice];
+  alignas(kBytes) C room[kFactorLines * kSlice];
   const Factors<C> factors(lines, width, many,
                            many == 1 ? static_cast<C*>(static_cast<void*>(work)) : room);
   auto x = static_cast<const T*>(columns.x);

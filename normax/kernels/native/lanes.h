@@ -18,24 +18,29 @@ struct Lanes {
   typedef uint16_t H __attribute__((vector_size(2 * N)));
 };
 
-// The vector to compute in: 32 bytes, or of float32 as many entries as of float64.
+// The vector to compute in: as long as they are, or of float32 as many entries as of float64.
+#ifdef __AVX512F__
+constexpr int kBytes = 64;
+#else
+constexpr int kBytes = 32;
+#endif
 struct Few {};
 template <class C>
 struct Vector;
 template <>
 struct Vector<float> {
-  static constexpr int kWidth = 8;
-  typedef Lanes<8>::F V;
+  static constexpr int kWidth = kBytes / 4;
+  typedef Lanes<kWidth>::F V;
 };
 template <>
 struct Vector<double> {
-  static constexpr int kWidth = 4;
-  typedef double V __attribute__((vector_size(32)));
+  static constexpr int kWidth = kBytes / 8;
+  typedef double V __attribute__((vector_size(kBytes)));
 };
 template <>
 struct Vector<Few> {
-  static constexpr int kWidth = 4;
-  typedef Lanes<4>::F V;
+  static constexpr int kWidth = kBytes / 8;
+  typedef Lanes<kWidth>::F V;
 };
 template <class C>
 using V = typename Vector<C>::V;
@@ -84,6 +89,9 @@ INLINE typename Lanes<N>::F widened(const bf16* p) {
 
 template <int N>
 INLINE typename Lanes<N>::F widened(const f16* p) {
+#ifdef __AVX512F__
+  if constexpr (N == 16) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#endif
 #ifdef __F16C__
   if constexpr (N == 8) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
   if constexpr (N == 4) return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p));
@@ -125,6 +133,9 @@ INLINE typename Lanes<N>::H narrowed(const bf16*, typename Lanes<N>::F v) {
 template <int N>
 INLINE typename Lanes<N>::H narrowed(const f16*, typename Lanes<N>::F v) {
   typedef Lanes<N> L;
+#ifdef __AVX512F__
+  if constexpr (N == 16) return bits_of<typename L::H>(_mm512_cvtps_ph(v, 0));
+#endif
 #ifdef __F16C__
   if constexpr (N == 8) return bits_of<typename L::H>(_mm256_cvtps_ph(v, 0));
   if constexpr (N == 4) {
@@ -153,6 +164,9 @@ INLINE void write(T* p, Bits bits) {
 // before it is written there.
 template <class T, class Bits>
 INLINE void write_past(T* p, Bits bits) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(bits) == 64) return _mm512_stream_si512((__m512i*)p, bits_of<__m512i>(bits));
+#endif
 #ifdef __AVX2__
   if constexpr (sizeof(bits) == 32) {
     return _mm256_stream_si256((__m256i*)p, bits_of<__m256i>(bits));
@@ -170,10 +184,19 @@ INLINE void settle() {
 #endif
 }
 
-typedef Lanes<4>::F Quad;
-
-INLINE Lanes<8>::F joined(Quad a, Quad b) {
+INLINE Lanes<8>::F joined(Lanes<4>::F a, Lanes<4>::F b) {
   return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+INLINE Lanes<16>::F joined(Lanes<8>::F a, Lanes<8>::F b) {
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+INLINE Lanes<4>::F first_of(Lanes<8>::F v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3); }
+INLINE Lanes<4>::F second_of(Lanes<8>::F v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7); }
+INLINE Lanes<8>::F first_of(Lanes<16>::F v) {
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+INLINE Lanes<8>::F second_of(Lanes<16>::F v) {
+  return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
 }
 
 // Entries from and to the type to compute in.
@@ -183,34 +206,34 @@ template <>
 struct Memory<float> {
   template <class T>
   static INLINE V<float> load(const T* p) {
-    return widened<8>(p);
+    return widened<kWidth<float>>(p);
   }
   static INLINE V<float> load(const double* p) {
-    return joined(__builtin_convertvector(read<V<double>>(p), Quad),
-                  __builtin_convertvector(read<V<double>>(p + 4), Quad));
+    return joined(__builtin_convertvector(read<V<double>>(p), V<Few>),
+                  __builtin_convertvector(read<V<double>>(p + kWidth<double>), V<Few>));
   }
   template <class T>
   static INLINE auto narrow(const T* p, V<float> v) {
-    return narrowed<8>(p, v);
+    return narrowed<kWidth<float>>(p, v);
   }
 };
 template <>
 struct Memory<Few> {
   template <class T>
   static INLINE V<Few> load(const T* p) {
-    return widened<4>(p);
+    return widened<kWidth<Few>>(p);
   }
 };
 template <>
 struct Memory<double> {
   template <class T>
   static INLINE V<double> load(const T* p) {
-    return __builtin_convertvector(widened<4>(p), V<double>);
+    return __builtin_convertvector(widened<kWidth<Few>>(p), V<double>);
   }
   static INLINE V<double> load(const double* p) { return read<V<double>>(p); }
   template <class T>
   static INLINE auto narrow(const T* p, V<double> v) {
-    return narrowed<4>(p, __builtin_convertvector(v, Lanes<4>::F));
+    return narrowed<kWidth<Few>>(p, __builtin_convertvector(v, V<Few>));
   }
   static INLINE V<double> narrow(const double*, V<double> v) { return v; }
 };
@@ -283,7 +306,9 @@ INLINE void each(int64_t begin, int64_t end, Body body) {
 // sum + a b, rounded once where there is such an instruction.
 INLINE V<double> plus_product(V<double> sum, V<double> a, V<double> b) { return sum + a * b; }
 INLINE V<float> plus_product(V<float> sum, V<float> a, V<float> b) {
-#ifdef __FMA__
+#ifdef __AVX512F__
+  return _mm512_fmadd_ps(a, b, sum);
+#elif defined(__FMA__)
   return _mm256_fmadd_ps(a, b, sum);
 #else
   return sum + a * b;
@@ -292,10 +317,10 @@ INLINE V<float> plus_product(V<float> sum, V<float> a, V<float> b) {
 
 // The halves of float32 in double precision.
 INLINE V<double> first_half(V<float> v) {
-  return __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3), V<double>);
+  return __builtin_convertvector(first_of(v), V<double>);
 }
 INLINE V<double> second_half(V<float> v) {
-  return __builtin_convertvector(__builtin_shufflevector(v, v, 4, 5, 6, 7), V<double>);
+  return __builtin_convertvector(second_of(v), V<double>);
 }
 
 // Adds to a line of sums in double precision.
@@ -305,8 +330,9 @@ INLINE void add_to(double* line, V<double> v, int count) {
 }
 template <class P>
 INLINE void add_to(double* line, V<float> v, int count) {
-  add_to<P>(line, first_half(v), count < 4 ? count : 4);
-  if (count > 4) add_to<P>(line + 4, second_half(v), count - 4);
+  constexpr int half = kWidth<double>;
+  add_to<P>(line, first_half(v), count < half ? count : half);
+  if (count > half) add_to<P>(line + half, second_half(v), count - half);
 }
 
 // The same, and adds to another line what the sum loses.
@@ -318,7 +344,11 @@ INLINE void add_exactly(double* line, double* lost, V<double> v, int count) {
   add_to<P>(lost, loss, count);
 }
 
-INLINE double total(V<double> a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+INLINE double total(V<double> a) {
+  double part[4] = {a[0], a[1], a[2], a[3]};
+  for (int i = 4; i < kWidth<double>; ++i) part[i - 4] += a[i];
+  return (part[0] + part[2]) + (part[1] + part[3]);
+}
 
 template <class C>
 INLINE V<C> filled(double value) {
