@@ -1,6 +1,7 @@
 """Native kernels on CPU: rows, groups and columns held to long double, and what is refused."""
 
 import functools
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -875,6 +876,22 @@ except ValueError as error:
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "were not built" in said.stdout
+
+
+@needs_library
+@pytest.mark.skipif(not shutil.which("g++"), reason="links a program of its own")
+def test_every_set_of_instructions_that_this_processor_has(tmp_path):
+    program, here = tmp_path / "levels", pathlib.Path(__file__).parent
+    native = here.parent / "normax" / "kernels" / "native"
+    where = library.PATH.parent
+    subprocess.run(
+        ["g++", "-std=c++17", "-O1", f"-I{native}", str(here / "kernel_levels.cc")]
+        + [str(library.PATH), f"-Wl,-rpath,{where}", "-o", str(program)],
+        check=True,
+    )
+    said = subprocess.run([str(program)], capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout
+    assert "baseline: 204660 held, 0 wrong" in said.stdout
 
 
 @needs_library

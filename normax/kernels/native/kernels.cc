@@ -5,6 +5,9 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+#ifdef __aarch64__
+#include <arm_neon.h>
+#endif
 
 #define INLINE_LAMBDA __attribute__((always_inline))
 

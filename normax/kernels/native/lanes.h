@@ -18,11 +18,14 @@ struct Lanes {
   typedef uint16_t H __attribute__((vector_size(2 * N)));
 };
 
-// The vector to compute in: as long as they are, or of float32 as many entries as of float64.
-#ifdef __AVX512F__
+// The vector to compute in: as long as a register, for GCC keeps longer ones in memory; or of
+// float32 as many entries as of float64.
+#if defined(__AVX512F__)
 constexpr int kBytes = 64;
-#else
+#elif defined(__AVX2__)
 constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
 #endif
 struct Few {};
 template <class C>
@@ -92,6 +95,9 @@ INLINE typename Lanes<N>::F widened(const f16* p) {
 #ifdef __AVX512F__
   if constexpr (N == 16) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #endif
+#ifdef __aarch64__
+  if constexpr (N == 4) return vcvt_f32_f16(read<float16x4_t>(p));
+#endif
 #ifdef __F16C__
   if constexpr (N == 8) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
   if constexpr (N == 4) return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p));
@@ -135,6 +141,9 @@ INLINE typename Lanes<N>::H narrowed(const f16*, typename Lanes<N>::F v) {
   typedef Lanes<N> L;
 #ifdef __AVX512F__
   if constexpr (N == 16) return bits_of<typename L::H>(_mm512_cvtps_ph(v, 0));
+#endif
+#ifdef __aarch64__
+  if constexpr (N == 4) return bits_of<typename L::H>(vcvt_f16_f32(v));
 #endif
 #ifdef __F16C__
   if constexpr (N == 8) return bits_of<typename L::H>(_mm256_cvtps_ph(v, 0));
@@ -184,12 +193,17 @@ INLINE void settle() {
 #endif
 }
 
+INLINE Lanes<4>::F joined(Lanes<2>::F a, Lanes<2>::F b) {
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3);
+}
 INLINE Lanes<8>::F joined(Lanes<4>::F a, Lanes<4>::F b) {
   return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
 }
 INLINE Lanes<16>::F joined(Lanes<8>::F a, Lanes<8>::F b) {
   return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 }
+INLINE Lanes<2>::F first_of(Lanes<4>::F v) { return __builtin_shufflevector(v, v, 0, 1); }
+INLINE Lanes<2>::F second_of(Lanes<4>::F v) { return __builtin_shufflevector(v, v, 2, 3); }
 INLINE Lanes<4>::F first_of(Lanes<8>::F v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3); }
 INLINE Lanes<4>::F second_of(Lanes<8>::F v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7); }
 INLINE Lanes<8>::F first_of(Lanes<16>::F v) {
@@ -345,9 +359,9 @@ INLINE void add_exactly(double* line, double* lost, V<double> v, int count) {
 }
 
 INLINE double total(V<double> a) {
-  double part[4] = {a[0], a[1], a[2], a[3]};
-  for (int i = 4; i < kWidth<double>; ++i) part[i - 4] += a[i];
-  return (part[0] + part[2]) + (part[1] + part[3]);
+  double part[2] = {a[0], a[1]};
+  for (int i = 2; i < kWidth<double>; ++i) part[i % 2] += a[i];
+  return part[0] + part[1];
 }
 
 template <class C>
