@@ -13,6 +13,16 @@
 
 #include "kernels.h"
 
+// A library that was built without them lacks them.
+namespace normax {
+namespace avx2 {
+extern const Kernels kernels __attribute__((weak));
+}
+namespace avx512 {
+extern const Kernels kernels __attribute__((weak));
+}
+}  // namespace normax
+
 using namespace normax;
 typedef long double Long;
 typedef std::vector<Long> Numbers;
@@ -364,11 +374,12 @@ void check(const char* name, const Kernels& kernels) {
 int main() {
   check("baseline", baseline::kernels);
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (&avx2::kernels && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     check("avx2", avx2::kernels);
   }
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
+  if (&avx512::kernels && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq")) {
     check("avx512", avx512::kernels);
   }
 #endif
