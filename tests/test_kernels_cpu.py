@@ -740,8 +740,8 @@ def test_groups_of_doubles_of_any_size(size, centered, x64):
     np.testing.assert_array_equal(y[0, :, 1], 0 if centered else 1)
     entries = about_the_mean(x, (1, 3)) if centered else exact(x)
     with np.errstate(invalid="ignore", divide="ignore"):  # equal entries, which have no deviation
-        right = reference.forward(case, entries), reference.backward(case, entries, dy)
-    for found, right, limit in zip((y, dx), right, (8, 16), strict=True):
+        both = reference.forward(case, entries), reference.backward(case, entries, dy)
+    for found, right, limit in zip((y, dx), both, (8, 16), strict=True):
         for n in range(2):
             for g in range(3):
                 # Smaller ones are subnormal, larger ones none at all.
@@ -883,12 +883,9 @@ except ValueError as error:
 def test_every_set_of_instructions_that_this_processor_has(tmp_path):
     program, here = tmp_path / "levels", pathlib.Path(__file__).parent
     native = here.parent / "normax" / "kernels" / "native"
-    where = library.PATH.parent
-    subprocess.run(
-        ["g++", "-std=c++17", "-O1", f"-I{native}", str(here / "kernel_levels.cc")]
-        + [str(library.PATH), f"-Wl,-rpath,{where}", "-o", str(program)],
-        check=True,
-    )
+    sources = [f"-I{native}", str(here / "kernel_levels.cc"), str(library.PATH)]
+    options = ["-std=c++17", "-O1", f"-Wl,-rpath,{library.PATH.parent}", "-o", str(program)]
+    subprocess.run(["g++", *sources, *options], check=True)
     said = subprocess.run([str(program)], capture_output=True, text=True)
     assert said.returncode == 0, said.stdout
     assert "baseline: 204660 held, 0 wrong" in said.stdout

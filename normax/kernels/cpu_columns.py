@@ -74,8 +74,8 @@ def column_gradients(
       interpret: as in `forward`.
 
     Returns:
-      dscale, the sums of dy xhat, and dbias, those of dy: float32 or, of float64 entries, float64, of
-      shape `x.shape[-1:]`, summed over all rows in a fixed order.
+      dscale, the sums of dy xhat, and dbias, those of dy: of shape `x.shape[-1:]`, float32 or, of
+      float64 entries, float64, summed over all rows in a fixed order.
     """
     del interpret
     line = jax.ShapeDtypeStruct(x.shape[-1:], cpu.parameter_dtype(x))
