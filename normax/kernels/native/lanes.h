@@ -72,9 +72,27 @@ INLINE typename Lanes<N>::F widened(const float* p) {
   return read<typename Lanes<N>::F>(p);
 }
 
+#ifdef __aarch64__
+// GCC 12 converts what is shorter than a register entry by entry.
+INLINE uint16x4_t two_of(const void* p) {
+  return vreinterpret_u16_u32(vdup_n_u32(read<uint32_t>(p)));
+}
+INLINE Lanes<2>::H first_two(uint16x4_t v) {
+  return bits_of<Lanes<2>::H>(vget_lane_u32(vreinterpret_u32_u16(v), 0));
+}
+#endif
+
 template <int N>
 INLINE typename Lanes<N>::F widened(const bf16* p) {
   typedef Lanes<N> L;
+#ifdef __aarch64__
+  if constexpr (N == 4) {
+    return bits_of<typename L::F>(vshll_n_u16(read<uint16x4_t>(p), 16));
+  }
+  if constexpr (N == 2) {
+    return bits_of<typename L::F>(vget_low_u32(vshll_n_u16(two_of(p), 16)));
+  }
+#endif
 #ifdef __AVX2__
   // GCC 12 takes 8 bytes of integers apart one by one.
   if constexpr (N == 8) {
@@ -97,6 +115,7 @@ INLINE typename Lanes<N>::F widened(const f16* p) {
 #endif
 #ifdef __aarch64__
   if constexpr (N == 4) return vcvt_f32_f16(read<float16x4_t>(p));
+  if constexpr (N == 2) return vget_low_f32(vcvt_f32_f16(vreinterpret_f16_u16(two_of(p))));
 #endif
 #ifdef __F16C__
   if constexpr (N == 8) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
@@ -133,6 +152,12 @@ INLINE typename Lanes<N>::H narrowed(const bf16*, typename Lanes<N>::F v) {
     return bits_of<typename L::H>(_mm256_castsi256_si128(joined));
   }
 #endif
+#ifdef __aarch64__
+  if constexpr (N == 2) {
+    auto pair = bits_of<uint32x2_t>(rounded);
+    return first_two(vmovn_u32(vcombine_u32(pair, pair)));
+  }
+#endif
   return __builtin_convertvector(rounded, typename L::H);
 }
 
@@ -144,6 +169,9 @@ INLINE typename Lanes<N>::H narrowed(const f16*, typename Lanes<N>::F v) {
 #endif
 #ifdef __aarch64__
   if constexpr (N == 4) return bits_of<typename L::H>(vcvt_f16_f32(v));
+  if constexpr (N == 2) {
+    return first_two(vreinterpret_u16_f16(vcvt_f16_f32(vcombine_f32(v, v))));
+  }
 #endif
 #ifdef __F16C__
   if constexpr (N == 8) return bits_of<typename L::H>(_mm256_cvtps_ph(v, 0));
@@ -213,6 +241,21 @@ INLINE Lanes<8>::F second_of(Lanes<16>::F v) {
   return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
 }
 
+INLINE V<double> doubles(V<Few> v) {
+#ifdef __aarch64__
+  return vcvt_f64_f32(v);
+#else
+  return __builtin_convertvector(v, V<double>);
+#endif
+}
+INLINE V<Few> singles(V<double> v) {
+#ifdef __aarch64__
+  return vcvt_f32_f64(v);
+#else
+  return __builtin_convertvector(v, V<Few>);
+#endif
+}
+
 // Entries from and to the type to compute in.
 template <class C>
 struct Memory;
@@ -223,8 +266,7 @@ struct Memory<float> {
     return widened<kWidth<float>>(p);
   }
   static INLINE V<float> load(const double* p) {
-    return joined(__builtin_convertvector(read<V<double>>(p), V<Few>),
-                  __builtin_convertvector(read<V<double>>(p + kWidth<double>), V<Few>));
+    return joined(singles(read<V<double>>(p)), singles(read<V<double>>(p + kWidth<double>)));
   }
   template <class T>
   static INLINE auto narrow(const T* p, V<float> v) {
@@ -242,12 +284,12 @@ template <>
 struct Memory<double> {
   template <class T>
   static INLINE V<double> load(const T* p) {
-    return __builtin_convertvector(widened<kWidth<Few>>(p), V<double>);
+    return doubles(widened<kWidth<Few>>(p));
   }
   static INLINE V<double> load(const double* p) { return read<V<double>>(p); }
   template <class T>
   static INLINE auto narrow(const T* p, V<double> v) {
-    return narrowed<kWidth<Few>>(p, __builtin_convertvector(v, V<Few>));
+    return narrowed<kWidth<Few>>(p, singles(v));
   }
   static INLINE V<double> narrow(const double*, V<double> v) { return v; }
 };
@@ -324,18 +366,16 @@ INLINE V<float> plus_product(V<float> sum, V<float> a, V<float> b) {
   return _mm512_fmadd_ps(a, b, sum);
 #elif defined(__FMA__)
   return _mm256_fmadd_ps(a, b, sum);
+#elif defined(__aarch64__)
+  return vfmaq_f32(sum, a, b);
 #else
   return sum + a * b;
 #endif
 }
 
 // The halves of float32 in double precision.
-INLINE V<double> first_half(V<float> v) {
-  return __builtin_convertvector(first_of(v), V<double>);
-}
-INLINE V<double> second_half(V<float> v) {
-  return __builtin_convertvector(second_of(v), V<double>);
-}
+INLINE V<double> first_half(V<float> v) { return doubles(first_of(v)); }
+INLINE V<double> second_half(V<float> v) { return doubles(second_of(v)); }
 
 // Adds to a line of sums in double precision.
 template <class P>

@@ -46,7 +46,7 @@ template <class Place, class O>
 INLINE V<double> cotangent(Place, const O* dy, const float* scale, int count) {
   V<Few> t = Place::template load<Few>(dy, count);
   if (scale) t *= Place::template load<Few>(scale, count);
-  return __builtin_convertvector(t, V<double>);
+  return doubles(t);
 }
 template <class Place>
 INLINE V<double> cotangent(Place, const double* dy, const double* scale, int count) {
