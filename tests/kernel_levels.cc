@@ -177,9 +177,9 @@ void check_rows(const Kernels& kernels, int pair, int64_t n, bool centered, bool
   rows.x = given.data();
   rows.dy = dy.data();
   rows.out = dx.data();
-  std::vector<double> sums(size_t(2 * n), 0.0);
+  std::vector<double> sums(size_t(2 * n), 0.0), lost(sums);
   Array work(F64, 2 * n);
-  kernels.backward[pair](rows, 0, count, sums.data(), work.data());
+  kernels.backward[pair](rows, 0, count, sums.data(), lost.data(), work.data());
   const bool wide = type == F64;
   for (int64_t r = 0; r < count; ++r) {
     const Standard s = standard(given, n, centered, kEpsilon, [&](int64_t i) { return r * n + i; });
@@ -271,7 +271,7 @@ void check_columns(const Kernels& kernels, int pair, int64_t width, int64_t coun
   columns.dy = nullptr;
   columns.out = y.data();
   for (int64_t c = 0; c < width; ++c) {
-    lines.gain[c] = double(scale.at(c) * all[size_t(c)].rstd);
+    lines.gain[c] = double(scale.at(c) * (wide ? 1 : all[size_t(c)].rstd));
     lines.shift[c] = double(bias.at(c));
   }
   kernels.write_columns[pair](columns, lines, width, work.data());
@@ -322,8 +322,8 @@ void check_groups(const Kernels& kernels, int pair, int64_t number, int64_t memb
   kernels.groups_forward[pair](groups, 0, width, room);
   groups.columns.dy = dy.data();
   groups.columns.out = dx.data();
-  std::vector<double> sums(size_t(2 * width), 0.0);
-  kernels.groups_backward[pair](groups, 0, width, room, sums.data(), width);
+  std::vector<double> sums(size_t(2 * width), 0.0), lost(sums);
+  kernels.groups_backward[pair](groups, 0, width, room, sums.data(), lost.data(), width);
   Numbers right_y(size_t(count * width)), right_dx(size_t(count * width));
   for (int64_t g = 0; g < number; ++g) {
     auto place = [&](int64_t i) { return i / members * width + g * members + i % members; };

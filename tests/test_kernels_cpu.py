@@ -767,6 +767,90 @@ def test_doubles_that_are_mapped_absent_or_no_number(x64):
             assert np.isfinite(np.delete(found, 3, 1)).all()
 
 
+def two_values(shape, first, second):
+    """Returns entries of which each is one of two: what sums of them lose is all alike."""
+    at = np.arange(np.prod(shape)).reshape(shape)
+    return jnp.asarray(np.where(at // 3 % 2 == 0, first, second), "float64")
+
+
+def nearly(dx, right, x):
+    """Returns whether dx is right, next to what it is a difference of: here it is nearly none."""
+    return np.abs(exact(dx) - right).max() <= 16 * 2.3e-16 / exact(x).std()
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 5000), (1, 49, 2, 512), (2, 1, 1, 100_000), (20_000, 1, 1, 2)]
+)
+def test_groups_of_doubles_that_are_repeated(shape, x64):
+    x, dy = two_values(shape, 1.2986961328189226, -1.7), two_values(shape[::-1], 0.1, 0.7)
+    dy = dy.reshape(shape)
+    x = x.at[..., 0].add(0.3)
+    case = group_case(x)._replace(epsilon=0.0)
+    rule = {"centered": True, "epsilon": 0.0}
+    xhat = reference.forward(case, x)
+    dx, dscale, dbias = groups.backward_groups(x, None, None, dy, **rule)
+    assert units(groups.forward_groups(x, **rule), xhat, "float64") <= 8
+    assert nearly(dx, reference.backward(case, x, dy), x)
+    for value, terms in ((dscale, exact(dy) * xhat), (dbias, exact(dy))):
+        off = np.abs(exact(value) - terms.sum((0, 1)))
+        assert np.all(off <= 4e-15 * np.abs(terms).sum((0, 1)))
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(2, 100_001), (30_000, 4)])
+def test_rows_of_doubles_that_are_repeated(shape, x64):
+    x, dy = two_values(shape, 1.2986961328189226, -1.7), two_values(shape, 0.7, 0.1)
+    line = jnp.ones(shape[1])
+    y, dx, dscale, dbias = compiled(True, 1e-5, True)(x, dy, line, 0 * line)
+    xhat = reference.forward(case_of(x), x)
+    assert units(y, xhat, "float64") <= 8
+    assert nearly(dx, reference.backward(case_of(x), x, dy), x)
+    for value, terms in ((dscale, exact(dy) * xhat), (dbias, exact(dy))):
+        assert np.all(np.abs(exact(value) - terms.sum(0)) <= 4e-15 * np.abs(terms).sum(0))
+
+
+@needs_library
+@pytest.mark.parametrize("width", [1, 3, 16])
+def test_columns_of_doubles_that_are_repeated(width, x64):
+    x, dy = two_values((16_384, width), 1 / 3, -0.7), data((16_384, width), "float64")[1]
+    check_doubles(x, dy, jnp.ones(width), jnp.zeros(width))
+
+
+@needs_library
+@pytest.mark.parametrize(("of_x", "of_scale"), [(1e-20, 1e303), (1e20, 1e-303)])
+def test_doubles_of_a_scale_at_the_end_of_the_range(of_x, of_scale, x64):
+    x, dy, scale, _ = data((60, 5), "float64", deviation=of_x)
+    scale = scale * of_scale
+    case = column_case(x)._replace(epsilon=1e-24)
+    xhat = reference.forward(case, x)
+    moments = columns.column_moments_in_units(x)
+    y = columns.forward_columns(x, scale, None, *moments, epsilon=1e-24, dtype="float64")
+    assert units(y, xhat * exact(scale), "float64") <= 8
+    case = case._replace(epsilon=0.0)
+    one, line = x.reshape(1, 60, 5, 1), scale.reshape(5, 1)
+    y = groups.forward_groups(one, line, centered=True, epsilon=0.0).reshape(60, 5)
+    assert units(y, reference.forward(case, x) * exact(scale), "float64") <= 8
+
+
+@needs_library
+@pytest.mark.parametrize(("of_x", "of_dy"), [(1e90, 1e230), (1e-90, 1e-230)])
+def test_products_of_doubles_that_would_leave_the_range(of_x, of_dy, x64):
+    x, dy, *_ = data((2, 30, 2, 4), "float64", deviation=of_x)
+    dy = dy * of_dy
+    dx, dscale, _ = groups.backward_groups(x, None, None, dy, centered=True, epsilon=0.0)
+    case = group_case(x)._replace(epsilon=0.0)
+    assert units(dx / of_dy * of_x, reference.backward(case, x, dy) / of_dy * of_x, "float64") <= 16
+    terms = exact(dy) * reference.forward(case, x) / of_dy
+    off = np.abs(exact(dscale) / of_dy - terms.sum((0, 1)))
+    assert np.all(off <= 4e-15 * np.abs(terms).sum((0, 1)))
+    rows, of_rows = x.reshape(4, 120), dy.reshape(4, 120)
+    dx, *_ = kernels.backward(rows, None, of_rows, centered=True, epsilon=0.0)
+    case = case_of(rows, epsilon=0.0)
+    right = reference.backward(case, rows, of_rows)
+    assert units(dx / of_dy * of_x, right / of_dy * of_x, "float64") <= 16
+
+
 @needs_library
 @pytest.mark.parametrize("mean", [0.0, 1e6])
 def test_norms_of_doubles(mean, x64):

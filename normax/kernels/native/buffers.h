@@ -4,6 +4,7 @@
 #define NORMAX_BUFFERS_H_
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -121,6 +122,15 @@ bool is_past(const AnyBuffer& output, Entries... entries) {
 inline Memory room_for(int64_t count) { return Memory(new (std::nothrow) double[count]); }
 
 inline Memory zeros(int64_t count) { return Memory(new (std::nothrow) double[count]()); }
+
+// What sums of float64 entries lose, one for each of them; of others nothing is kept.
+inline Memory room_for_lost(int pair, int64_t count) { return zeros(pair == kF64 ? count : 0); }
+
+inline void give_back(int pair, double* sums, const double* lost, int64_t count) {
+  for (int64_t i = 0; i < count && pair == kF64; ++i) {
+    if (std::isfinite(sums[i])) sums[i] += lost[i];
+  }
+}
 
 // Adds up what the pieces of a call found for entry i of a line, of `lines` each.
 inline double sum_of_pieces(const Cuts& cuts, const double* sums, int64_t length, int64_t call,

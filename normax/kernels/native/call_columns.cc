@@ -285,7 +285,7 @@ ffi::Error columns_forward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, A
   const Line gains(scale), shifts(bias);
   auto fill = [&](const Lines& line, int64_t i) {
     measured.fill(line, i);
-    *line.gain = gains.or_else(i, 1) * *line.rstd;
+    *line.gain = gains.or_else(i, 1) * (measured.wide ? 1 : *line.rstd);
     *line.shift = shifts.or_else(i, 0);
   };
   return write_columns(pool, pair_of(x, *y), x, nullptr, *y, x.dimensions().back(), lines, fill);

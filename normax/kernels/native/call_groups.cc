@@ -77,8 +77,9 @@ ffi::Error groups_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, A
   if (!rows || !count_of(*dscale)) return refused("empty groups");
   const Cuts cuts(count_of(*dscale) / width, count_of(x) / (rows * width), rows * width,
                   threads_of(pool));
-  Memory sums = zeros(cuts.number() * 2 * width);
-  if (!sums) return no_memory();
+  const int64_t line = 2 * width, all = cuts.number() * line;
+  Memory sums = zeros(all), lost = room_for_lost(pair, all);
+  if (!sums || !lost) return no_memory();
   const Groups like = groups_of(rows, width, members, epsilon, centered);
   auto task = [&](int64_t piece, int64_t begin, int64_t end, double* work) {
     const int64_t call = cuts.call(piece);
@@ -90,10 +91,12 @@ ffi::Error groups_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, A
       groups.columns.x = at(x, first);
       groups.columns.dy = at(dy, first);
       groups.columns.out = to(*dx, first);
-      kernels().groups_backward[pair](groups, begin, end, work, &sums[piece * 2 * width], width);
+      kernels().groups_backward[pair](groups, begin, end, work, &sums[piece * line],
+                                      lost.get() + (pair == kF64 ? piece * line : 0), width);
     }
   };
   if (auto error = each_strip(pool, cuts, like, width, task); error.failure()) return error;
+  give_back(pair, sums.get(), lost.get(), all);
   add_up(cuts, sums.get(), width, *dscale, *dbias);
   return ffi::Error::Success();
 }

@@ -59,9 +59,10 @@ ffi::Error backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffe
   if (!length || !count_of(*dscale)) return ffi::Error::Success();
   const Cuts cuts(count_of(*dscale) / length, count_of(x) / length, length, threads_of(pool));
   const int64_t line = 2 * length;
-  Memory sums = zeros(cuts.number() * line);
+  const int64_t all = cuts.number() * line;
+  Memory sums = zeros(all), lost = room_for_lost(pair, all);
   Memory work = room_for(workers_for(pool, cuts.number()) * line);
-  if (!sums || !work) return no_memory();
+  if (!sums || !lost || !work) return no_memory();
   in_parallel(pool, cuts.number(), [&](int64_t piece, int64_t worker) {
     const int64_t call = cuts.call(piece), first = call * cuts.rows * length;
     Rows task{};
@@ -75,8 +76,10 @@ ffi::Error backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffe
     task.centered = centered;
     task.past = is_past(*dx, length);
     kernels().backward[pair](task, cuts.begin(piece), cuts.end(piece), &sums[piece * line],
+                             lost.get() + (pair == kF64 ? piece * line : 0),
                              &work[worker * line]);
   });
+  give_back(pair, sums.get(), lost.get(), all);
   add_up(cuts, sums.get(), length, *dscale, *dbias);
   return ffi::Error::Success();
 }

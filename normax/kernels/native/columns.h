@@ -171,7 +171,7 @@ __attribute__((noinline)) void sum_part(const Columns& columns, int64_t begin, i
       for (int k = 0; k < kSums<kSum>; ++k) {
         for (int64_t i = 0; i < stop - c; ++i) {
           double& sum = slice[k * width + i];
-          if (__builtin_isfinite(sum)) sum += lost[k * kSlice + i];
+          sum = whole_of(sum, lost[k * kSlice + i]);
         }
       }
     }
@@ -207,7 +207,11 @@ INLINE void sum_all(const Columns& columns, int64_t begin, int64_t end, const Ab
   joined.rows = columns.rows / many;
   sum_part<kSum, A, T, O>(joined, 0, wide, {pivots, rstds, per_units}, found, wide);
   for (int k = 0; k < kSums<kSum>; ++k) {
-    for (int64_t c = 0; c < wide; ++c) sums[k * width + c % columns.stride] += found[k * wide + c];
+    for (int64_t i = 0; i < columns.stride; ++i) {
+      Total<sizeof(T) == 8> all{sums[k * width + i]};
+      for (int64_t c = i; c < wide; c += columns.stride) all.add(found[k * wide + c]);
+      sums[k * width + i] = all.whole();
+    }
   }
   rest.rows = columns.rows % many;
   rest.x = static_cast<const T*>(columns.x) + joined.rows * wide;
@@ -279,6 +283,7 @@ INLINE void write_row(const Factors<C>& f, int64_t width, const T* x, const O* d
       v = (P::template load<C>(dy + at + c, count) * gain - shift) - v * rstd * along;
       v *= in_units ? P::template load<C>(f.size + c, count) : rstd;
     } else {
+      if constexpr (in_units) v *= P::template load<C>(f.rstd + c, count);
       v = v * gain + shift;
     }
     P::template store<C>(out + at + c, v, count);
@@ -369,18 +374,19 @@ INLINE bool measure_groups_in(const Groups& groups, int64_t begin, int64_t end, 
   const double n = double(groups.columns.rows) * double(members);
   bool enough = true;
   for (int64_t g = 0; g < end - begin; g += members) {
-    Sums all;
+    Total<in_units> total[kSumLines];
     for (int64_t c = g; c < g + members; ++c) {
       const double scale = scale_of(c);
-      all.d += sums[c];
-      all.squares += sums[width + c];
-      all.t += scale * sums[2 * width + c];
-      all.products += scale * sums[3 * width + c];
+      total[0].add(sums[c]);
+      total[1].add(sums[width + c]);
+      total[2].add(scale * sums[2 * width + c]);
+      total[3].add(scale * sums[3 * width + c]);
     }
+    const Sums all{total[0].whole(), total[1].whole(), total[2].whole(), total[3].whole()};
     const double above = groups.centered ? all.d / n : 0;
     double var = all.squares / n - above * above;
     if constexpr (in_units) {
-      enough = enough && are_in_range(all.squares);
+      enough = enough && are_in_range(all.squares, backward);
     } else {
       enough = enough && (backward ? are_enough_with(above, var, groups.epsilon, all.t,
                                                      all.products, n)
@@ -402,7 +408,7 @@ INLINE bool measure_groups_in(const Groups& groups, int64_t begin, int64_t end, 
         // What the gradients of scale and bias are.
         sums[c] = (sums[3 * width + c] - above * sums[2 * width + c]) * rstd;
       } else {
-        lines.gain[c] = scale * rstd;
+        lines.gain[c] = in_units ? scale : scale * rstd;
         lines.shift[c] = biases ? double(biases[begin + c]) : 0;
       }
     }
@@ -478,12 +484,18 @@ void groups_forward(const Groups& groups, int64_t begin, int64_t end, double* wo
 
 template <class T, class O>
 void groups_backward(const Groups& groups, int64_t begin, int64_t end, double* work,
-                     double* gradients, int64_t apart) {
+                     double* gradients, double* lost, int64_t apart) {
   const int64_t width = end - begin;
   const Lines lines = measure_groups<Sum::kBoth, T, O>(groups, begin, end, work, width);
   for (int64_t c = 0; c < width; ++c) {
-    gradients[begin + c] += work[c];
-    gradients[apart + begin + c] += work[2 * width + c];
+    for (int64_t i = 0; i < 2; ++i) {
+      const int64_t at = i * apart + begin + c;
+      if constexpr (sizeof(T) == 8) {
+        add_exactly(gradients[at], lost[at], work[2 * i * width + c]);
+      } else {
+        gradients[at] += work[2 * i * width + c];
+      }
+    }
   }
   write_fitting<T, O>(groups.columns, begin, end, lines, work + kMeasureLines * width);
 }

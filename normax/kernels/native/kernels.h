@@ -45,7 +45,8 @@ struct About {
 
 // What outputs are made from, a number for each column, d being (x per_unit - mean) - rest:
 // y = d gain + shift, or dx = ((dy gain - shift) - d rstd along) rstd per_unit.
-// Entries that are not float64 have no rest, and 1 per unit.
+// Entries that are not float64 have no rest, and 1 per unit. Of those that are the gain is the
+// scale, y = d rstd gain + shift: the product of the two may leave the range.
 struct Lines {
   double *mean, *rest, *gain, *shift, *rstd, *along, *per_unit;
 };
@@ -70,9 +71,10 @@ struct Groups {
 struct Kernels {
   // Rows from `begin` to `end`.
   void (*forward[kPairs])(const Rows&, int64_t begin, int64_t end);
-  // Likewise; adds its share of dscale and dbias to `sums`, two lines. `work` has room for two
-  // lines of the parameters' dtype.
-  void (*backward[kPairs])(const Rows&, int64_t begin, int64_t end, double* sums, void* work);
+  // Likewise; adds its share of dscale and dbias to `sums`, two lines, and what sums of float64
+  // lose to `lost`. `work` has room for two lines of the parameters' dtype.
+  void (*backward[kPairs])(const Rows&, int64_t begin, int64_t end, double* sums, double* lost,
+                           void* work);
   // Adds, for each column, the sums of d and d^2, d being x less its pivot; or, where there is a
   // dy, of dy and dy d times rstd. Of each a line of `width`. If not `exact`, of a few rows in
   // float32.
@@ -83,9 +85,9 @@ struct Kernels {
   // Whole groups of columns from `begin` to `end`; `work` has room for kGroupLines
   // lines of end - begin.
   void (*groups_forward[kPairs])(const Groups&, int64_t begin, int64_t end, double* work);
-  // Likewise; adds to dscale and dbias, `width` apart.
+  // Likewise; adds to dscale and dbias, `width` apart, as rows do.
   void (*groups_backward[kPairs])(const Groups&, int64_t begin, int64_t end, double* work,
-                                  double* sums, int64_t width);
+                                  double* sums, double* lost, int64_t width);
 };
 
 // What a group is measured in, for each column: four sums and what Lines has.

@@ -389,14 +389,42 @@ INLINE void add_to(double* line, V<float> v, int count) {
   if (count > half) add_to<P>(line + half, second_half(v), count - half);
 }
 
-// The same, and adds to another line what the sum loses.
+// The same, and adds what the sum loses to another. Sums of float64 are made so: what equal entries
+// lose is all alike, and adds up.
+template <class D>
+INLINE void add_exactly(D& sum, D& lost, D v) {
+  const D before = sum;
+  sum = before + v;
+  const D added = sum - before;
+  lost += (before - (sum - added)) + (v - added);
+}
 template <class P>
 INLINE void add_exactly(double* line, double* lost, V<double> v, int count) {
-  const V<double> before = P::template load<double>(line, count), sum = before + v;
-  const V<double> added = sum - before, loss = (before - (sum - added)) + (v - added);
+  V<double> sum = P::template load<double>(line, count);
+  V<double> loss = P::template load<double>(lost, count);
+  add_exactly(sum, loss, v);
   P::template store<double>(line, sum, count);
-  add_to<P>(lost, loss, count);
+  P::template store<double>(lost, loss, count);
 }
+
+// What was lost is none where the sum is no number.
+INLINE double whole_of(double sum, double lost) {
+  return __builtin_isfinite(sum) ? sum + lost : sum;
+}
+
+// A sum of numbers one by one: if not exact, as it comes.
+template <bool kExact>
+struct Total {
+  double sum = 0, lost = 0;
+  INLINE void add(double v) {
+    if constexpr (kExact) {
+      add_exactly(sum, lost, v);
+    } else {
+      sum += v;
+    }
+  }
+  INLINE double whole() const { return kExact ? whole_of(sum, lost) : sum; }
+};
 
 INLINE double total(V<double> a) {
   double part[2] = {a[0], a[1]};

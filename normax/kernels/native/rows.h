@@ -95,26 +95,41 @@ INLINE Sums sums_of(const Rows& rows, const T* x, const O* dy, const Center& cen
   auto scale = static_cast<const Compute<T>*>(rows.scale);
   const D pivot = filled<double>(center.pivot), above = filled<double>(center.above);
   const D per_unit = filled<double>(center.per_unit);
-  D d_sum[2] = {}, squares[2] = {}, t_sum[2] = {}, products[2] = {};
+  constexpr bool exactly = sizeof(T) == 8;
+  D sums[4][2] = {}, lost[4][2] = {};
+  auto add = [&](int i, int k, D v) INLINE_LAMBDA {
+    if constexpr (exactly) {
+      add_exactly(sums[i][k], lost[i][k], v);
+    } else {
+      sums[i][k] += v;
+    }
+  };
   each<double>(0, rows.length, [&](auto place, int k, int64_t i, int count) INLINE_LAMBDA {
     typedef decltype(place) P;
     D d = entries_of<double>(place, x + i, count, per_unit) - pivot;
-    if constexpr (sizeof(T) == 8) d -= above;
+    if constexpr (exactly) d -= above;
     d = P::template present<double>(d, count);
-    d_sum[k] += d;
-    squares[k] += d * d;
+    add(0, k, d);
+    add(1, k, d * d);
     if constexpr (kBackward) {
       D t = cotangent(place, dy + i, scale ? scale + i : scale, count);
-      t_sum[k] += t;
-      products[k] += d * t;
+      add(2, k, t);
+      add(3, k, d * t);
     }
   });
-  return {total(d_sum[0] + d_sum[1]), total(squares[0] + squares[1]), total(t_sum[0] + t_sum[1]),
-          total(products[0] + products[1])};
+  double found[4];
+  for (int i = 0; i < 4; ++i) {
+    found[i] = total(sums[i][0] + sums[i][1]);
+    if constexpr (exactly) found[i] = whole_of(found[i], total(lost[i][0] + lost[i][1]));
+  }
+  return {found[0], found[1], found[2], found[3]};
 }
 
-// Whether squares of float64 entries, added up, are those of numbers in range.
-INLINE bool are_in_range(double squares) { return squares > 1e-200 && squares < 1e200; }
+// Whether squares of float64 entries, added up, are those of numbers in range, and so are products
+// of such and a gradient.
+INLINE bool are_in_range(double squares, bool backward) {
+  return backward ? squares > 1e-40 && squares < 1e40 : squares > 1e-200 && squares < 1e200;
+}
 
 // A power of two near the range of entries, or near the largest of them, to divide by: of some
 // parts, each of as many entries one after the other.
@@ -160,7 +175,7 @@ INLINE Row measure(const Rows& rows, const T* x, const O* dy) {
   }
   if (!enough) about(1);
   if constexpr (sizeof(T) == 8) {
-    if (!are_in_range(sums.squares)) {
+    if (!are_in_range(sums.squares, kBackward)) {
       about(per_unit_of(x, 1, 0, rows.length, rows.centered, rows.epsilon));
     }
   }
@@ -266,16 +281,19 @@ INLINE void write_backward(const Rows& rows, const Row& row, const T* x, const O
   });
 }
 
-constexpr int64_t kRowsTogether = 32;  // whose gradients are added up in float32
+// Rows whose gradients are added up as they come, in the type to compute in.
+template <class T>
+constexpr int64_t kRowsTogether = sizeof(T) == 8 ? 4 : 32;
 
 template <class T, class O>
-void backward(const Rows& rows, int64_t begin, int64_t end, double* sums, void* work) {
+void backward(const Rows& rows, int64_t begin, int64_t end, double* sums, double* lost,
+              void* work) {
   typedef Compute<T> C;
   const int64_t n = rows.length;
   auto dscale = static_cast<C*>(work), dbias = dscale + n;
-  for (int64_t start = begin; start < end; start += kRowsTogether) {
+  for (int64_t start = begin; start < end; start += kRowsTogether<T>) {
     for (int64_t i = 0; i < 2 * n; ++i) dscale[i] = 0;
-    int64_t stop = start + kRowsTogether < end ? start + kRowsTogether : end;
+    int64_t stop = start + kRowsTogether<T> < end ? start + kRowsTogether<T> : end;
     for (int64_t r = start; r < stop; ++r) {
       auto x = static_cast<const T*>(rows.x) + r * n;
       auto dy = static_cast<const O*>(rows.dy) + r * n;
@@ -290,7 +308,13 @@ void backward(const Rows& rows, int64_t begin, int64_t end, double* sums, void* 
         write_backward<C, Whole>(rows, row, x, dy, added, dx, dscale, dbias);
       }
     }
-    for (int64_t i = 0; i < 2 * n; ++i) sums[i] += dscale[i];
+    for (int64_t i = 0; i < 2 * n; ++i) {
+      if constexpr (sizeof(T) == 8) {
+        add_exactly(sums[i], lost[i], dscale[i]);
+      } else {
+        sums[i] += dscale[i];
+      }
+    }
   }
   settle();
 }
