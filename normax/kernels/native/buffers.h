@@ -63,30 +63,6 @@ inline ffi::DataType line_type_of(const AnyBuffer& x) {
   return x.element_type() == ffi::F64 ? ffi::F64 : ffi::F32;
 }
 
-// An array of numbers of that type, or none.
-class Line {
- public:
-  explicit Line(const AnyBuffer& buffer)
-      : data_(buffer.element_count() ? buffer.untyped_data() : nullptr),
-        wide_(buffer.element_type() == ffi::F64) {}
-  explicit operator bool() const { return data_ != nullptr; }
-  double operator[](int64_t i) const {
-    return wide_ ? static_cast<const double*>(data_)[i] : static_cast<const float*>(data_)[i];
-  }
-  void write(int64_t i, double value) const {
-    if (wide_) {
-      static_cast<double*>(data_)[i] = value;
-    } else {
-      static_cast<float*>(data_)[i] = float(value);
-    }
-  }
-  double or_else(int64_t i, double value) const { return data_ ? (*this)[i] : value; }
-
- private:
-  void* data_;
-  bool wide_;
-};
-
 inline int64_t count_of(const AnyBuffer& buffer) { return int64_t(buffer.element_count()); }
 
 // An array that is not there came with no entries.
@@ -132,31 +108,42 @@ inline void give_back(int pair, double* sums, const double* lost, int64_t count)
   }
 }
 
-// Adds up what the pieces of a call found for entry i of a line, of `lines` each.
-inline double sum_of_pieces(const Cuts& cuts, const double* sums, int64_t length, int64_t call,
-                            int64_t lines, int64_t line, int64_t i) {
-  double sum = 0;
-  for (int64_t piece = call * cuts.pieces; piece < (call + 1) * cuts.pieces; ++piece) {
-    sum += sums[(piece * lines + line) * length + i];
+// Numbers of an array of float32 or float64; of one that is not there, all the same.
+inline void read(const AnyBuffer& from, double otherwise, int64_t count, double* to) {
+  if (!from.element_count()) {
+    std::fill_n(to, count, otherwise);
+  } else if (from.element_type() == ffi::F64) {
+    std::copy_n(static_cast<const double*>(from.untyped_data()), count, to);
+  } else {
+    std::copy_n(static_cast<const float*>(from.untyped_data()), count, to);
   }
-  return sum;
 }
 
-// Writes the sums of the pieces of each call, `lines` of them, rounded to the outputs' dtype.
+inline void write(const double* from, int64_t count, const AnyBuffer& to, int64_t first = 0) {
+  if (to.element_type() == ffi::F64) {
+    std::copy_n(from, count, static_cast<double*>(to.untyped_data()) + first);
+  } else {
+    auto entries = static_cast<float*>(to.untyped_data()) + first;
+    for (int64_t i = 0; i < count; ++i) entries[i] = float(from[i]);
+  }
+}
+
+// Adds up what the pieces of each call found, of `count` sums each; returns those of a call.
+inline double* sums_of_call(const Cuts& cuts, double* sums, int64_t count, int64_t call) {
+  double* first = sums + call * cuts.pieces * count;
+  for (int64_t piece = 1; piece < cuts.pieces; ++piece) {
+    for (int64_t i = 0; i < count; ++i) first[i] += first[piece * count + i];
+  }
+  return first;
+}
+
+// Writes the sums of the pieces of each call, a line for each output, rounded to its dtype.
 template <class... Outputs>
-void add_up(const Cuts& cuts, const double* sums, int64_t length, const Outputs&... outputs) {
-  constexpr int64_t lines = sizeof...(Outputs);
-  int64_t line = 0;
-  auto write = [&](const AnyBuffer& output) {
-    for (int64_t call = 0; call < cuts.batch; ++call) {
-      for (int64_t i = 0; i < length; ++i) {
-        Line(output).write(call * length + i,
-                           sum_of_pieces(cuts, sums, length, call, lines, line, i));
-      }
-    }
-    ++line;
-  };
-  (write(outputs), ...);
+void add_up(const Cuts& cuts, double* sums, int64_t length, const Outputs&... outputs) {
+  for (int64_t call = 0; call < cuts.batch; ++call) {
+    const double* line = sums_of_call(cuts, sums, sizeof...(Outputs) * length, call);
+    ((write(line, length, outputs, call * length), line += length), ...);
+  }
 }
 
 }  // namespace normax

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kExactRows = 256;  // of fewer, one rounding to float32 would show
 constexpr int64_t kSamples = 16;     // a power of two: of equal entries the mean is exact
+constexpr int64_t kLeastRows = 64;  // of a piece, which makes sums or factors of its own
 constexpr int64_t kWriters = 4;      // more pieces than of sums: what is written is in no order
 constexpr double kPerUnitOfLarge = 0x1p-600;  // so that squares of 1e150 to 1e308 are in range
 
@@ -47,25 +48,20 @@ struct Moments {
   double pivot, above, var, per_unit;
 };
 
-// Those of column i of all calls, by what it was summed about.
-Moments moments_of(const Cuts& cuts, const double* sums, int64_t length, int64_t i, double pivot,
-                   double per_unit) {
-  auto mean_of = [&](int line) {
-    return sum_of_pieces(cuts, sums, length, i / length, 2, line, i % length) / double(cuts.rows);
-  };
-  const double above = mean_of(0);
-  return {pivot, above, mean_of(1) - above * above, per_unit};
-}
-
-void write(const Moments& m, int64_t i, const Line& unit, const Line& mean, const Line& rest,
-           const Line& var) {
-  // A sum that is no number is none here, either.
-  const double variance = m.var < 0 ? 0 : m.var, size = unit_of(std::sqrt(variance) / m.per_unit);
-  const double factor = 1 / size / m.per_unit, pivot = m.pivot * factor, above = m.above * factor;
-  unit.write(i, size);
-  mean.write(i, pivot + above);
-  rest.write(i, (pivot - mean[i]) + above);
-  var.write(i, variance * factor * factor);
+// Those of all columns, by what they were summed about; the sums are spent.
+void find_moments(const Cuts& cuts, double* sums, int64_t length, const double* pivots,
+                  const double* per_units, std::vector<Moments>& found) {
+  found.resize(size_t(cuts.batch * length));
+  const double n = double(cuts.rows);
+  for (int64_t call = 0; call < cuts.batch; ++call) {
+    const double* line = sums_of_call(cuts, sums, 2 * length, call);
+    for (int64_t i = 0; i < length; ++i) {
+      const int64_t at = call * length + i;
+      const double above = line[i] / n;
+      found[size_t(at)] = {pivots[at], above, line[length + i] / n - above * above,
+                           per_units ? per_units[at] : 1};
+    }
+  }
 }
 
 // Of float64 entries all 16 digits are asked for: columns are summed about their first entries, and
@@ -76,12 +72,11 @@ ffi::Error moments_of_doubles(ffi::ThreadPool& pool, const AnyBuffer& x, const C
   Memory pivots = zeros(all), per_units = zeros(all), sums;
   if (!pivots || !per_units) return no_memory();
   std::fill_n(per_units.get(), all, 1.0);
-  found.resize(size_t(all));
   auto measure = [&] {
     const About about{pivots.get(), pivots.get(), per_units.get()};
     auto error = run_columns(pool, x, nullptr, true, about, cuts, length, sums);
-    for (int64_t i = 0; i < all && error.success(); ++i) {
-      found[i] = moments_of(cuts, sums.get(), length, i, pivots[i], per_units[i]);
+    if (error.success()) {
+      find_moments(cuts, sums.get(), length, pivots.get(), per_units.get(), found);
     }
     return error;
   };
@@ -124,18 +119,14 @@ ffi::Error moments_of_floats(ffi::ThreadPool& pool, int pair, const AnyBuffer& x
       pivots[call * length + i] = double(float(row[i] / double(samples)));
     }
   }
-  found.resize(size_t(all));
   for (bool exact : {false, true}) {
     if (!exact && cuts.rows < kExactRows) continue;
     const About about{pivots.get(), pivots.get(), pivots.get()};
     auto error = run_columns(pool, x, nullptr, exact, about, cuts, length, sums);
     if (error.failure()) return error;
-    bool enough = true;
-    for (int64_t i = 0; i < all; ++i) {
-      found[i] = moments_of(cuts, sums.get(), length, i, pivots[i], 1);
-      enough = enough && are_enough(found[i].above, found[i].var, kLeastEpsilon);
-    }
-    if (enough) break;
+    find_moments(cuts, sums.get(), length, pivots.get(), nullptr, found);
+    auto enough = [](const Moments& m) { return are_enough(m.above, m.var, kLeastEpsilon); };
+    if (std::all_of(found.begin(), found.end(), enough)) break;
   }
   return ffi::Error::Success();
 }
@@ -146,14 +137,37 @@ ffi::Error column_moments(ffi::ThreadPool pool, AnyBuffer x, Output unit, Output
   if (!length || !count_of(*unit) || !count_of(x)) return refused("empty columns");
   const int pair = pair_of(x, x);
   if (pair == kPairs) return refused("dtype of columns");
-  const Cuts cuts(count_of(*unit) / length, count_of(x) / length, length, threads_of(pool));
+  const Cuts cuts(count_of(*unit) / length, count_of(x) / length, length, threads_of(pool),
+                  kLeastRows);
   std::vector<Moments> found;
   auto error = pair == kF64 ? moments_of_doubles(pool, x, cuts, length, found)
                             : moments_of_floats(pool, pair, x, cuts, length, found);
   if (error.failure()) return error;
-  for (size_t i = 0; i < found.size(); ++i) {
-    write(found[i], int64_t(i), Line(*unit), Line(*mean), Line(*rest), Line(*var));
+  const int64_t all = int64_t(found.size());
+  Memory lines = zeros(4 * all);
+  if (!lines) return no_memory();
+  double *units = lines.get(), *means = units + all, *rests = means + all, *vars = rests + all;
+  const bool wide = pair == kF64;
+  for (int64_t i = 0; i < all; ++i) {
+    const Moments& m = found[size_t(i)];
+    // A sum that is no number is none here, either.
+    const double variance = m.var < 0 ? 0 : m.var;
+    double size = 1, factor = 1;
+    if (m.per_unit != 1 || variance > 0x1p100) {
+      size = unit_of(std::sqrt(variance) / m.per_unit);
+      factor = 1 / size / m.per_unit;
+    }
+    const double pivot = m.pivot * factor, above = m.above * factor, sum = pivot + above;
+    units[i] = size;
+    means[i] = sum;
+    // What the mean lacks, rounded to its dtype.
+    rests[i] = (pivot - (wide ? sum : double(float(sum)))) + above;
+    vars[i] = variance * factor * factor;
   }
+  write(units, all, *unit);
+  write(means, all, *mean);
+  write(rests, all, *rest);
+  write(vars, all, *var);
   return ffi::Error::Success();
 }
 
@@ -170,34 +184,26 @@ bool may_be_lines(ffi::DataType type, int64_t count, const Buffers&... buffers) 
 // What was measured of columns, as it was kept: in units, an array that is not there being one or
 // zero. Of entries that are not float64 it is given back in none, in double precision.
 struct Measured {
-  Line unit_, mean_, rest_, var_;
+  const AnyBuffer &unit, &mean, &rest, &var;
   double epsilon;
   bool wide;
 
-  Measured(const AnyBuffer& x, const AnyBuffer& unit, const AnyBuffer& mean, const AnyBuffer& rest,
-           const AnyBuffer& var, double epsilon)
-      : unit_(unit),
-        mean_(mean),
-        rest_(rest),
-        var_(var),
-        epsilon(epsilon),
-        wide(x.element_type() == ffi::F64) {}
-
-  double size(int64_t i) const { return wide ? 1 : unit_.or_else(i, 1); }
-  double per_unit(int64_t i) const { return wide ? 1 / unit_.or_else(i, 1) : 1; }
-  double mean(int64_t i) const {
-    return (mean_.or_else(i, 0) + (wide ? 0 : rest_.or_else(i, 0))) * size(i);
-  }
-  double rest(int64_t i) const { return wide ? rest_.or_else(i, 0) : 0; }
-  double reciprocal(int64_t i) const {
-    const double squared = var_[i] * size(i) * size(i) + epsilon * per_unit(i) * per_unit(i);
-    return squared == 0 ? 0 : 1 / std::sqrt(squared);
-  }
-  void fill(const Lines& line, int64_t i) const {
-    *line.mean = mean(i);
-    *line.rest = rest(i);
-    *line.rstd = reciprocal(i);
-    *line.per_unit = per_unit(i);
+  // Fills the lines but for gain, shift and along.
+  void fill(int64_t count, const Lines& line) const {
+    read(unit, 1, count, line.per_unit);
+    read(mean, 0, count, line.mean);
+    read(rest, 0, count, line.rest);
+    read(var, 0, count, line.rstd);
+    for (int64_t i = 0; i < count; ++i) {
+      const double size = wide ? 1 : line.per_unit[i], per_unit = wide ? 1 / line.per_unit[i] : 1;
+      line.mean[i] = (line.mean[i] + (wide ? 0 : line.rest[i])) * size;
+      line.rest[i] = wide ? line.rest[i] : 0;
+      line.per_unit[i] = per_unit;
+      line.rstd[i] = line.rstd[i] * size * size + epsilon * per_unit * per_unit;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      line.rstd[i] = line.rstd[i] == 0 ? 0 : 1 / std::sqrt(line.rstd[i]);
+    }
   }
 };
 
@@ -213,18 +219,17 @@ ffi::Error column_gradients(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer dy, Any
       !may_be_lines(type, lines, unit, mean, rest)) {
     return refused("moments");
   }
-  const Cuts cuts(lines / length, count_of(x) / length, length, threads_of(pool));
-  const Measured measured(x, unit, mean, rest, var, epsilon);
-  Memory pivots = zeros(lines), rstds = zeros(lines), per_units = zeros(lines), sums;
-  if (!pivots || !rstds || !per_units) return no_memory();
-  bool exact = cuts.rows < kExactRows || measured.wide;
-  for (int64_t i = 0; i < lines; ++i) {
-    pivots[i] = measured.mean(i);
-    rstds[i] = measured.reciprocal(i);
-    per_units[i] = measured.per_unit(i);
-    exact = exact || !(rstds[i] == 0 || fits(rstds[i]));
+  const Cuts cuts(lines / length, count_of(x) / length, length, threads_of(pool), kLeastRows);
+  Memory memory = zeros(kLines * lines), sums;
+  if (!memory) return no_memory();
+  const Lines line = lines_in(memory.get(), lines);
+  const bool wide = type == ffi::F64;
+  Measured{unit, mean, rest, var, epsilon, wide}.fill(lines, line);
+  bool exact = cuts.rows < kExactRows || wide;
+  for (int64_t i = 0; i < lines && !exact; ++i) {
+    exact = !(line.rstd[i] == 0 || fits(line.rstd[i]));
   }
-  const About about{pivots.get(), rstds.get(), per_units.get()};
+  const About about{line.mean, line.rstd, line.per_unit};
   for (;;) {
     auto error = run_columns(pool, x, &dy, exact, about, cuts, length, sums);
     if (error.failure()) return error;
@@ -232,30 +237,31 @@ ffi::Error column_gradients(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer dy, Any
     if (exact || std::all_of(&sums[0], &sums[0] + 2 * cuts.number() * length, is_number)) break;
     exact = true;
   }
-  for (int64_t piece = 0; piece < cuts.number() && measured.wide; ++piece) {
+  for (int64_t piece = 0; piece < cuts.number() && wide; ++piece) {
     for (int64_t i = 0; i < length; ++i) {
       const int64_t at = cuts.call(piece) * length + i;
-      double* line = &sums[2 * piece * length + i];
-      line[length] -= measured.rest(at) * rstds[at] * line[0];
+      double* sum = &sums[2 * piece * length + i];
+      sum[length] -= line.rest[at] * line.rstd[at] * sum[0];
     }
   }
   add_up(cuts, sums.get(), length, *dbias, *dscale);
   return ffi::Error::Success();
 }
 
-// Writes y or dx, of lines that fill(lines, i) makes for column i of all calls.
+// Writes y or dx, of lines that `fill` makes for the columns of all calls.
 template <class Fill>
 ffi::Error write_columns(ffi::ThreadPool& pool, int pair, const AnyBuffer& x, const AnyBuffer* dy,
                          const AnyBuffer& out, int64_t length, int64_t all, const Fill& fill) {
   if (pair == kPairs) return refused("dtypes of columns");
   if (!length || !all || !count_of(x)) return refused("empty columns");
   Memory memory = zeros(kLines * all);
-  const Cuts cuts(all / length, count_of(x) / length, length, kWriters * threads_of(pool));
+  const Cuts cuts(all / length, count_of(x) / length, length, kWriters * threads_of(pool),
+                  kLeastRows);
   const int64_t room = kFactorLines * length;
   Memory work = room_for(workers_for(pool, cuts.number()) * room);
   if (!memory || !work) return no_memory();
   auto from = [&](int64_t i) { return lines_in(memory.get() + i, all); };
-  for (int64_t i = 0; i < all; ++i) fill(from(i), i);
+  fill(from(0));
   in_parallel(pool, cuts.number(), [&](int64_t item, int64_t worker) {
     // The last piece first: of what was summed it is the last that is still in a cache.
     const int64_t piece = cuts.number() - 1 - item;
@@ -281,12 +287,12 @@ ffi::Error columns_forward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, A
   if (!are_lines(type, lines, var) || !may_be_lines(type, lines, unit, mean, rest, scale, bias)) {
     return refused("moments, scale or bias");
   }
-  const Measured measured(x, unit, mean, rest, var, epsilon);
-  const Line gains(scale), shifts(bias);
-  auto fill = [&](const Lines& line, int64_t i) {
-    measured.fill(line, i);
-    *line.gain = gains.or_else(i, 1) * (measured.wide ? 1 : *line.rstd);
-    *line.shift = shifts.or_else(i, 0);
+  const bool wide = type == ffi::F64;
+  auto fill = [&](const Lines& line) {
+    Measured{unit, mean, rest, var, epsilon, wide}.fill(lines, line);
+    read(scale, 1, lines, line.gain);
+    read(bias, 0, lines, line.shift);
+    for (int64_t i = 0; i < lines && !wide; ++i) line.gain[i] *= line.rstd[i];
   };
   return write_columns(pool, pair_of(x, *y), x, nullptr, *y, x.dimensions().back(), lines, fill);
 }
@@ -302,13 +308,15 @@ ffi::Error columns_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, 
       !may_be_lines(type, lines, unit, mean, rest, scale)) {
     return refused("moments, sums or scale");
   }
-  const Measured measured(x, unit, mean, rest, var, epsilon);
-  const Line gains(scale), dscale(along), dbias(ones);
-  auto fill = [&](const Lines& line, int64_t i) {
-    measured.fill(line, i);
-    *line.gain = gains.or_else(i, 1);
-    *line.shift = *line.gain * dbias[i] / count;
-    *line.along = *line.gain * dscale[i] / count;
+  auto fill = [&](const Lines& line) {
+    Measured{unit, mean, rest, var, epsilon, type == ffi::F64}.fill(lines, line);
+    read(scale, 1, lines, line.gain);
+    read(ones, 0, lines, line.shift);
+    read(along, 0, lines, line.along);
+    for (int64_t i = 0; i < lines; ++i) {
+      line.shift[i] = line.gain[i] * line.shift[i] / count;
+      line.along[i] = line.gain[i] * line.along[i] / count;
+    }
   };
   return write_columns(pool, pair_of(x, dy), x, &dy, *dx, x.dimensions().back(), lines, fill);
 }

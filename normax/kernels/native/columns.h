@@ -80,17 +80,17 @@ INLINE void sum_roughly(const Columns& columns, int64_t begin, int64_t end, cons
   auto x = static_cast<const T*>(columns.x);
   auto dy = static_cast<const O*>(columns.dy);
   alignas(kBytes) float found[kSums<kSum>][kSlice], high[kSlice], low[kSlice], factor[kSlice];
-  for (int64_t start = 0; start < columns.rows; start += kFewRows<T>) {
-    const int64_t stop = start + kFewRows<T> < columns.rows ? start + kFewRows<T> : columns.rows;
-    for (int64_t c = begin; c < end; c += kSlice) {
-      const int64_t n = end - c < kSlice ? end - c : kSlice;
-      for (int64_t i = 0; i < n; ++i) {
-        const double center = about.pivot[c - begin + i];
-        high[i] = float(center);
-        low[i] = float(center - high[i]);
-        factor[i] = float(about.rstd[c - begin + i]);
-        for (int k = 0; k < kSums<kSum>; ++k) found[k][i] = 0;
-      }
+  for (int64_t c = begin; c < end; c += kSlice) {
+    const int64_t n = end - c < kSlice ? end - c : kSlice;
+    for (int64_t i = 0; i < n; ++i) {
+      const double center = about.pivot[c - begin + i];
+      high[i] = float(center);
+      low[i] = float(center - high[i]);
+      factor[i] = float(about.rstd[c - begin + i]);
+      for (int k = 0; k < kSums<kSum>; ++k) found[k][i] = 0;
+    }
+    for (int64_t start = 0; start < columns.rows; start += kFewRows<T>) {
+      const int64_t stop = start + kFewRows<T> < columns.rows ? start + kFewRows<T> : columns.rows;
       for (int64_t r = start; r < stop; ++r) {
         const int64_t at = r * columns.stride + c;
         each<float>(0, n, [&](auto place, int half, int64_t i, int count) INLINE_LAMBDA {
@@ -122,7 +122,10 @@ INLINE void sum_roughly(const Columns& columns, int64_t begin, int64_t end, cons
       }
       for (int k = 0; k < kSums<kSum>; ++k) {
         double* line = sums + k * width + c - begin;
-        for (int64_t i = 0; i < n; ++i) line[i] += found[k][i];
+        for (int64_t i = 0; i < n; ++i) {
+          line[i] += found[k][i];
+          found[k][i] = 0;
+        }
       }
     }
   }
@@ -260,8 +263,10 @@ struct Factors {
       shift[i] = C(lines.shift[c]);
       rstd[i] = C(lines.rstd[c]);
       along[i] = C(lines.along[c]);
-      per_unit[i] = C(lines.per_unit[c]);
-      size[i] = C(lines.rstd[c] * lines.per_unit[c]);
+      if constexpr (sizeof(C) == 8) {
+        per_unit[i] = lines.per_unit[c];
+        size[i] = lines.rstd[c] * lines.per_unit[c];
+      }
     }
   }
 };

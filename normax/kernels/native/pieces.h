@@ -18,6 +18,16 @@ namespace normax {
 constexpr int64_t kLeastPiece = 16384;  // entries that are worth a thread
 constexpr int64_t kPiecesOfThread = 4;  // so that none waits long for the last
 
+constexpr int kTurns = 2000;  // some 20 to 50 microseconds
+
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 inline int64_t threads_of(const xla::ffi::ThreadPool& pool) {
   return std::max<int64_t>(1, pool.num_threads());
 }
@@ -56,6 +66,8 @@ void in_parallel(xla::ffi::ThreadPool& pool, int64_t count, const Task& task) {
     pool.Schedule(std::function<void()>([work, helper] { work(helper); }));
   }
   work(0);
+  // The last pieces end soon: to sleep until then, and be woken, takes longer.
+  for (int i = 0; i < kTurns && state->done.load() < count; ++i) pause();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->all_done.wait(lock, [&] { return state->done.load() == count; });
 }
@@ -65,10 +77,11 @@ void in_parallel(xla::ffi::ThreadPool& pool, int64_t count, const Task& task) {
 struct Cuts {
   int64_t batch, rows, pieces;
 
-  Cuts(int64_t batch, int64_t all_rows, int64_t length, int64_t threads)
+  Cuts(int64_t batch, int64_t all_rows, int64_t length, int64_t threads, int64_t least_rows = 1)
       : batch(batch), rows(all_rows / batch) {
     int64_t wanted = (kPiecesOfThread * threads + batch - 1) / batch;
-    pieces = std::max<int64_t>(1, std::min({wanted, rows * length / kLeastPiece, rows}));
+    int64_t most = std::min(rows * length / kLeastPiece, rows / least_rows);
+    pieces = std::max<int64_t>(1, std::min(wanted, most));
   }
   int64_t number() const { return batch * pieces; }
   int64_t call(int64_t piece) const { return piece / pieces; }
