@@ -195,7 +195,7 @@ def test_every_part_has_cases_of_its_size(size):
         assert len({case.name for case in found}) == len(found)
         assert found[0].dtype == usual
         for case in found:
-            if part == "latency":
+            if part == "latency" or case.shape in cases.IN_CACHE:
                 continue
             # The inputs that are taken in turn are more than a cache of the device holds.
             assert contestant.SETS * case.bytes >= {"gpu": 60e6, "cpu": 24e6}[size]

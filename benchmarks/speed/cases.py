@@ -115,6 +115,10 @@ QUICK = {
 }
 
 
+# Small ones, which a cache may hold: they show what calls cost.
+IN_CACHE = [(256, 1, 1, 1024), (32, 7, 7, 512)]
+
+
 def _rows(elements: int, lengths: list[int]) -> list[tuple[int, int]]:
     return [(elements // length, length) for length in lengths]
 
@@ -132,10 +136,9 @@ def _shapes(size: str) -> dict[str, list[tuple[int, ...]]]:
                 (512, 14, 14, 64),
                 (4096, 1, 1, 1024),
                 (128, 14, 14, 256),
-                (256, 1, 1, 1024),
                 (32, 28, 28, 128),
-                (32, 7, 7, 512),
                 (16384, 1, 1, 256),
+                *IN_CACHE,
             ],
             "group": [(4, 64, 64, 256), (16, 32, 32, 320), (8, 32, 32, 512), (64, 16, 16, 320)],
             "latency": [(1, 4096), (16, 4096)],
