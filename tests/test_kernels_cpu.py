@@ -820,7 +820,7 @@ def test_columns_of_doubles_that_are_repeated(width, x64):
 @needs_library
 @pytest.mark.parametrize(("of_x", "of_scale"), [(1e-20, 1e303), (1e20, 1e-303)])
 def test_doubles_of_a_scale_at_the_end_of_the_range(of_x, of_scale, x64):
-    x, dy, scale, _ = data((60, 5), "float64", deviation=of_x)
+    x, _, scale, _ = data((60, 5), "float64", deviation=of_x)
     scale = scale * of_scale
     case = column_case(x)._replace(epsilon=1e-24)
     xhat = reference.forward(case, x)
