@@ -1,5 +1,6 @@
 """Jitted train and eval steps for models with running statistics, linen and nnx alike."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen, nnx
+from jax import lax
 from jax.typing import DTypeLike
 
 from normax import axes as ax
 from normax.bind import LinenBinding, NNXBinding, check_structure
+from normax.microbatch import accumulate, split
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -24,6 +27,7 @@ class TrainState(flax.struct.PyTreeNode):
         `batch_stats`; in nnx the state that is not `nnx.Param`.
       opt_state: the optimizer's state.
       key: random key; each step folds its number in.
+      skipped: number of steps that changed nothing, int32; see `train_step`.
       bind: binds variables to the model; static.
       tx: the optax optimizer; static.
     """
@@ -33,6 +37,7 @@ class TrainState(flax.struct.PyTreeNode):
     model_state: Any
     opt_state: Any
     key: jax.Array
+    skipped: jax.Array
     bind: Any = flax.struct.field(pytree_node=False)
     tx: optax.GradientTransformation = flax.struct.field(pytree_node=False)
 
@@ -116,9 +121,12 @@ class TrainState(flax.struct.PyTreeNode):
 
         It is donated at each step: nothing in it may be the caller's, or be in it twice.
         """
-        opt_state, step = tx.init(params), jnp.zeros((), jnp.int32)
-        trees = jax.tree.map(_own, (params, model_state, opt_state, key))
-        return cls(step, *trees, bind=bind, tx=tx)
+        opt_state = tx.init(params)
+        params, model_state, opt_state, key = jax.tree.map(
+            _own, (params, model_state, opt_state, key)
+        )
+        step, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
+        return cls(step, params, model_state, opt_state, key, skipped, bind=bind, tx=tx)
 
     @property
     def variables(self) -> dict:
@@ -158,6 +166,8 @@ def train_step(
     *,
     dtype: DTypeLike | None = None,
     loss_scale: float = 1.0,
+    microbatches: int = 1,
+    nonfinite: str = "keep",
     donate: bool = True,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict]]:
     """Builds a jitted training step for any model, loss and optax optimizer.
@@ -173,20 +183,30 @@ def train_step(
         in float32; the model is given all of them cast, scale and bias of normalizers too.
       loss_scale: the loss is multiplied by it and the gradients divided, so that those of
         float16 do not underflow.
+      microbatches: how many parts a batch is taken in, one after the other, to need the memory of
+        one. Gradients, loss and metrics are averaged, as those of a mean over examples are. The
+        statistics of the parts are merged, and move the running ones once, as those of the whole
+        would but for the rounding of their means; each part is normalized by its own.
+        Normalizers whose statistics do not merge (`BatchRenorm`, `PowerNorm`, Flax's own) move with
+        each part.
+      nonfinite: "skip" leaves the state as it was, but for `step` and `skipped`, where the loss or
+        a gradient is not finite, and adds "skipped" to the metrics, 1 or 0; on several devices or
+        hosts all do the same. "keep" lets them in, or leaves them to the optimizer.
       donate: let the new state take the memory of the old one, which is then gone.
 
     A batch with NaN leaves the running statistics but makes the gradients NaN, and with them the
-    parameters: `optax.apply_if_finite` skips it. An nnx model is put in training for the step; to
-    freeze a layer's statistics give it `freeze_stats=True`.
+    parameters, unless it is skipped. An nnx model is put in training for the step; to freeze a
+    layer's statistics give it `freeze_stats=True`.
 
     Returns:
       A function `step(state, batch)` that returns the new state, and the metrics with the loss
       under "loss".
 
     Raises:
-      ValueError: a `loss_scale` that is not above 0; when it is traced: a loss that is no scalar,
-        metrics that are no dict or have a "loss" of their own, a collection of the model that
-        changes its structure, a model called inside a transformation of JAX.
+      ValueError: a `loss_scale` that is not above 0; `microbatches` below 1; `nonfinite` another
+        word; when it is traced: a loss that is no scalar, metrics that are no dict or have a "loss"
+        or "skipped" of their own, a collection of the model that changes its structure, a model
+        called inside a transformation of JAX, a batch that microbatches do not divide.
       TypeError: a dtype that is not floating-point.
 
     Example:
@@ -212,39 +232,70 @@ def train_step(
     """
     ax.check_computing_dtype("train_step", dtype)
     ax.check_loss_scale("train_step", loss_scale)
+    microbatches = ax.to_positive_int("train_step", "microbatches", microbatches)
+    ax.check_choice("train_step", "nonfinite", nonfinite, ("keep", "skip"))
+
+    def bind(state, params, model_state, key):
+        return state.bind(params, model_state, key, train=True, dtype=dtype)
+
+    def call(model, batch):
+        value, metrics = value_and_metrics(loss(model, batch, True))
+        return value * loss_scale, metrics
 
     def step(state, batch):
-        def objective(params):
-            key = jax.random.fold_in(state.key, state.step)
-            model = state.bind(params, state.model_state, key, train=True, dtype=dtype)
-            value, metrics = value_and_metrics(loss(model, batch, True))
-            return value * loss_scale, (value, metrics, _state_after(model, state.model_state))
+        key = jax.random.fold_in(state.key, state.step)
+        given = split("train_step", batch, microbatches) if microbatches > 1 else batch
+
+        def objective(params, part=batch):
+            model = bind(state, params, state.model_state, key)
+            scaled, metrics = call(model, part)
+            return scaled, (metrics, _state_after(model, state.model_state))
 
         # A line search hands on what it is given beside the parameters, where it is named.
         def value_fn(params, train_state=None, batch=None):
-            return objective(params)[1][0]
+            if microbatches == 1:
+                return objective(params)[1][0]["loss"]
+            return lax.map(lambda part: objective(params, part)[1][0]["loss"], given).mean()
 
-        grads, (value, metrics, model_state) = jax.grad(objective, has_aux=True)(state.params)
+        if microbatches == 1:
+            grads, (metrics, model_state) = jax.grad(objective, has_aux=True)(state.params)
+        else:
+            of_state = functools.partial(bind, state)
+            grads, (metrics, model_state) = accumulate(
+                of_state, call, state.params, state.model_state, given, key
+            )
         grads = jax.tree.map(lambda grad: grad / loss_scale, grads)
         updates, opt_state = optax.with_extra_args_support(state.tx).update(
             grads,
             state.opt_state,
             state.params,
-            value=value,
+            value=metrics["loss"],
             grad=grads,
             value_fn=value_fn,
             train_state=state,
             batch=batch,
         )
         new = state.replace(
-            step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             model_state=model_state,
             opt_state=opt_state,
         )
-        return new, metrics
+        if nonfinite == "skip":
+            new, metrics = _unless_finite(state, new, grads, metrics)
+        return new.replace(step=state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=(0,) if donate else ())
+
+
+def _unless_finite(old, new, grads, metrics):
+    """Returns the new state, or the old one if the loss or a gradient is not finite."""
+    if "skipped" in metrics:
+        raise ValueError("loss: expected metrics without 'skipped', which is added")
+    finite = [jnp.isfinite(v).all() for v in (metrics["loss"], *jax.tree.leaves(grads))]
+    bad = ~jnp.stack(finite).all()
+    state = jax.tree.map(lambda a, b: jnp.where(bad, a, b), old, new)
+    skipped = bad.astype(jnp.int32)
+    return state.replace(skipped=old.skipped + skipped), {**metrics, "skipped": skipped}
 
 
 def _state_after(model, before):

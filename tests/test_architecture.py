@@ -45,12 +45,14 @@ ROOMS = [
     ["options", "theory"],
     ["linen", "nnx"],
     ["bind", "intercept"],
-    ["train", "recalibrate", "interop"],
+    ["merging"],
+    ["microbatch"],
+    ["train", "recalibrate", "interop", "checkpoint"],
     ["population_training", "diagnostics"],
     ["experiments"],
 ]
 FLAX = {"linen", "nnx", "bind", "intercept", "train", "recalibrate", "interop", "experiments"}
-FLAX |= {"population_training", "diagnostics"}
+FLAX |= {"population_training", "diagnostics", "merging"}
 REFUSE_NOTHING = {"norm_labels", "norm_penalty", "from_nnx"}
 PAPERS = ["batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "weight_norm"]
 PAPERS += ["spectral_norm", "moments", "merge", "update"]

@@ -1,0 +1,112 @@
+"""Training on meshes: the same as on one device, and nothing of x's size is moved."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_sync import BIAS, CT, MASKS, RAGGED, SCALE, N, X, agree, norm, whole
+
+import normax.linen
+from normax import train
+
+TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+
+
+def collectives(text):
+    """Returns how often each is in a compiled program."""
+    names = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+    found = {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in names}
+    return {name: number for name, number in found.items() if number}
+
+
+@MASKS
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_pmap(mask):
+    def one(x, mask, ct):
+        y, vjp, stats = jax.vjp(
+            lambda x, s, b: norm(x, s, b, mask, axis_name="device"), x, SCALE, BIAS, has_aux=True
+        )
+        dx, dscale, dbias = vjp(ct)
+        return y, stats, dx, *jax.lax.psum((dscale, dbias), "device")
+
+    mapped = jax.pmap(one, "device", devices=jax.devices()[:N])
+    y, stats, dx, *rest = mapped(X, None if mask is None else jnp.asarray(mask), CT)
+    first = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf[0]), tree)
+    agree((np.asarray(y), first(stats), np.asarray(dx), *first(rest)), whole(X, CT, mask))
+
+
+@TYPES
+@MASKS
+def test_under_plain_jit_nothing_is_gathered(axis_type, mask):
+    mesh = jax.make_mesh((N,), ("data",), (axis_type,), devices=jax.devices()[:N])
+    flat = None if mask is None else jnp.broadcast_to(RAGGED, X.shape).reshape(-1, 5)
+
+    @jax.jit
+    def f(x, ct, mask):
+        y, vjp, stats = jax.vjp(lambda *a: norm(*a, mask), x, SCALE, BIAS, has_aux=True)
+        return y, stats, *vjp(ct)
+
+    put = lambda value: jax.device_put(value, NamedSharding(mesh, P("data")))
+    args = put(X.reshape(-1, 5)), put(CT.reshape(-1, 5)), None if flat is None else put(flat)
+    assert set(collectives(f.lower(*args).compile().as_text())) == {"all-reduce"}
+
+
+class Model(nn.Module):
+    """A layer whose features are dealt out, batch norm over them, and one more layer."""
+
+    @nn.compact
+    def __call__(self, x, train, mask=None):
+        x = nn.Dense(16, use_bias=False, name="first")(x)
+        x = normax.linen.BatchNorm(use_running_average=not train, momentum=0.5, name="norm")(
+            x, mask=mask
+        )
+        return nn.Dense(1, name="last")(nn.relu(x))[:, 0]
+
+
+def loss(model, batch, train):
+    y = model(batch["x"], train=train, mask=batch["mask"])
+    weight = batch["mask"][:, 0].astype(y.dtype)
+    return (optax.l2_loss(y, batch["y"]) * weight).sum() / weight.sum()
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "one device has nothing"])
+@pytest.mark.usefixtures("optax_promotes")
+def test_a_training_step_on_data_and_model_axes(masked):
+    x = jax.random.normal(jax.random.key(0), (32, 6)) + 3
+    mask = jnp.arange(32)[:, None] >= (8 if masked else 0)
+    batch = {"x": x, "y": jnp.sin(x[:, 0]), "mask": mask}
+    state = train.TrainState.create(Model(), optax.sgd(0.1), jax.random.key(1), x, train=False)
+    step = train.train_step(loss, donate=False)
+    expected, metrics = step(state, batch)
+    # Automatic axes: with explicit ones Flax's Dense has no out_sharding for its product.
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Auto,) * 2)
+    features = {"kernel": P(None, "model"), "scale": P("model"), "bias": P("model")}
+
+    def place(path, leaf):
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        spec = P()
+        if "first" in names or "norm" in names:
+            spec = features.get(names[-1], P("model"))
+        elif names[-2:] == ["last", "kernel"]:
+            spec = P("model", None)
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    given = jax.tree_util.tree_map_with_path(place, state)
+    spread = jax.device_put(batch, NamedSharding(mesh, P("data")))
+    compiled = step.lower(given, spread).compile()
+    found, others = compiled(given, spread)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, found.params, expected.params)
+    jax.tree.map(close, found.batch_stats, expected.batch_stats)
+    close(others["loss"], metrics["loss"])
+    assert "all-to-all" not in collectives(compiled.as_text())
+    # Statistics stay with their features.
+    kept = found.batch_stats["norm"]["mean"].sharding
+    assert kept.is_equivalent_to(NamedSharding(mesh, P("model")), 1)
