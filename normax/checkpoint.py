@@ -1,0 +1,246 @@
+"""Checkpoints of training: saved while it goes on, and given back whole or refused by name."""
+
+import json
+import math
+import pathlib
+import zlib
+from collections.abc import Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import tree_util
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+from normax import axes as ax
+
+NAME = "Checkpoints.restore"
+
+
+class Checkpoints:
+    """A folder of checkpoints, by orbax: the last ones, and the best.
+
+    A checkpoint is there as a whole or not at all, whenever the process is killed. Beside the
+    arrays there are their names, shapes, dtypes and checksums, to which they are held when they
+    come back: what orbax alone restores in silence, or not at all.
+
+    Args:
+      directory: the folder; it is made if need be.
+      every: `save` takes steps that this divides.
+      keep: how many of the last checkpoints to keep.
+      best: name of a metric; the checkpoint with the least of it is kept, too.
+      mode: "min", or "max" where the most of `best` is the best.
+
+    Raises:
+      ValueError: `every` or `keep` below 1, `mode` another word.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp
+      >>> from normax.checkpoint import Checkpoints
+      >>> state = {"w": jnp.arange(3.0)}
+      >>> folder = tempfile.TemporaryDirectory()
+      >>> with Checkpoints(folder.name, every=10) as checkpoints:
+      ...     for step in range(1, 26):
+      ...         taken = checkpoints.save(step, state, position={"batch": step})
+      >>> with Checkpoints(folder.name) as checkpoints:
+      ...     state, position = checkpoints.restore(state)
+      >>> print(state["w"], position)
+      [0. 1. 2.] {'batch': 20}
+      >>> folder.cleanup()
+    """
+
+    def __init__(
+        self,
+        directory: str | pathlib.Path,
+        *,
+        every: int = 1,
+        keep: int = 1,
+        best: str | None = None,
+        mode: str = "min",
+    ):
+        self.every = ax.to_positive_int("Checkpoints", "every", every)
+        keep = ax.to_positive_int("Checkpoints", "keep", keep)
+        ax.check_choice("Checkpoints", "mode", mode, ("min", "max"))
+        kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
+        if best is not None:
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=self._metric,
+                    reverse=mode == "min",
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self.directory, self.best, self.mode = pathlib.Path(directory).absolute(), best, mode
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                best_fn=None if best is None else self._metric,
+                best_mode=mode,
+                cleanup_tmp_directories=True,  # what a process that was killed has left
+            ),
+        )
+
+    def save(
+        self, step: int, state: Any, *, position: Any = None, metrics: dict[str, Any] | None = None
+    ) -> bool:
+        """Saves, if it is time to: what is written is copied at once, and written meanwhile.
+
+        Args:
+          step: number of steps taken; one that is saved already is not saved again.
+          state: a pytree of arrays, such as a `TrainState`, which may be donated afterwards.
+          position: where the data is, and whatever else is no array: what JSON can say, in which
+            a tuple is a list.
+          metrics: of this state, by name, `best` among them.
+
+        Returns:
+          Whether it is saved.
+
+        Raises:
+          ValueError: metrics without `best`.
+          TypeError: a position that JSON cannot say.
+        """
+        step = int(step)
+        if step % self.every or not self._manager.should_save(step):
+            return False
+        if self.best is not None and self.best not in (metrics or {}):
+            raise ValueError(
+                f"Checkpoints.save: expected metrics with {self.best!r}, got {metrics!r}"
+            )
+        arrays = {name: _plain(leaf) for name, leaf in _leaves(state).items()}
+        about = {name: _about(leaf) for name, leaf in arrays.items()}
+        text = json.dumps({"arrays": about, "position": position})
+        return self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                arrays=ocp.args.StandardSave(arrays),
+                about=ocp.args.JsonSave({"text": text, "checksum": zlib.crc32(text.encode())}),
+            ),
+            metrics=None if metrics is None else {name: float(v) for name, v in metrics.items()},
+        )
+
+    def steps(self) -> Sequence[int]:
+        """Returns the steps that there are checkpoints of, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """Returns the step of the best one; None if there is none, or no metric was named."""
+        return None if self.best is None else self._manager.best_step()
+
+    def restore(self, like: Any, step: int | None = None) -> tuple[Any, Any]:
+        """Returns the state and the position of a checkpoint; nothing else changes.
+
+        Args:
+          like: a state of the same structure, shapes and dtypes, such as a new `TrainState`: the
+            arrays come back where those of it are.
+          step: of which step; None is the last.
+
+        Raises:
+          FileNotFoundError: there is no such checkpoint.
+          ValueError: another key, or shape; a file that is not as it was written.
+          TypeError: another dtype.
+        """
+        self.wait()
+        step = self._manager.latest_step() if step is None else step
+        if step not in self.steps():
+            wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
+            raise FileNotFoundError(
+                f"{NAME}: expected {wanted} in {self.directory}, which has {list(self.steps())}"
+            )
+        about = self._read(step, about=ocp.args.JsonRestore())["about"]
+        about = about if isinstance(about, dict) else {}
+        text = about.get("text")
+        if not isinstance(text, str) or about.get("checksum") != zlib.crc32(text.encode()):
+            raise self._damaged(step, "what it says of its arrays is not what was saved")
+        about = json.loads(text)
+        wanted = {name: _plain(leaf) for name, leaf in _leaves(like).items()}
+        ax.check_keys(NAME, f"the checkpoint of step {step}", about["arrays"], wanted)
+        for name, leaf in wanted.items():
+            told = about["arrays"][name]
+            kept = jax.ShapeDtypeStruct(tuple(told["shape"]), jnp.dtype(told["dtype"]))
+            ax.check_like(NAME, name, kept, leaf)
+        places = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for name, leaf in wanted.items()
+        }
+        arrays = self._read(step, arrays=ocp.args.StandardRestore(places))["arrays"]
+        for name, leaf in arrays.items():
+            if about["arrays"][name]["checksum"] not in (None, _checksum(leaf)):
+                raise self._damaged(step, f"{name} is not what was saved")
+        return _like(arrays, like), about["position"]
+
+    def wait(self) -> None:
+        """Waits for what is being written."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of the folder."""
+        self._manager.close()
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Waits, and lets go of the folder."""
+        self.close()
+
+    def _metric(self, metrics):
+        """Returns the metric that tells which is best; what is no number is not."""
+        value = float(metrics[self.best])
+        worst = math.inf if self.mode == "min" else -math.inf
+        return worst if math.isnan(value) else value
+
+    def _read(self, step, **items):
+        """Returns what is read; what cannot be is damaged, whatever orbax raises."""
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            first = next(iter(str(error).splitlines()), "")
+            why = f"it cannot be read: {type(error).__name__}: {first}"
+            raise self._damaged(step, why) from error
+
+    def _damaged(self, step, why):
+        return ValueError(
+            f"{NAME}: expected the checkpoint of step {step} in {self.directory} as it was "
+            f"written, but {why}; {list(self.steps())} are there"
+        )
+
+
+def _leaves(tree):
+    """Returns the leaves by their path, with those that are no arrays made ones."""
+    leaves = tree_util.tree_leaves_with_path(tree)
+    return {tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _plain(leaf):
+    """Returns a leaf as an array of numbers: a random key as what it is made of."""
+    leaf = jnp.asarray(leaf)
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _is_key(leaf):
+    return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+
+
+def _about(leaf):
+    """Returns what is said of an array; this process has no checksum of what others hold."""
+    return {"shape": leaf.shape, "dtype": leaf.dtype.name, "checksum": _checksum(leaf)}
+
+
+def _checksum(leaf):
+    at_hand = leaf.is_fully_addressable or leaf.is_fully_replicated
+    return zlib.crc32(np.ascontiguousarray(leaf).tobytes()) if at_hand else None
+
+
+def _like(arrays, like):
+    """Returns a tree of the arrays by name, with random keys where they were."""
+
+    def leaf(path, old):
+        new = arrays[tree_util.keystr(path, simple=True, separator="/")]
+        return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else new
+
+    return tree_util.tree_map_with_path(leaf, like)

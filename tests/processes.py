@@ -1,0 +1,82 @@
+"""One of several processes that train the main job's network together: for `test_processes.py`.
+
+    python tests/processes.py PORT PROCESSES NUMBER FOLDER STEPS KILLED_AT
+
+It saves as it goes on, begins with what is saved, and kills itself at a step; 0 is none. The first
+process prints what it ends with.
+"""
+
+import json
+import os
+import signal
+import sys
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from normax import train
+from normax.checkpoint import Checkpoints
+from normax.experiments import compare, data
+from normax.experiments.network import Network
+
+SIZE = 64
+
+
+def main(port, processes, number, folder, steps, killed_at):
+    if processes > 1:
+        jax.distributed.initialize(
+            f"127.0.0.1:{port}",
+            processes,
+            number,
+            initialization_timeout=60,
+            heartbeat_timeout_seconds=10,
+            shutdown_timeout_seconds=5,
+        )
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    images, _ = data.load("digits", 0)
+    # Not Adam: of a bias before batch norm the gradient is rounding, which it would make large.
+    example, tx = images.image[:2], optax.sgd(0.05, momentum=0.9)
+
+    def create():
+        key = jax.random.key(0)
+        return train.TrainState.create(Network("batch"), tx, key, example, train=False)
+
+    state = jax.jit(create, out_shardings=NamedSharding(mesh, P()))()
+    # Each process has the images that its devices see, and no others.
+    spread = NamedSharding(mesh, P("data"))
+    share = SIZE // jax.process_count()
+    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    step = train.train_step(compare.loss, nonfinite="skip")
+    losses = []
+    with Checkpoints(folder, every=2, keep=2) as checkpoints:
+        if checkpoints.steps():
+            state, _ = checkpoints.restore(state)
+        print("from", int(state.step), flush=True)
+        for i in range(int(state.step), steps):
+            if killed_at and i == killed_at and number == processes - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            index = np.arange(SIZE) + i * SIZE
+            batch = {
+                "image": images.image[index][mine],
+                "label": images.label[index][mine],
+                "weight": np.ones(share, np.float32),
+            }
+            batch = {
+                name: jax.make_array_from_process_local_data(spread, value)
+                for name, value in batch.items()
+            }
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+            checkpoints.save(i + 1, state)
+    if number == 0:
+        leaves = jax.tree.leaves((state.params, state.model_state))
+        ends = [np.asarray(leaf, np.float64).ravel().tolist() for leaf in leaves]
+        print(json.dumps({"losses": losses, "leaves": ends}), flush=True)
+
+
+if __name__ == "__main__":
+    port, processes, number, folder, steps, killed_at = sys.argv[1:]
+    main(int(port), int(processes), int(number), folder, int(steps), int(killed_at))

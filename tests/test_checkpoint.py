@@ -1,0 +1,214 @@
+"""Checkpoints: training goes on with the same bits; what is damaged or another is refused."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_train import KINDS, X, Y, create
+
+from normax import train
+from normax.checkpoint import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+HERE = pathlib.Path(__file__).parent
+
+
+def same(a, b):
+    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+        assert x.dtype == y.dtype
+        assert bool((x == y).all())
+
+
+@KINDS
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_training_goes_on_with_the_same_bits(kind, microbatches, tmp_path):
+    state, loss = create(kind, rate=0.3)
+    step = train.train_step(loss, microbatches=microbatches)
+    with Checkpoints(tmp_path, every=2) as checkpoints:
+        for i in range(1, 7):
+            state, _ = step(state, (X, Y))  # what was saved is donated while it is written
+            taken = checkpoints.save(i, state, position={"batch": i, "names": ["a", None]})
+            assert taken == (i % 2 == 0)
+            if i == 4:
+                checkpoints.wait()
+                break
+        for _ in range(3):
+            state, metrics = step(state, (X, Y))
+    again, _ = create(kind, rate=0.3)
+    with Checkpoints(tmp_path) as checkpoints:
+        again, position = checkpoints.restore(again)
+    assert position == {"batch": 4, "names": ["a", None]}
+    assert int(again.step) == 4
+    for _ in range(3):
+        again, others = step(again, (X, Y))
+    same(again, state)
+    same(metrics, others)
+
+
+def test_the_last_and_the_best_are_kept(tmp_path):
+    options = {"keep": 2, "best": "loss"}
+    with Checkpoints(tmp_path, **options) as checkpoints:
+        for i, loss in enumerate([5.0, 1.0, 3.0, 4.0], start=1):
+            checkpoints.save(i, {"w": jnp.full(2, i)}, metrics={"loss": jnp.float32(loss)})
+        checkpoints.wait()
+        assert (checkpoints.steps(), checkpoints.best_step()) == ([2, 3, 4], 2)
+    with Checkpoints(tmp_path, **options) as checkpoints:
+        assert (checkpoints.steps(), checkpoints.best_step()) == ([2, 3, 4], 2)
+        checkpoints.save(5, {"w": jnp.full(2, 5)}, metrics={"loss": 0.5})
+        checkpoints.save(6, {"w": jnp.full(2, 6)}, metrics={"loss": 9.0})
+        checkpoints.save(7, {"w": jnp.full(2, 7)}, metrics={"loss": 9.0})
+        checkpoints.wait()
+        assert (checkpoints.steps(), checkpoints.best_step()) == ([5, 6, 7], 5)
+        best, _ = checkpoints.restore({"w": jnp.zeros(2, jnp.int32)}, checkpoints.best_step())
+        np.testing.assert_array_equal(best["w"], [5, 5])
+        with pytest.raises(ValueError, match="metrics with 'loss'"):
+            checkpoints.save(8, {"w": jnp.zeros(2)}, metrics={"accuracy": 1.0})
+    most = Checkpoints(tmp_path / "most", best="accuracy", mode="max")
+    with most as checkpoints:
+        for i, value in enumerate([0.5, 0.9, 0.7], start=1):
+            checkpoints.save(i, {"w": jnp.zeros(2)}, metrics={"accuracy": value})
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 3]
+
+
+def test_arrays_come_back_where_they_are_to_be(tmp_path):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread, whole = (NamedSharding(mesh, spec) for spec in (P("data"), P()))
+    value = jnp.arange(16.0).reshape(8, 2)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"a": value, "b": jax.device_put(value, spread)})
+        like = {"a": jax.device_put(0 * value, spread), "b": jax.device_put(0 * value, whole)}
+        found, _ = checkpoints.restore(like)
+    for name in ("a", "b"):
+        assert found[name].sharding.is_equivalent_to(like[name].sharding, 2)
+        np.testing.assert_array_equal(found[name], value)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda s: {**s, "more": s["w"]}, ValueError, "more"),
+        (lambda s: {"w": s["w"], "n": {}}, ValueError, "n/b"),
+        (lambda s: {**s, "w": s["w"].T}, ValueError, r"w .*\(3, 2\).*\(2, 3\)"),
+        (lambda s: {**s, "w": s["w"].astype("bfloat16")}, TypeError, "w .*bfloat16.*float32"),
+        (lambda s: {**s, "n": {"b": s["n"]["b"].astype("int32")}}, TypeError, "n/b.*int32"),
+    ],
+)
+def test_another_structure_shape_or_dtype_is_refused_by_name(change, error, message, tmp_path):
+    state = {"w": jnp.ones((2, 3)), "n": {"b": jnp.ones(4)}}
+    like = change(state)
+    before = jax.tree.map(np.array, like)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        with pytest.raises(error, match=message):
+            checkpoints.restore(like)
+        jax.tree.map(np.testing.assert_array_equal, like, before)
+
+
+def test_what_is_not_there_is_said(tmp_path):
+    with Checkpoints(tmp_path / "none") as checkpoints:
+        with pytest.raises(FileNotFoundError, match=r"expected a checkpoint in .*none"):
+            checkpoints.restore({"w": jnp.ones(2)})
+        checkpoints.save(3, {"w": jnp.ones(2)})
+        with pytest.raises(FileNotFoundError, match=r"of step 2 in .*has \[3\]"):
+            checkpoints.restore({"w": jnp.ones(2)}, 2)
+    for options in ({"every": 0}, {"keep": 0}, {"mode": "least"}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            Checkpoints(tmp_path, **options)
+
+
+def damages(path):
+    """Yields what may happen to a file, each with a function that does it."""
+    size = path.stat().st_size
+    content = path.read_bytes()
+    for where in sorted({0, size // 3, size // 2, size - 1} - {-1}):
+        flipped = bytearray(content)
+        flipped[where] ^= 0x10
+        yield f"bit of byte {where}", bytes(flipped)
+    if size:
+        yield "half", content[: size // 2]
+        yield "nothing", b""
+
+
+def outcome(checkpoints, state):
+    try:
+        return checkpoints.restore(state)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        return error
+
+
+# Where a file is damaged orbax leaves tasks behind whose errors nobody asks for.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_file_is_refused_or_does_not_matter(tmp_path):
+    """Whatever byte it is: no other numbers come back than those that were saved."""
+    state = {"w": jax.random.normal(jax.random.key(0), (40, 3)), "b": jnp.arange(5)}
+    with Checkpoints(tmp_path / "right") as checkpoints:
+        checkpoints.save(1, state, position={"batch": 7})
+    files = [p for p in (tmp_path / "right").rglob("*") if p.is_file()]
+    assert files
+    refused = 0
+    for path in files:
+        for what, content in damages(path):
+            broken = tmp_path / "broken"
+            shutil.copytree(tmp_path / "right", broken)
+            (broken / path.relative_to(tmp_path / "right")).write_bytes(content)
+            with Checkpoints(broken) as checkpoints:
+                found = outcome(checkpoints, state)
+            if isinstance(found, Exception):
+                refused += 1
+                assert "Checkpoints.restore" in str(found), (path, what)
+            else:
+                same(found[0], state)
+                assert found[1] == {"batch": 7}, (path, what)
+            shutil.rmtree(broken)
+    assert refused > len(files)
+
+
+def test_a_checksum_tells_what_orbax_does_not(tmp_path):
+    """Numbers that were put in the place of others, by the same library."""
+    import orbax.checkpoint as ocp
+
+    state = {"w": jnp.arange(6.0), "b": jnp.ones(3)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+    arrays = tmp_path / "1" / "arrays"
+    shutil.rmtree(arrays)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(arrays, {**state, "w": state["w"].at[3].set(3.0000002)})
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="w is not what"):
+        checkpoints.restore(state)
+
+
+def run(folder, seconds, steps=200):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, str(HERE / "interrupted.py"), str(folder), str(steps), str(seconds)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+
+
+def test_killed_at_twenty_points_it_ends_with_the_same_bits(tmp_path):
+    whole = run(tmp_path / "whole", 0)
+    assert whole.returncode == 0, whole.stderr
+    rng, starts = np.random.default_rng(0), []
+    for _ in range(20):
+        said = run(tmp_path / "killed", rng.uniform(0.01, 0.5))
+        starts.append(int(said.stdout.split()[1]))
+        if said.returncode == 0:
+            shutil.rmtree(tmp_path / "killed")
+        else:
+            assert said.returncode == -9, said.stderr
+    last = run(tmp_path / "killed", 0)
+    assert last.stdout.splitlines()[-1] == whole.stdout.splitlines()[-1], last.stderr
+    assert len(set(starts)) > 2, starts  # it went on from several places
