@@ -119,7 +119,7 @@ MUTATIONS = [
     Mutation("columns: the bias left out", "implementations.py", 'lines = {"scale": scale, "bias": bias, **_lines_of(measured)}', 'lines = {"scale": scale, "bias": None, **_lines_of(measured)}', "test_implementations_columns.py -k output and cpu"),
     Mutation("columns: the sums of dy taken for those of dy xhat", "implementations.py", '"dscale": along, "dbias": ones}', '"dscale": ones, "dbias": along}', "test_implementations_columns.py -k output and cpu"),
     Mutation("columns: a device's count", "implementations.py", '"count": me.count_entries(plan.reduction, x)}', '"count": me.count_entries(plan.reduction, x) // 2}', "test_implementations_columns.py -k output and cpu"),
-    Mutation("columns: an output that no kernel can write", "kernels/cpu_columns.py", "return cpu.unsupported_dtypes(cpu.OF_COLUMNS, x, dtype) is None", "return True", "test_kernels_cpu.py -k no_kernel"),
+    Mutation("columns: an output that no kernel can write", "kernels/cpu_columns.py", "return cpu.unsupported_dtypes(x, dtype) is None", "return True", "test_kernels_cpu.py -k no_kernel"),
     Mutation("a kernel falls back", "implementations.py", "others = {name: refusal for name in PLATFORMS if name != platform}", "others = {}", "test_implementations.py -k elsewhere"),
     Mutation("a kernel's scale is not the norm's", "implementations.py", "operands = {name: next(given) if is_there else None for name, is_there in there}", "operands = {name: next(given) if is_there else None for name, is_there in there} | {'scale': None}", "test_implementations.py -k tpu and output"),
     # Running statistics.
@@ -206,6 +206,21 @@ MUTATIONS = [
     Mutation("no power iteration", "weight.py", "first if n_steps == 1 else", "first if n_steps else", "test_weights.py"),
     Mutation("NaN ends the iteration", "weight.py", "jnp.where(jnp.all(jnp.isfinite(u)), u, start)", "u", "test_weights.py"),
     Mutation("gradients flow through u and v", "weight.py", "fixed = lax.stop_gradient(matrix)", "fixed = matrix", "test_weights.py"),
+    # Training: parts, bad batches, checkpoints.
+    Mutation("training: each part moves the running statistics", "merging.py", "return isinstance(module, RunningNormalizer) and", "return False and", "test_microbatches.py -k whole and linen and plain and False"),
+    Mutation("training: parts forget the parts before", "microbatch.py", "params, model_state, merged, part, jax.random.fold_in(key, i)", "params, model_state, unseen, part, jax.random.fold_in(key, i)", "test_microbatches.py -k whole and linen and plain and False"),
+    Mutation("training: neighbours are one part", "microbatch.py", "jnp.swapaxes(jnp.reshape(x, (shape[0] // count, count, *shape[1:])), 0, 1)", "jnp.reshape(x, (count, shape[0] // count, *shape[1:]))", "test_microbatches.py -k sharded and auto"),
+    Mutation("training: gradients of parts are added up", "microbatch.py", "(total / count).astype(p.dtype)", "total.astype(p.dtype)", "test_microbatches.py -k without"),
+    Mutation("training: parts draw alike", "microbatch.py", "jax.random.fold_in(key, i)", "key", "test_microbatches.py -k key_of"),
+    Mutation("training: a bad batch is let in", "train.py", "bad = ~jnp.stack(finite).all()", "bad = jnp.zeros((), bool)", "test_bad_batches.py -k changes_nothing and linen"),
+    Mutation("training: gradients are not looked at", "train.py", 'for v in (metrics["loss"], *jax.tree.leaves(grads))]', 'for v in (metrics["loss"],)]', "test_bad_batches.py -k gradient_alone"),
+    Mutation("training: bad batches are not counted", "train.py", "skipped=old.skipped + skipped", "skipped=old.skipped", "test_bad_batches.py -k counted"),
+    Mutation("training: no checksums", "checkpoint.py", "not in (None, _checksum(leaf))", "in ()", "test_checkpoint.py -k checksum"),
+    Mutation("training: what is said of arrays is not checked", "checkpoint.py", 'or about.get("checksum") != zlib.crc32(text.encode())', "or False", "test_checkpoint.py -k damaged"),
+    Mutation("training: another dtype comes back", "checkpoint.py", "ax.check_like(NAME, name, kept, leaf)", "pass", "test_checkpoint.py -k refused_by_name"),
+    Mutation("training: other keys come back", "checkpoint.py", "ax.check_keys(NAME,", "(lambda *_: None)(NAME,", "test_checkpoint.py -k refused_by_name"),
+    Mutation("training: the best is not kept", "checkpoint.py", "kept.append(", "list(", "test_checkpoint.py -k last_and_the_best"),
+    Mutation("training: random keys begin anew", "checkpoint.py", "jax.random.wrap_key_data(new, impl=jax.random.key_impl(old))", "old", "test_checkpoint.py -k same_bits and linen and 1"),
 ]  # fmt: skip
 
 

@@ -51,6 +51,16 @@ def test_the_readme_s_table_has_every_function():
 
 
 @pytest.mark.usefixtures("optax_promotes")
+def test_the_page_on_training_runs(capsys):
+    text, names = (ROOT / "docs" / "training.md").read_text(), {}
+    with jax.numpy_rank_promotion("allow"):
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            exec(block, names)
+    assert capsys.readouterr().out.splitlines() == ["1 of 3 skipped", "20 {'batch': 20}"]
+    assert int(names["state"].step) == 1
+
+
+@pytest.mark.usefixtures("optax_promotes")
 def test_the_recipes_run():
     text = (ROOT / "docs" / "normalizers.md").read_text()
     names = {}

@@ -1,5 +1,6 @@
 """The main job: the network's sizes, the data, and the command line as its user meets it."""
 
+import argparse
 import gzip
 import hashlib
 import json
@@ -245,6 +246,8 @@ def test_bfloat16_learns_too(tmp_path):
         ("--batch-size 5000", "is more than the 1437 images"),
         ("--limit 10", "is more than the 10 images"),
         ("--out /proc/nowhere", "cannot be written"),
+        ("--checkpoint /proc/nowhere", "cannot be written"),
+        ("--resume", "--resume needs --checkpoint DIR"),
     ],
 )
 def test_bad_arguments_get_a_sentence(arguments, sentence, capsys, monkeypatch, tmp_path):
@@ -291,6 +294,40 @@ def test_an_interruption_leaves_what_was_measured(tmp_path):
     results = json.loads((tmp_path / "compare.json").read_text())["results"]
     assert len(results["none"]["epochs"]) == 2
     assert (tmp_path / "compare.png").exists()
+
+
+def epochs_of(out):
+    return json.loads((out / "compare.json").read_text())["results"]["batch"]["epochs"]
+
+
+@pytest.mark.parametrize("stop", [3, 9, 11])
+def test_what_was_stopped_goes_on_with_the_same_numbers(stop, tmp_path, capsys):
+    """In an epoch, at its end, and behind it: of five steps each, of which each second is kept."""
+    options = "--epochs 3 --limit 320 --norms batch --checkpoint-every 2 --out"
+    command = ["compare", *options.split()]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    options = ["--checkpoint", str(tmp_path / "kept")]
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    given = parser.parse_args([*command[1:], str(tmp_path / "stopped"), *options])
+    given.command, calls = "", []
+
+    def check():
+        calls.append(None)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare.run(given, check)
+    again = [*command, str(tmp_path / "again"), *options]
+    assert main(again) == 2
+    assert "give --resume to go on" in capsys.readouterr().err
+    assert main([*again, "--resume", "--seed", "5"]) == 2
+    assert "was trained with --seed 0, not 5" in capsys.readouterr().err
+    assert main([*again, "--resume"]) == 0
+    assert epochs_of(tmp_path / "again") == epochs_of(tmp_path / "whole")
+    assert main([*again, "--resume"]) == 0  # there is little left to do
+    assert epochs_of(tmp_path / "again") == epochs_of(tmp_path / "whole")
 
 
 def test_an_interruption_before_the_first_epoch_is_no_traceback(monkeypatch, capsys, tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from normax import train
-from normax.experiments import data, report, study
+from normax.experiments import data, report, resume, study
 from normax.experiments.network import NORMS, Network, count_parameters
 
 
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--seed", type=study.seed, default=0)
     add("--out", type=pathlib.Path, default=pathlib.Path("results/compare"))
+    resume.add_arguments(parser)
 
 
 def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
@@ -43,6 +44,7 @@ def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
     """
     named = options.norms or [list(NORMS)]
     options.norms = list(dict.fromkeys(norm for names in named for norm in names))
+    resume.check(options)
     study.prepare(options.out, "compare")
     training, test = data.load(options.dataset, options.seed, options.data_home)
     training = data.Images(*(array[: options.limit] for array in training))
@@ -74,6 +76,11 @@ def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
 
 def fit(norm, training, test, options, result, advance, check) -> None:
     """Trains one network, adding to `result` epoch by epoch."""
+    with resume.Kept(options, norm) as kept:
+        _fit(norm, training, test, options, result, advance, check, kept)
+
+
+def _fit(norm, training, test, options, result, advance, check, kept):
     dtype = None if options.dtype == "float32" else jnp.dtype(options.dtype)
     example = jnp.asarray(training.image[:2])
     steps = len(training.label) // options.batch_size
@@ -84,15 +91,24 @@ def fit(norm, training, test, options, result, advance, check) -> None:
     result["trainable"] = sum(int(leaf.size) for leaf in jax.tree.leaves(state.params))
     step = train.train_step(loss, dtype=dtype)
     evaluate = train.eval_step(loss, dtype=dtype)
+    state, epochs = kept.start(state)
+    result["epochs"] += epochs
     rng = np.random.default_rng(options.seed)
-    times = []
+    times, done, count = [], int(state.step), 0
     for epoch in range(options.epochs):
         for batch in shuffled(training, options.batch_size, rng):
+            count += 1
+            if count <= done:
+                continue  # seen before it was stopped
             start = time.perf_counter()
             state, metrics = step(state, batch)
             jax.block_until_ready(metrics)
             times.append(time.perf_counter() - start)
+            kept.save(count, state, result["epochs"])
             check()
+        if epoch < len(epochs):
+            advance(f"{norm}: epoch {epoch + 1}, measured before")
+            continue
         scores = {
             f"{split}_{name}": value
             for split, images in (("train", training), ("test", test))
