@@ -31,8 +31,8 @@ def main(port, processes, number, folder, steps, killed_at):
             f"127.0.0.1:{port}",
             processes,
             number,
-            initialization_timeout=60,
-            heartbeat_timeout_seconds=10,
+            initialization_timeout=120,
+            heartbeat_timeout_seconds=20,
             shutdown_timeout_seconds=5,
         )
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))

@@ -24,6 +24,7 @@ import numpy as np
 SIZES = (16, 24, 40)
 BAD = 0.02
 EVERY = 10
+TOLD = 20  # steps from one line to the next
 
 
 def batch_of(step, seed):
@@ -79,8 +80,8 @@ def work(folder, steps, seed):
         for i in range(int(state.step), steps):
             x, mask, _ = batch_of(i, seed)
             state, _ = step(state, (jnp.asarray(x), jnp.asarray(mask)))
-            if not memory:
-                print("begun", flush=True)
+            if i % TOLD == 0:
+                print("at", i, flush=True)
             checkpoints.save(i + 1, state)
             if i % 100 == 0 or not memory:
                 memory.append(resident())
@@ -112,7 +113,7 @@ def begin(folder, steps, seed):
     )
 
 
-def soak(steps, kills, seed, longest=2.0):
+def soak(steps, kills, seed):
     """Trains with and without kills; returns what both came to, and where it went on from."""
     rng, starts = np.random.default_rng(seed), []
     with tempfile.TemporaryDirectory() as folder:
@@ -120,8 +121,9 @@ def soak(steps, kills, seed, longest=2.0):
         for _ in range(kills):
             process = begin(f"{folder}/killed", steps, seed)
             starts.append(int(process.stdout.readline().split()[1]))
-            process.stdout.readline()
-            time.sleep(rng.uniform(0.1, longest))
+            for _ in range(rng.integers(2, 2 + steps // TOLD // kills)):
+                process.stdout.readline()
+            time.sleep(rng.uniform(0, 0.3))
             process.send_signal(signal.SIGKILL)
             process.wait()
             process.stdout.close()
@@ -152,7 +154,7 @@ def main():
     if options.worker:
         work(options.worker, options.steps, options.seed)
         return
-    found, starts = soak(options.steps, options.kills, options.seed, longest=8.0)
+    found, starts = soak(options.steps, options.kills, options.seed)
     hold(found, options.steps, options.seed)
     memory = found[0]["memory"]
     print(

@@ -7,7 +7,7 @@ import soak
 
 
 def test_a_training_that_is_killed_and_fed_badly():
-    found, starts = soak.soak(steps=600, kills=3, seed=1, longest=5.0)
+    found, starts = soak.soak(steps=600, kills=3, seed=1)
     assert len(found[0]["memory"]) == 6
     assert starts[0] == 0 < starts[-1]
     soak.hold(found, 600, 1)
