@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import shutil
 import zlib
 from collections.abc import Sequence
 from typing import Any, Self
@@ -80,9 +81,9 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy(kept),
                 best_fn=None if best is None else self._metric,
                 best_mode=mode,
-                cleanup_tmp_directories=True,  # what a process that was killed has left
             ),
         )
+        self._has_saved = False
 
     def save(
         self, step: int, state: Any, *, position: Any = None, metrics: dict[str, Any] | None = None
@@ -90,7 +91,7 @@ class Checkpoints:
         """Saves, if it is time to: what is written is copied at once, and written meanwhile.
 
         Args:
-          step: number of steps taken; one that is saved already is not saved again.
+          step: number of steps taken; one that is saved already is not saved again: `delete` it.
           state: a pytree of arrays, such as a `TrainState`, which may be donated afterwards.
           position: where the data is, and whatever else is no array: what JSON can say, in which
             a tuple is a list.
@@ -101,17 +102,23 @@ class Checkpoints:
 
         Raises:
           ValueError: metrics without `best`.
-          TypeError: a position that JSON cannot say.
+          TypeError: a position that JSON cannot say; an array of a dtype that JAX narrows.
         """
         step = int(step)
-        if step % self.every or not self._manager.should_save(step):
+        if step % self.every or step in self.steps():
             return False
         if self.best is not None and self.best not in (metrics or {}):
             raise ValueError(
                 f"Checkpoints.save: expected metrics with {self.best!r}, got {metrics!r}"
             )
-        arrays = {name: _plain(leaf) for name, leaf in _leaves(state).items()}
-        about = {name: _about(leaf) for name, leaf in arrays.items()}
+        leaves = _leaves("Checkpoints.save", state)
+        arrays = {name: _plain("Checkpoints.save", name, leaf) for name, leaf in leaves.items()}
+        about = {name: _about(leaf, arrays[name]) for name, leaf in leaves.items()}
+        if not self._has_saved and jax.process_index() == 0:
+            # What a process that was killed has left; one that only reads leaves it.
+            for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
+        self._has_saved = True
         text = json.dumps({"arrays": about, "position": position})
         return self._manager.save(
             step,
@@ -120,11 +127,17 @@ class Checkpoints:
                 about=ocp.args.JsonSave({"text": text, "checksum": zlib.crc32(text.encode())}),
             ),
             metrics=None if metrics is None else {name: float(v) for name, v in metrics.items()},
+            force=True,  # orbax alone takes none before the last, if that is a bad one
         )
 
     def steps(self) -> Sequence[int]:
         """Returns the steps that there are checkpoints of, ascending."""
         return sorted(self._manager.all_steps())
+
+    def delete(self, step: int) -> None:
+        """Deletes a checkpoint, such as one that is damaged."""
+        self.wait()
+        self._manager.delete(step)
 
     def best_step(self) -> int | None:
         """Returns the step of the best one; None if there is none, or no metric was named."""
@@ -141,7 +154,7 @@ class Checkpoints:
         Raises:
           FileNotFoundError: there is no such checkpoint.
           ValueError: another key, or shape; a file that is not as it was written.
-          TypeError: another dtype.
+          TypeError: another dtype, or kind of random key.
         """
         self.wait()
         step = self._manager.latest_step() if step is None else step
@@ -156,12 +169,18 @@ class Checkpoints:
         if not isinstance(text, str) or about.get("checksum") != zlib.crc32(text.encode()):
             raise self._damaged(step, "what it says of its arrays is not what was saved")
         about = json.loads(text)
-        wanted = {name: _plain(leaf) for name, leaf in _leaves(like).items()}
+        leaves = _leaves(NAME, like)
+        wanted = {name: _plain(NAME, name, leaf) for name, leaf in leaves.items()}
         ax.check_keys(NAME, f"the checkpoint of step {step}", about["arrays"], wanted)
         for name, leaf in wanted.items():
             told = about["arrays"][name]
             kept = jax.ShapeDtypeStruct(tuple(told["shape"]), jnp.dtype(told["dtype"]))
             ax.check_like(NAME, name, kept, leaf)
+            if told["key"] != _kind(leaves[name]):
+                raise TypeError(
+                    f"{NAME}: expected {name} to be {_kind(leaves[name])!r} as a random key, got "
+                    f"{told['key']!r}"
+                )
         places = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in wanted.items()
@@ -210,25 +229,44 @@ class Checkpoints:
         )
 
 
-def _leaves(tree):
-    """Returns the leaves by their path, with those that are no arrays made ones."""
+def _leaves(caller, tree):
+    """Returns the leaves by their path."""
     leaves = tree_util.tree_leaves_with_path(tree)
-    return {tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    found = {tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if len(found) < len(leaves):
+        raise ValueError(f"{caller}: expected leaves of different names, got {sorted(found)}")
+    return found
 
 
-def _plain(leaf):
+def _plain(caller, name, leaf):
     """Returns a leaf as an array of numbers: a random key as what it is made of."""
-    leaf = jnp.asarray(leaf)
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    array = jnp.asarray(leaf)
+    given = getattr(leaf, "dtype", array.dtype)
+    if array.dtype != given:
+        raise TypeError(
+            f"{caller}: expected {name} of a dtype that JAX keeps, got {given}, of which it would "
+            f"make {array.dtype}"
+        )
+    return jax.random.key_data(array) if _is_key(array) else array
+
+
+def _kind(leaf):
+    """Returns what kind of random key a leaf is; None if it is none."""
+    return str(jax.random.key_impl(leaf)) if _is_key(jnp.asarray(leaf)) else None
 
 
 def _is_key(leaf):
     return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
 
 
-def _about(leaf):
-    """Returns what is said of an array; this process has no checksum of what others hold."""
-    return {"shape": leaf.shape, "dtype": leaf.dtype.name, "checksum": _checksum(leaf)}
+def _about(leaf, array):
+    """Returns what is said of a leaf; this process has no checksum of what others hold."""
+    return {
+        "shape": array.shape,
+        "dtype": array.dtype.name,
+        "key": _kind(leaf),
+        "checksum": _checksum(array),
+    }
 
 
 def _checksum(leaf):
@@ -241,6 +279,8 @@ def _like(arrays, like):
 
     def leaf(path, old):
         new = arrays[tree_util.keystr(path, simple=True, separator="/")]
+        if not getattr(old, "committed", False):
+            new = jnp.asarray(np.asarray(new))  # free to go where others are, as the old one was
         return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else new
 
     return tree_util.tree_map_with_path(leaf, like)

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import meta
 
 from normax.bind import BoundLinen, BoundNNX
 from normax.intercept import as_if
 from normax.moments import Moments, RunningStats, update
-from normax.options import BatchRenormOptions
+from normax.options import BatchRenormOptions, RunningInstanceNormOptions
 from normax.options.running import RunningNormalizer
 
 Bound = BoundLinen | BoundNNX
@@ -29,11 +30,13 @@ class Layer(NamedTuple):
     at: Callable[[Any], dict[str, Any]]  # options that may follow a schedule, at a number of steps
     unbiased: bool
     nonfinite: str
+    weighs: bool  # whether entries have weights, so that what it counts is no whole number
 
     @classmethod
-    def of(cls, path: tuple[Any, ...], module: Any) -> "Layer":
+    def of(cls, path: tuple[Any, ...], module: Any, weighs: bool) -> "Layer":
         """Returns that of a module."""
-        return cls(path, module._at, getattr(module, "unbiased", False), module.nonfinite)
+        unbiased = _options(module).get("unbiased") is False and module.unbiased
+        return cls(path, module._at, unbiased, module.nonfinite, weighs)
 
 
 def moving(model: Bound, call: Callable[[Bound], Any]) -> list[Layer]:
@@ -76,10 +79,16 @@ def updated(model: Bound, layers: list[Layer], merged: list[RunningStats]) -> An
         old = there.remembered(layer)
         steps = old.get("steps", 0)
         count = old.get("count", jnp.zeros(jnp.shape(old["mean"]), jnp.int32))
+        momentum = layer.at(steps)["momentum"]
+        if momentum is not None and jnp.ndim(
+            momentum
+        ):  # of stacked layers, each with steps of its own
+            missing = jnp.ndim(old["mean"]) - jnp.ndim(momentum)
+            momentum = jnp.reshape(momentum, jnp.shape(momentum) + (1,) * missing)
         stats = update(
             RunningStats(old["mean"], old["var"], count),
             Moments(seen.count, seen.mean, seen.var),
-            layer.at(steps)["momentum"],
+            momentum,
             unbiased=layer.unbiased,
             nonfinite=layer.nonfinite,
         )
@@ -91,8 +100,13 @@ def updated(model: Bound, layers: list[Layer], merged: list[RunningStats]) -> An
 
 def nothing(model: Bound, layers: list[Layer]) -> list[RunningStats]:
     """Returns what layers of a model have seen before they see anything."""
-    means = [_layers_of(model).remembered(layer)["mean"] for layer in layers]
-    return [RunningStats.create(mean.shape, mean.dtype) for mean in means]
+    found = []
+    for layer in layers:
+        mean = _layers_of(model).remembered(layer)["mean"]
+        stats = RunningStats.create(mean.shape, mean.dtype)
+        count = stats.count.astype(jnp.float32 if layer.weighs else jnp.int32)
+        found.append(stats._replace(count=count))
+    return found
 
 
 def _layers_of(model):
@@ -106,27 +120,31 @@ class _Linen:
         self.model = model
 
     def moving(self, call):
-        layers = {}
+        layers, resting = {}, set()
 
         def note(call, args, kwargs, context):
             module = context.module
-            if not _merges(module):
+            if not _merges(module) or context.method_name != "__call__":
                 return call(*args, **kwargs)
             before = module.get_variable("batch_stats", "mean")
             out = call(*args, **kwargs)
-            if module.get_variable("batch_stats", "mean") is not before:
-                layers[module.path] = Layer.of(module.path, module)
+            if module.get_variable("batch_stats", "mean") is before:
+                resting.add(module.path)
+            else:
+                weighs = _weighs(kwargs) or getattr(layers.get(module.path), "weighs", False)
+                layers[module.path] = Layer.of(module.path, module, weighs)
             return out
 
         self.model.interceptor = note
         call(self.model)
+        _check_one_mode(layers.keys() & resting)
         return list(layers.values())
 
     def remembered(self, layer):
         stats = self.model.model_state["batch_stats"]
         for name in layer.path:
             stats = stats[name]
-        return {name: stats[name] for name in NAMES if name in stats}
+        return {name: meta.unbox(stats[name]) for name in NAMES if name in stats}
 
     def put(self, layers, values):
         for layer, new in zip(layers, values, strict=True):
@@ -153,11 +171,14 @@ class _NNX:
     def moving(self, call):
         modules = {path: m for path, m in self.modules.items() if _merges(m)}
         before = {path: module.mean[...] for path, module in modules.items()}
+        seen = {path: [] for path in modules}
+        for path, module in modules.items():
+            module._normalize_and_remember = _noting(module._normalize_and_remember, seen[path])
         call(self.model)
+        moved = [path for path, module in modules.items() if module.mean[...] is not before[path]]
+        _check_one_mode({path for path in moved if any(rests for rests, _ in seen[path])})
         return [
-            Layer.of(path, module)
-            for path, module in modules.items()
-            if module.mean[...] is not before[path]
+            Layer.of(path, modules[path], any(weighs for _, weighs in seen[path])) for path in moved
         ]
 
     def remembered(self, layer):
@@ -191,13 +212,39 @@ class _NNX:
         return undo
 
 
+def _noting(normalize, seen):
+    """Returns a method that notes whether it is called in inference, and with weights."""
+
+    def noting(*args, use_running_average, **kwargs):
+        seen.append((use_running_average, _weighs(kwargs)))
+        return normalize(*args, use_running_average=use_running_average, **kwargs)
+
+    return noting
+
+
+def _weighs(kwargs):
+    mask = kwargs.get("mask")
+    return mask is not None and jnp.issubdtype(jnp.result_type(mask), jnp.floating)
+
+
+def _check_one_mode(paths):
+    for path in paths:
+        raise ValueError(
+            "train_step: expected each normalizer to be called in training or in inference, not "
+            f"both, where a batch is taken in microbatches, got both for {'/'.join(map(str, path))}"
+        )
+
+
 def _merges(module: Any) -> bool:
     # What a batch renormalization does depends on what it remembers.
     return isinstance(module, RunningNormalizer) and not isinstance(module, BatchRenormOptions)
 
 
 def _options(module):
-    return {name: value for name, value in MERGING.items() if hasattr(module, name)}
+    # Of an instance the variance is corrected by its own count, before it is merged.
+    kept = ("unbiased",) if isinstance(module, RunningInstanceNormOptions) else ()
+    options = {name: value for name, value in MERGING.items() if hasattr(module, name)}
+    return {name: value for name, value in options.items() if name not in kept}
 
 
 def _replaced(stats, path, new):
@@ -205,4 +252,7 @@ def _replaced(stats, path, new):
     if path:
         return {**stats, path[0]: _replaced(stats[path[0]], path[1:], new)}
     others = {name: value for name, value in stats.items() if name not in NAMES}
-    return {**others, **new}
+    boxed = {
+        name: meta.replace_boxed(stats[name], v) if name in stats else v for name, v in new.items()
+    }
+    return {**others, **boxed}

@@ -206,7 +206,8 @@ def train_step(
       ValueError: a `loss_scale` that is not above 0; `microbatches` below 1; `nonfinite` another
         word; when it is traced: a loss that is no scalar, metrics that are no dict or have a "loss"
         or "skipped" of their own, a collection of the model that changes its structure, a model
-        called inside a transformation of JAX, a batch that microbatches do not divide.
+        called inside a transformation of JAX, a batch that microbatches do not divide, or with them
+        a normalizer that is called in training and in inference.
       TypeError: a dtype that is not floating-point.
 
     Example:

@@ -179,3 +179,58 @@ def test_killed_at_twenty_points_it_ends_with_the_same_bits(tmp_path):
     last = run(tmp_path / "killed", 0)
     assert last.stdout.splitlines()[-1] == whole.stdout.splitlines()[-1], last.stderr
     assert len(set(starts)) > 1, starts  # it went on from several places
+
+
+def test_what_cannot_come_back_is_refused_when_it_is_saved(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match="different names"):
+            checkpoints.save(1, {"a/b": jnp.zeros(2), "a": {"b": jnp.ones(2)}})
+        for value in (np.int64(2**40), np.arange(3.0)):
+            with pytest.raises(TypeError, match=r"n of a dtype that JAX keeps, got .*64"):
+                checkpoints.save(1, {"n": value})
+        assert checkpoints.steps() == []
+
+
+def test_random_keys_of_another_kind_are_refused(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"key": jax.random.key(0, impl="rbg")})
+        with pytest.raises(TypeError, match="key to be 'unsafe_rbg' as a random key, got 'rbg'"):
+            checkpoints.restore({"key": jax.random.key(0, impl="unsafe_rbg")})
+
+
+def test_an_older_one_is_gone_on_with(tmp_path):
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step in (10, 20, 30):
+            checkpoints.save(step, {"w": jnp.full(2, step)})
+        checkpoints.restore({"w": jnp.zeros(2, jnp.int32)}, 20)
+        assert not checkpoints.save(30, {"w": jnp.zeros(2, jnp.int32)})
+        checkpoints.delete(30)
+        assert checkpoints.save(25, {"w": jnp.full(2, 25)})
+        assert checkpoints.save(30, {"w": jnp.full(2, 31)})
+        found, _ = checkpoints.restore({"w": jnp.zeros(2, jnp.int32)})
+        np.testing.assert_array_equal(found["w"], 31)
+
+
+def test_who_reads_disturbs_nobody_who_writes(tmp_path):
+    large = {"w": jnp.ones(2**22)}
+    with Checkpoints(tmp_path) as writer:
+        writer.save(1, large)
+        with Checkpoints(tmp_path) as reader:
+            reader.steps()
+        writer.wait()
+        assert writer.steps() == [1]
+    left = tmp_path / "7.orbax-checkpoint-tmp"
+    left.mkdir()
+    with Checkpoints(tmp_path) as writer:
+        assert left.exists()
+        writer.save(2, large)
+        assert not left.exists()
+
+
+def test_what_was_free_to_move_is_still(tmp_path):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.device_put(jnp.ones(8), NamedSharding(mesh, P("data")))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"w": jnp.full(1, 2.0)})
+        found, _ = checkpoints.restore({"w": jnp.zeros(1)})
+    np.testing.assert_array_equal(jax.jit(jnp.multiply)(x, found["w"]), 2 * np.ones(8))

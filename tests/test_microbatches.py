@@ -311,3 +311,79 @@ def test_a_batch_that_does_not_divide_is_refused():
         train.train_step(loss, microbatches=5)(state, {"x": X})
     with pytest.raises(ValueError, match=r"got shape \(\)"):
         train.train_step(loss, microbatches=2)(state, {"x": X, "n": jnp.float32(1)})
+
+
+@KINDS
+def test_a_normalizer_in_both_modes_is_refused(kind):
+    """In inference it would see what is merged so far."""
+    state, loss = create(kind)
+
+    def both(model, batch, train):
+        if kind == "nnx":
+            x = model.norm(batch["x"], use_running_average=True)
+            return loss(model, {"x": x}, train)
+        return loss(model, batch, train) + loss(model, batch, False)
+
+    train.train_step(both, donate=False)(state, {"x": X})
+    with pytest.raises(ValueError, match="training or in inference, not both"):
+        train.train_step(both, microbatches=2)(state, {"x": X})
+
+
+@KINDS
+def test_weights_that_add_up_to_little(kind):
+    weights = jax.random.uniform(jax.random.key(2), (48, 1)) * 0.1
+    state, loss = create(kind, momentum=0.0)
+    new, _ = train.train_step(loss, microbatches=12)(state, {"x": X, "mask": weights})
+    w, x = (np.asarray(v, np.longdouble) for v in (weights, X))
+    mean = (w * x).sum(0) / w.sum()
+    np.testing.assert_allclose(statistics(new)["mean"], mean.astype(float), rtol=1e-5)
+    var = (w * (x - mean) ** 2).sum(0) / w.sum()
+    np.testing.assert_allclose(statistics(new)["var"], var.astype(float), rtol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.5, None])
+def test_an_unbiased_variance_of_instances(momentum):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            norm = normax.linen.RunningInstanceNorm(
+                use_running_average=not train, momentum=momentum, unbiased=True
+            )
+            return nn.Dense(1)(norm(x))
+
+    loss = lambda model, batch, train: optax.l2_loss(model(batch, train=train)).mean()
+    x = X.reshape(8, 6, 6)
+    state = train.TrainState.create(Model(), optax.sgd(0.01), KEY, x, train=False)
+    whole, parts = (
+        train.train_step(loss, donate=False, microbatches=n)(state, x)[0] for n in (1, 4)
+    )
+    for a, b in zip(*(jax.tree.leaves(s.batch_stats) for s in (whole, parts)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("boxed", [False, True])
+def test_layers_with_a_schedule_that_are_stacked_or_boxed(boxed):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            init = nn.with_partitioning(nn.initializers.zeros, (None,))
+            options = {"mean_init": init} if boxed else {}
+            norm = normax.linen.BatchNorm(momentum=SCHEDULE, **options)
+            return norm(x, use_running_average=False), None
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            axes = {"params": 0, "batch_stats": 0}
+            block = nn.scan(Block, axes, split_rngs={"params": True}, length=3)
+            x, _ = (Block if boxed else block)()(x, None)
+            return nn.Dense(1)(x)
+
+    loss = lambda model, batch, train: optax.l2_loss(model(batch, train=train)).mean()
+    state = train.TrainState.create(Model(), optax.sgd(0.01), KEY, X, train=False)
+    whole, parts = (
+        train.train_step(loss, donate=False, microbatches=n)(state, X)[0] for n in (1, 4)
+    )
+    assert jax.tree.structure(whole) == jax.tree.structure(parts)
+    first = lambda s: jax.tree.leaves(s.batch_stats)[0].reshape(-1, 6)[0]
+    np.testing.assert_allclose(first(whole), first(parts), rtol=1e-4, atol=1e-5)

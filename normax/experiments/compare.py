@@ -93,6 +93,7 @@ def _fit(norm, training, test, options, result, advance, check, kept):
     evaluate = train.eval_step(loss, dtype=dtype)
     state, epochs = kept.start(state)
     result["epochs"] += epochs
+    result["step_ms"] = None
     rng = np.random.default_rng(options.seed)
     times, done, count = [], int(state.step), 0
     for epoch in range(options.epochs):
