@@ -79,7 +79,7 @@ def updated(model: Bound, layers: list[Layer], merged: list[RunningStats]) -> An
         old = there.remembered(layer)
         steps = old.get("steps", 0)
         count = old.get("count", jnp.zeros(jnp.shape(old["mean"]), jnp.int32))
-        momentum = layer.at(steps)["momentum"]
+        momentum: Any = layer.at(steps)["momentum"]
         if momentum is not None and jnp.ndim(
             momentum
         ):  # of stacked layers, each with steps of its own
