@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax import tree_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from normax import axes as ax
+from normax.state import leaves_by_path
 
 NAME = "Checkpoints.restore"
 
@@ -189,7 +189,8 @@ class Checkpoints:
         for name, leaf in arrays.items():
             if about["arrays"][name]["checksum"] not in (None, _checksum(leaf)):
                 raise self._damaged(step, f"{name} is not what was saved")
-        return _like(arrays, like), about["position"]
+        found = [_as(arrays[name], leaf) for name, leaf in leaves.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), found), about["position"]
 
     def wait(self) -> None:
         """Waits for what is being written."""
@@ -231,9 +232,8 @@ class Checkpoints:
 
 def _leaves(caller, tree):
     """Returns the leaves by their path."""
-    leaves = tree_util.tree_leaves_with_path(tree)
-    found = {tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    if len(found) < len(leaves):
+    found = leaves_by_path(tree)
+    if len(found) < len(jax.tree.leaves(tree)):
         raise ValueError(f"{caller}: expected leaves of different names, got {sorted(found)}")
     return found
 
@@ -274,13 +274,8 @@ def _checksum(leaf):
     return zlib.crc32(np.ascontiguousarray(leaf).tobytes()) if at_hand else None
 
 
-def _like(arrays, like):
-    """Returns a tree of the arrays by name, with random keys where they were."""
-
-    def leaf(path, old):
-        new = arrays[tree_util.keystr(path, simple=True, separator="/")]
-        if not getattr(old, "committed", False):
-            new = jnp.asarray(np.asarray(new))  # free to go where others are, as the old one was
-        return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else new
-
-    return tree_util.tree_map_with_path(leaf, like)
+def _as(new, old):
+    """Returns an array that may go where others are, if the old one might; or its random key."""
+    if not getattr(old, "committed", False):
+        new = jnp.asarray(np.asarray(new))
+    return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else new

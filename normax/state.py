@@ -41,7 +41,7 @@ def validate(state: Any, like: Any) -> Any:
         ...
       ValueError: validate: expected var of at least 0, got -1.0
     """
-    ours, expected = _leaves(state), _leaves(like)
+    ours, expected = leaves_by_path(state), leaves_by_path(like)
     ax.check_keys("validate", "state", ours, expected)
     ax.check_structure("validate", "state", state, like)
     for path, leaf in ours.items():
@@ -64,7 +64,7 @@ def _is_never_finite(leaf):
     return bool(real and not np.isfinite(np.asarray(leaf).astype(complex)).all())
 
 
-def _leaves(tree):
+def leaves_by_path(tree: Any) -> dict[str, Any]:
     """Returns the leaves by their path; `value` is where nnx keeps that of a variable."""
     leaves = tree_util.tree_leaves_with_path(tree)
     return {tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
