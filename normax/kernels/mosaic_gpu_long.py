@@ -350,8 +350,9 @@ def _store(plan, interpret, ref, place, value):
 def _get(ref, interpret, layout):
     if interpret:
         return ref[...]
-    # An index is asked for before JAX 0.11, and refused from then on.
-    index = [...] if "idx" in inspect.signature(plgpu.load).parameters else []
+    # An index is asked for before JAX 0.11, and deprecated or refused from then on.
+    index = inspect.signature(plgpu.load).parameters.get("idx")
+    index = [...] if index is not None and index.default is index.empty else []
     return layout(plgpu.load(ref, *index, optimized=False))
 
 

@@ -222,8 +222,7 @@ def _body(plan, task, n_inputs, n_parameters, interpret, *refs):
         # All warps have read their entries by now, so that the next copy may overwrite them.
         plgpu.commit_smem()
         for source, target in zip(leaving, outputs, strict=True):
-            for there, here in _runs(plan, place, group):
-                plgpu.copy_smem_to_gmem(source.at[(group, *here)], target.at[there])
+            _depart(plan, place, group, source, target)
         if plan.narrow:
             for source, target in zip(measures, statistics, strict=True):
                 plgpu.copy_smem_to_gmem(source, target.at[pl.ds(place * WARPS, WARPS)])
@@ -246,6 +245,30 @@ def _body(plan, task, n_inputs, n_parameters, interpret, *refs):
             else:
                 partials[0][program, index, group, piece] = value
     plgpu.wait_smem_to_gmem(0)
+
+
+def _depart(plan, place, group, source, target):
+    """Copies what a warpgroup has of an output to memory."""
+    if plan.narrow or plan.room == plan.length:
+        for there, here in _runs(plan, place, group):
+            plgpu.copy_smem_to_gmem(source.at[(group, *here)], target.at[there])
+        return
+    # A copy of a single run ends where the array does, not where the row does: so it is cut short.
+    for number in range(plan.warpgroups):
+        first = number * plan.pieces * WARPS
+        sizes = [plan.length - (first + run) * plan.run for run in range(plan.pieces * WARPS)]
+        sizes = [min(size, plan.run) for size in sizes if size > 0]
+
+        def copy(first=first, sizes=sizes):
+            for run, size in enumerate(sizes):
+                here = source.at[group, run // WARPS, run % WARPS, pl.ds(0, size)]
+                there = target.at[place, pl.ds((first + run) * plan.run, size)]
+                plgpu.copy_smem_to_gmem(here, there)
+
+        if plan.warpgroups == 1:
+            copy()
+        else:
+            pl.when(group == number)(copy)
 
 
 def _leave(measured, statistics, place):
@@ -273,7 +296,7 @@ def _layout(plan, interpret, value):
 def _runs(plan, place, group):
     """Yields where each copy begins, in memory and in what a warpgroup holds.
 
-    What lies past the end of the array comes as zeros, and is not written.
+    What lies past the end of the array comes as zeros.
     """
     # Where it sees that a run ends past the end, JAX refuses; so the run begins at a variable.
     zero = place * 0
