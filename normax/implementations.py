@@ -1,8 +1,9 @@
 """Kernels that can be asked for by name, in place of the form that XLA compiles.
 
 A kernel that was asked for is had or refused: where it cannot be, that is said when the program is
-traced or, of the wrong platform, lowered. None of them is the default: those of GPU and TPU were
-not timed, and a program that names those of CPU is exported only if asked to.
+traced or, of the wrong platform, lowered. By default they are taken where they were measured faster
+than that form: those of rows on a Hopper GPU. Those of other GPUs and of TPU were not timed, and a
+program with those of CPU is exported only if asked to.
 """
 
 import functools
@@ -51,6 +52,9 @@ NAMED = {
     ),
 }
 CHOICES = (None, XLA, *NAMED)
+# What is taken by default, by kind of device. With an older JAX it was not timed.
+DEFAULTS = {"hopper": "mosaic_gpu"} if jax.__version_info__ >= (0, 11) else {}
+FASTER_FROM = 256  # entries of a row: shorter ones, and uncentred ones, XLA brings forward as fast
 LEAST_EPSILON = 1e-24  # over columns: they are measured in units above one alone
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -163,7 +167,11 @@ def measure(plan, x, mask):
 def forward(plan, form, on_gpu, x, scale, bias, mask, measured):
     """Returns `y`, by the kernel of the plan or by one of the two forms."""
     if plan.implementation in (None, XLA):
-        return by_platform(form, cuda=on_gpu, rocm=on_gpu)(x, scale, bias, mask, measured)
+        kernels = {}
+        if plan.reduction.centered and plan.layout == ROWS and _is_long(x.shape[-1]):
+            kernels = _by_default(plan, _forward, x, mask)
+        branches = by_platform(form, cuda=on_gpu, rocm=on_gpu, **kernels)
+        return branches(x, scale, bias, mask, measured)
     if plan.layout == COLUMNS:
         if not _writes_columns(plan, x, plan.dtype):
             return form(x, scale, bias, mask, measured)
@@ -176,7 +184,9 @@ def forward(plan, form, on_gpu, x, scale, bias, mask, measured):
 def backward(plan, shape, whole, on_cpu, on_gpu, by_sums, known, dy):
     """Returns the cotangents of x, scale and bias, by the kernel or by one of the forms."""
     if plan.implementation in (None, XLA):
-        return by_platform(whole, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu)(known, dy)
+        kernels = _by_default(plan, _backward, known[0], None, shape)
+        branches = by_platform(whole, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, **kernels)
+        return branches(known, dy)
     if plan.layout == COLUMNS:
         return _named(plan, whole, by_sums)(known, dy)
     return _named(plan, whole, functools.partial(_backward, plan, shape))(known, dy)
@@ -196,6 +206,22 @@ def _module(plan):
     kernels = NAMED[plan.implementation]
     where = kernels.rows if plan.layout == ROWS else kernels.groups
     return importlib.import_module(str(kernels.columns if plan.layout == COLUMNS else where))
+
+
+def _is_long(length):
+    return isinstance(length, int) and length >= FASTER_FROM
+
+
+def _by_default(plan, kernel, x, mask, *args):
+    """Returns the kernels that a plan of no implementation takes, by kind of device."""
+    if plan.implementation is not None or plan.layout != ROWS:
+        return {}
+    named = {kind: plan._replace(implementation=name) for kind, name in DEFAULTS.items()}
+    return {
+        kind: functools.partial(kernel, its, *args, alone=True)
+        for kind, its in named.items()
+        if why_not(its, x, None, None, mask) is None and x.size
+    }
 
 
 def _named(plan, form, kernel):
@@ -289,15 +315,15 @@ def _call_lines(module, function, names, absent, options, *arrays):
     return getattr(module, function)(**given, **dict(options))
 
 
-def _forward(plan, x, scale, bias, mask, measured):
+def _forward(plan, x, scale, bias, mask, measured, alone=False):
     del mask, measured
-    return _run(plan, "forward", {"x": x, "scale": scale, "bias": bias})
+    return _run(plan, "forward", {"x": x, "scale": scale, "bias": bias}, alone)
 
 
-def _backward(plan, shape, known, dy):
+def _backward(plan, shape, known, dy, alone=False):
     x, scale, bias, _ = known
     operands = {"x": x, "scale": scale, "dy": dy} | ({} if plan.layout == ROWS else {"bias": bias})
-    dx, *sums = _run(plan, "backward", operands)
+    dx, *sums = _run(plan, "backward", operands, alone)
     return dx, *_of_shape(shape, sums)
 
 
@@ -318,7 +344,7 @@ def _of_shape(shape, sums):
     return [None if shape is None else v.reshape(shape) for v in sums]
 
 
-def _run(plan, function, operands):
+def _run(plan, function, operands, alone=False):
     """Returns what a kernel makes of operands by name, some of them None, where they lie."""
     layout = plan.layout
     features = len(layout.parameters.split())
@@ -338,7 +364,7 @@ def _run(plan, function, operands):
     there = tuple((name, value is not None) for name, value in operands.items())
     call = functools.partial(_call, plan, function, there)
     rule = f"{', '.join(sides)} -> {', '.join(outputs)}"
-    return sharded(call, rule, whole=layout.whole)(*arrays)
+    return sharded(call, rule, whole=layout.whole, alone=alone)(*arrays)
 
 
 def _call(plan, function, there, *arrays):

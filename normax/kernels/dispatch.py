@@ -40,8 +40,9 @@ def by_platform(
         return None for the rest.
       sharded: whether one of the functions calls a kernel that is `sharded`. The program is then
         lowered for devices that are known: not for an `AbstractMesh` alone, and for one mesh.
-      **others: functions by platform: "cpu", "cuda", "rocm" or "tpu". Each returns what `default`
-        returns: the same tree, shapes and dtypes.
+      **others: functions by platform: "cpu", "cuda", "rocm" or "tpu"; or by a kind of device, where
+        it is known when lowered and no partitioner will see the program: "hopper", of "cuda". Each
+        returns what `default` returns: the same tree, shapes and dtypes.
 
     Returns:
       A function of the same operands.
@@ -125,7 +126,8 @@ class Mapped:
 def _body(platform, branches, used, devices):
     del devices
     branches = dict(branches)
-    return pr.Partial(branches.get(platform, branches[DEFAULT]), (used,), ())
+    name = platform if platform in branches else pr.KINDS.get(platform, platform)
+    return pr.Partial(branches.get(name, branches[DEFAULT]), (used,), ())
 
 
 @functools.cache

@@ -15,6 +15,11 @@ from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir, partial_eval
+from jax.sharding import AxisType
+
+# Kinds of device that a function can be for, and their platforms. A kind is asked for only where no
+# partitioner will see what is lowered: of one device, of axes that are explicit, or all manual.
+KINDS = {"hopper": "cuda"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +114,8 @@ def define(name: str, body: Callable[..., Any], platforms: tuple[str, ...] = ())
       name: its name in a jaxpr.
       body: takes one of `platforms`, None for any other, and the parameters; returns a function
         that can be hashed. The one for None also gives the shapes.
-      platforms: those to ask the body for; a platform's function is traced where it is lowered for
-        that platform, and nowhere else.
+      platforms: those to ask the body for, and kinds of device; a platform's function is traced
+        where it is lowered for that platform, and nowhere else.
     """
     primitive = core.Primitive(name)
     primitive.multiple_results = True
@@ -125,8 +130,11 @@ def define(name: str, body: Callable[..., Any], platforms: tuple[str, ...] = ())
         return list(jaxpr.out_avals), jaxpr.effects
 
     def rule(platform, ctx, *args, **params):
+        where = kind(platform, ctx)
+        where = where if where in platforms else platform
+
         def function(*args):
-            outputs = body(platform, **params)(*args)
+            outputs = body(where, **params)(*args)
             return [sharded_as(out, aval) for out, aval in zip(outputs, ctx.avals_out, strict=True)]
 
         # What varies along manual axes was checked when traced; a kernel that is interpreted
@@ -136,10 +144,32 @@ def define(name: str, body: Callable[..., Any], platforms: tuple[str, ...] = ())
 
     primitive.def_impl(impl)
     primitive.def_effectful_abstract_eval(abstract)
-    for platform in (None, *platforms):
+    for platform in dict.fromkeys([None, *(KINDS.get(name, name) for name in platforms)]):
         mlir.register_lowering(primitive, functools.partial(rule, platform), platform=platform)
     partial_eval.dce_rules[primitive] = _drop_unused
     return primitive
+
+
+def kind(platform: str | None, ctx: Any) -> str | None:
+    """Returns the kind of the devices that a program is lowered for, or its platform."""
+    module = ctx.module_context
+    backend = getattr(module, "backend", None)
+    if platform != "cuda" or backend is None or module.lowering_parameters.for_export:
+        return platform
+    found = {getattr(device, "compute_capability", None) for device in backend.local_devices()}
+    return "hopper" if found == {"9.0"} and is_alone(ctx) else platform
+
+
+def is_alone(ctx: Any) -> bool:
+    """Returns whether no partitioner will see what is lowered."""
+    context = ctx.module_context.axis_context
+    if hasattr(context, "manual_axes"):
+        return context.manual_axes == frozenset(context.mesh.axis_names)
+    if getattr(context, "num_devices", None) == 1:
+        return True
+    meshes = [mesh for aval in ctx.avals_in if not (mesh := aval.sharding.mesh).empty]
+    kinds = {type_ for mesh in meshes for type_ in mesh.axis_types}
+    return kinds == {AxisType.Explicit}
 
 
 def _drop_unused(used, *rest):

@@ -25,6 +25,7 @@ def sharded(
     rule: str,
     whole: str = "",
     together: Callable[[tuple[str, ...], list[jax.Array]], list[jax.Array]] | None = None,
+    alone: bool = False,
 ) -> Callable[..., jax.Array | tuple[jax.Array, ...]]:
     """Returns a kernel that runs on each device's part of its operands.
 
@@ -42,12 +43,13 @@ def sharded(
       whole: names of axes that the kernel needs whole: they are gathered.
       together: what outputs of several devices, none of which has the axes that were sharded, are
         taken together, if they are no sums: function of the mesh's axes and the outputs.
+      alone: whether it is known that no partitioner will see it.
 
     Raises:
       ValueError: when called, operands or outputs that the rule does not fit.
     """
     together = together if together is None else pr.frozen(together)
-    return Sharded(pr.frozen(kernel), rule, frozenset(whole.split()), together)
+    return Sharded(pr.frozen(kernel), rule, frozenset(whole.split()), together, alone)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Sharded:
     rule: str
     whole: frozenset[str]
     together: Callable[..., Any] | None = None
+    alone: bool = False
 
     def __call__(self, *operands):
         """Calls the kernel, placed as its operands are."""
@@ -81,7 +84,9 @@ class Sharded:
         results = sharded_p.bind(
             *operands,
             kernel=_Listed(self.kernel, self.rule, tuple(map(len, results))),
-            placement=Placement(tuple(placed), tuple(results), self.whole, self.together),
+            placement=Placement(
+                tuple(placed), tuple(results), self.whole, self.together, self.alone
+            ),
             devices=pr.devices(),
         )
         return results[0] if len(results) == 1 else tuple(results)
@@ -114,6 +119,7 @@ class Placement:
     outputs: tuple[Names, ...]
     whole: frozenset[str]
     together: Callable[..., Any] | None = None
+    alone: bool = False
 
     def joined(self, kernel, sums, *operands):
         """Returns the outputs of a kernel, those of all devices together."""
@@ -183,6 +189,8 @@ class _Placed:
             outputs = self.kernel(*(pr.varying(x, axes) for x in operands))
             return [pr.varying(out, axes) for out in outputs]
         if not meshes and len(free) == len(kinds):
+            if self.placement.alone:
+                return self.kernel(*operands)
             return _partitioned(self.kernel, self.placement)(*operands)
         # Explicit axes have a type that says how they are sharded. Automatic ones beside manual
         # ones have none, and here no partitioner to ask: along these all is gathered.
