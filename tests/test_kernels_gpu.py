@@ -18,8 +18,11 @@ import numpy as np
 import pytest
 import reference
 from cases import Case
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from test_accuracy import GRID, LIMITS, stress, units
 
+import normax
 from normax.kernels import mosaic_gpu as kernels
 from normax.kernels import mosaic_gpu_rows as rows
 from normax.kernels import row_arithmetic as arithmetic
@@ -321,3 +324,51 @@ def test_kernels_lower_for_cuda(length, dtype):
 
     text = jax.jit(all_of).trace(x, scale).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 4
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gpu_by_default(dtype):
+    """On a Hopper GPU no name is asked for: plain, mapped, and differentiated twice."""
+    if jax.devices()[0].compute_capability != "9.0":
+        pytest.skip("needs a Hopper GPU")
+    x, dy, _, scale, bias = data((6, 40, 1024), dtype)
+
+    def norm(x, by=None):
+        return normax.layer_norm(x, scale, bias, epsilon=1e-5, implementation=by)
+
+    text = jax.jit(norm).lower(x).compile().as_text()
+    assert "normax_forward" in text
+    y_limit, dx_limit = LIMITS[dtype]
+    case = Case("rows", None, x.shape, (2,), epsilon=1e-5)
+    long_scale, long_bias, long_dy = (
+        np.asarray(each).astype(np.longdouble) for each in (scale, bias, dy)
+    )
+    exact_y = reference.forward(case, x, long_scale, long_bias)
+    exact_dx = reference.backward(case, x, long_dy * long_scale)
+    for f in (norm, jax.vmap(norm), jax.vmap(norm, 1, 1)):
+        y, pull = jax.vjp(f, x)
+        [dx] = jax.jit(pull)(dy)
+        assert units(y, exact_y, dtype) <= y_limit
+        assert units(dx, exact_dx, dtype) <= dx_limit
+    if dtype == "float32":
+        along = lambda by: lambda t: jnp.sum(jnp.sin(norm(x + t * jnp.cos(x), by)))
+        found, wanted = (jax.hessian(along(by))(jnp.float32(0.3)) for by in (None, "xla"))
+        np.testing.assert_allclose(found, wanted, rtol=1e-3)
+
+
+@on_gpu
+def test_many_gpus_in_one_program_are_partitioned():
+    """Of one GPU a mesh can be made too, of any kind of axes."""
+    x, _, _, scale, bias = data((64, 1024), "float32")
+    wanted = jax.jit(normax.layer_norm)(x, scale, bias)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((1,), ("data",), axis_types=(kind,))
+        with jax.set_mesh(mesh):
+            placed = [
+                jax.device_put(v, NamedSharding(mesh, spec))
+                for v, spec in ((x, P("data")), (scale, P()), (bias, P()))
+            ]
+            for by in (None, "mosaic_gpu"):
+                found = jax.jit(functools.partial(normax.layer_norm, implementation=by))(*placed)
+                np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
