@@ -27,10 +27,6 @@ KNOWN = frozenset([
 CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
 WITHIN = ("call_jaxpr", "jaxpr")
 
-# tanh(y) is y (1 + z p(z)) with z = y y, as long as that is below 0.36: the factors of p.
-TANH = (-3.333333043e-01, 1.333292401e-01, -5.387513875e-02, 2.111621603e-02, -6.276390146e-03)
-TANH_NEAR = 0.36
-
 
 def apply(activation: Activation, y: jax.Array) -> jax.Array:
     """Returns the activation of y."""
@@ -75,17 +71,6 @@ def _names(jaxpr):
     return found
 
 
-def _tanh(y):
-    """Returns tanh to two units in the last place: the GPU's own is a dozen off."""
-    e = jnp.exp(-2 * jnp.abs(y))
-    size = (1 - e) / (1 + e)
-    square = y * y
-    series = jnp.full_like(y, TANH[-1])
-    for factor in TANH[-2::-1]:
-        series = series * square + factor
-    return jnp.where(square < TANH_NEAR, y + y * (square * series), jnp.where(y < 0, -size, size))
-
-
 def _run(closed, arguments):
     jaxpr = closed.jaxpr
     known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *arguments), strict=True))
@@ -100,8 +85,6 @@ def _run(closed, arguments):
             outputs = _run(inner, inputs)
         elif equation.primitive is primitives.add_jaxvals_p:
             outputs = [inputs[0] + inputs[1]]
-        elif equation.primitive is primitives.tanh_p and inputs[0].dtype == jnp.float32:
-            outputs = [_tanh(inputs[0])]
         else:
             outputs = equation.primitive.bind(*inputs, **equation.params)
         if not isinstance(outputs, list | tuple):
