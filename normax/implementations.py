@@ -54,7 +54,7 @@ NAMED = {
 CHOICES = (None, XLA, *NAMED)
 # What is taken by default, by kind of device. With an older JAX it was not timed.
 DEFAULTS = {"hopper": "mosaic_gpu"} if jax.__version_info__ >= (0, 11) else {}
-FASTER_FROM = 256  # entries of a row: shorter ones, and uncentred ones, XLA brings forward as fast
+FASTER_FROM = 256  # entries of a row: shorter ones XLA brings forward faster
 LEAST_EPSILON = 1e-24  # over columns: they are measured in units above one alone
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -168,7 +168,7 @@ def forward(plan, form, on_gpu, x, scale, bias, mask, measured):
     """Returns `y`, by the kernel of the plan or by one of the two forms."""
     if plan.implementation in (None, XLA):
         kernels = {}
-        if plan.reduction.centered and plan.layout == ROWS and _is_long(x.shape[-1]):
+        if plan.layout == ROWS and _is_long(x.shape[-1]):
             kernels = _by_default(plan, _forward, x, mask)
         branches = by_platform(form, cuda=on_gpu, rocm=on_gpu, **kernels)
         return branches(x, scale, bias, mask, measured)
