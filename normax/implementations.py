@@ -164,11 +164,13 @@ def measure(plan, x, mask):
     return _named(plan, form, functools.partial(_measure_columns, plan))(x)
 
 
-def forward(plan, form, on_gpu, x, scale, bias, mask, measured):
+def forward(plan, form, on_gpu, x, scale, bias, mask, measured, differentiated):
     """Returns `y`, by the kernel of the plan or by one of the two forms."""
     if plan.implementation in (None, XLA):
         kernels = {}
-        if plan.layout == ROWS and _is_long(x.shape[-1]):
+        # One sum of a row XLA makes one kernel of with what follows, if no backward pass does.
+        one_sum = not plan.reduction.centered and not differentiated
+        if plan.layout == ROWS and _is_long(x.shape[-1]) and not one_sum:
             kernels = _by_default(plan, _forward, x, mask)
         branches = by_platform(form, cuda=on_gpu, rocm=on_gpu, **kernels)
         return branches(x, scale, bias, mask, measured)

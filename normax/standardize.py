@@ -214,7 +214,7 @@ def _measured_too(plan, x, scale, bias, mask, differentiated=False):
     elif one_read_is_enough(plan.reduction, x, mask):
         on_gpu = functools.partial(_in_few_steps, plan)
     args = x, scale, bias, mask, measured
-    return implementations.forward(plan, form, on_gpu, *args), measured
+    return implementations.forward(plan, form, on_gpu, *args, differentiated), measured
 
 
 def _form(plan, x, scale, bias, mask, measured):

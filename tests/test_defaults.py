@@ -98,6 +98,15 @@ def test_short_rows_xla_brings_forward_faster(taken, f):
     close(found, plain(f, ct, (x, scale)))
 
 
+def test_one_sum_of_a_row_xla_fuses_with_what_follows(taken):
+    (x, scale, _), ct = arguments()
+    y = jax.jit(normax.rms_norm)(x, scale)
+    assert not taken
+    found = jax.jit(both(normax.rms_norm, ct))(x, scale)
+    assert taken == {"forward", "backward"}
+    close([y, *found], [found[0], *plain(normax.rms_norm, ct, (x, scale))])
+
+
 @pytest.mark.parametrize(
     "options",
     [
