@@ -2,6 +2,7 @@
 
     python tests/mutations.py            # all, two at a time
     python tests/mutations.py momentum   # those whose name has the word
+    python tests/mutations.py 2/3        # every third, from the second on
 
 Ends with the share that was noticed, and with status 1 if any was not. Each is shown to the tests
 named with it, which pass where nothing is broken: that is what the test run says, and for the first
@@ -120,6 +121,11 @@ MUTATIONS = [
     Mutation("columns: the sums of dy taken for those of dy xhat", "implementations.py", '"dscale": along, "dbias": ones}', '"dscale": ones, "dbias": along}', "test_implementations_columns.py -k output and cpu"),
     Mutation("columns: a device's count", "implementations.py", '"count": me.count_entries(plan.reduction, x)}', '"count": me.count_entries(plan.reduction, x) // 2}', "test_implementations_columns.py -k output and cpu"),
     Mutation("columns: an output that no kernel can write", "kernels/cpu_columns.py", "return cpu.unsupported_dtypes(x, dtype) is None", "return True", "test_kernels_cpu.py -k no_kernel"),
+    Mutation("default: where a partitioner sees it", "kernels/primitive.py", "return kinds == {AxisType.Explicit}", "return True", "test_defaults.py -k partitioner"),
+    Mutation("default: on any GPU", "kernels/primitive.py", 'found == {"9.0"}', "found", "test_defaults.py -k which_devices"),
+    Mutation("default: in exported programs", "kernels/primitive.py", " or module.lowering_parameters.for_export", "", "test_defaults.py -k which_devices"),
+    Mutation("default: where XLA is named", "implementations.py", "if plan.implementation is not None or plan.layout != ROWS:", "if plan.layout != ROWS:", "test_defaults.py -k both_ways"),
+    Mutation("gpu: a copy leaves its row", "kernels/mosaic_gpu_rows.py", "min(size, plan.run) for size", "plan.run for size", "test_kernels_gpu.py -k leaves"),
     Mutation("a kernel falls back", "implementations.py", "others = {name: refusal for name in PLATFORMS if name != platform}", "others = {}", "test_implementations.py -k elsewhere"),
     Mutation("a kernel's scale is not the norm's", "implementations.py", "operands = {name: next(given) if is_there else None for name, is_there in there}", "operands = {name: next(given) if is_there else None for name, is_there in there} | {'scale': None}", "test_implementations.py -k tpu and output"),
     # Running statistics.
@@ -268,8 +274,14 @@ def forked(mutation: Mutation) -> tuple[int, str]:
 
 
 def main(words: list[str]) -> int:
-    """Runs the mutations whose names have the words; returns an exit status."""
-    chosen = [m for m in MUTATIONS if all(word in m.name for word in words)]
+    """Runs the mutations whose names have the words, or a part; returns an exit status."""
+    chosen = MUTATIONS
+    for word in words:
+        part, _, parts = word.partition("/")
+        if part.isdigit() and parts.isdigit():
+            chosen = chosen[int(part) - 1 :: int(parts)]
+        else:
+            chosen = [m for m in chosen if word in m.name]
     results = []
     # JAX warns of any fork; before its first array it has no threads that could be lost.
     warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)

@@ -86,8 +86,9 @@ def test_long_rows_both_ways(taken):
     args, ct = arguments()
     found = jax.jit(both(normax.layer_norm, ct))(*args)
     assert taken == {"forward", "backward"}
+    taken.clear()
     close(found, plain(normax.layer_norm, ct, args))
-    assert taken == {"forward", "backward"}, 'implementation="xla" is XLA everywhere'
+    assert not taken, 'implementation="xla" is XLA everywhere'
 
 
 @pytest.mark.parametrize("f", [normax.rms_norm, normax.layer_norm])

@@ -156,6 +156,22 @@ def test_a_gpu(length, dtype, centered):
     check((1031, length), dtype, centered, False)
 
 
+@pytest.mark.parametrize("length", [1064, 5000, 8184])
+def test_what_leaves_for_memory_is_the_row_and_no_more(length, monkeypatch):
+    """A GPU cuts a copy of a single run at the end of the array alone, and the next row is before."""
+    sizes = []
+    copy = rows.plgpu.copy_smem_to_gmem
+
+    def noted(source, target):
+        sizes.append(target.shape[-1])
+        copy(source, target)
+
+    monkeypatch.setattr(rows.plgpu, "copy_smem_to_gmem", noted)
+    x = jax.ShapeDtypeStruct((3, length), jnp.float32)
+    jax.eval_shape(lambda x: kernels.forward(x, centered=True, epsilon=1e-5), x)
+    assert sum(sizes) == length
+
+
 def plain(op, pieces):
     """Returns the total of whole rows, by jax.numpy: what a kernel's warps do together."""
     function = {"add": jnp.sum, "max": jnp.max}[op]
