@@ -45,8 +45,9 @@ def layer_norm(
       dtype: dtype of the output, that of `x` by default; all is computed in float32 at least.
       activation: function applied to the output, entry by entry, before it is rounded; what goes
         into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
-      implementation: None or "xla", or a kernel by name: "cpu", "mosaic_gpu" or "mosaic_tpu".
-        One that cannot be had is refused, here or when the program is lowered.
+      implementation: "xla", or a kernel by name: "cpu", "mosaic_gpu" or "mosaic_tpu". One that
+        cannot be had is refused, here or when the program is lowered. None is "mosaic_gpu" for rows
+        on a Hopper GPU that it was measured faster for, else "xla".
 
     Returns:
       An array of the shape of `x`.
@@ -123,8 +124,9 @@ def rms_norm(
       scale_offset: o, added to a scale that is given; 1 for weights that were stored less one.
       activation: function applied to the output, entry by entry, before it is rounded; what goes
         into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
-      implementation: None or "xla", or a kernel by name: "cpu", "mosaic_gpu" or "mosaic_tpu".
-        One that cannot be had is refused, here or when the program is lowered.
+      implementation: "xla", or a kernel by name: "cpu", "mosaic_gpu" or "mosaic_tpu". One that
+        cannot be had is refused, here or when the program is lowered. None is "mosaic_gpu" for rows
+        on a Hopper GPU that it was measured faster for, else "xla".
 
     Returns:
       An array of the shape of `x`.

@@ -353,8 +353,10 @@ def test_the_passes_move_what_they_say():
     np.testing.assert_allclose(total, jnp.sum(x * dy), rtol=1e-4, atol=1e-3)
 
 
-def test_the_readme_has_the_numbers_of_the_results():
-    stored = report.load([ROOT / "benchmarks" / "results" / "cpu" / report.JSON])
-    text = (ROOT / "benchmarks" / "results" / "cpu" / report.TABLE).read_text()
+@pytest.mark.parametrize("machine", ["cpu", "h100"])
+def test_the_readme_has_the_numbers_of_the_results(machine):
+    folder = ROOT / "benchmarks" / "results" / machine
+    stored = report.load([folder / report.JSON])
+    text = (folder / report.TABLE).read_text()
     assert text == report.markdown(stored)
     assert "\n".join(report.ratios(stored["both"])[2:]).strip() in (ROOT / "README.md").read_text()

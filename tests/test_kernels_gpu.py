@@ -158,7 +158,7 @@ def test_a_gpu(length, dtype, centered):
 
 @pytest.mark.parametrize("length", [1064, 5000, 8184])
 def test_what_leaves_for_memory_is_the_row_and_no_more(length, monkeypatch):
-    """A GPU cuts a copy of a single run at the end of the array alone, and the next row is before."""
+    """A GPU cuts a copy of a single run short where the array ends, not where the row does."""
     sizes = []
     copy = rows.plgpu.copy_smem_to_gmem
 
