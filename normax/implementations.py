@@ -167,7 +167,7 @@ def measure(plan, x, mask):
 def forward(plan, form, on_gpu, x, scale, bias, mask, measured, differentiated):
     """Returns `y`, by the kernel of the plan or by one of the two forms."""
     if plan.implementation in (None, XLA):
-        kernels = {}
+        kernels: dict[str, Any] = {}
         # One sum of a row XLA makes one kernel of with what follows, if no backward pass does.
         one_sum = not plan.reduction.centered and not differentiated
         if plan.layout == ROWS and _is_long(x.shape[-1]) and not one_sum:
@@ -214,7 +214,7 @@ def _is_long(length):
     return isinstance(length, int) and length >= FASTER_FROM
 
 
-def _by_default(plan, kernel, x, mask, *args):
+def _by_default(plan, kernel, x, mask, *args) -> dict[str, Any]:
     """Returns the kernels that a plan of no implementation takes, by kind of device."""
     if plan.implementation is not None or plan.layout != ROWS:
         return {}
