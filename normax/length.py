@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
+from normax.kernels.primitive import spread
 from normax.standardize import standardize
 
 
@@ -123,7 +124,7 @@ def dynamic_tanh(
     alpha = ax.to_float_array(name, alpha, "alpha")
     ax.check_shape(name, "alpha", alpha.shape, ())
     wide = ax.promote(jnp.float32, x.dtype, alpha.dtype)
-    y = jnp.tanh(x.astype(wide) * jnp.broadcast_to(alpha.astype(wide), x.shape))
+    y = jnp.tanh(x.astype(wide) * spread(alpha.astype(wide), x))
     for label, value, join in (("scale", scale, jnp.multiply), ("bias", bias, jnp.add)):
         value = ax.to_parameter(name, label, value, x, features)
         if value is not None:

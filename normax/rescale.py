@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from normax import axes as ax
 from normax import measure as me
 from normax import units
+from normax.kernels.primitive import spread
 
 
 class Plan(NamedTuple):
@@ -89,7 +90,7 @@ def rescaled_tangent(plan, xhat, scale, bias, dxhat, dscale, dbias):
     if dscale is not None:
         terms.append(jnp.multiply(*alike(xhat, dscale)))
     if dbias is not None:
-        terms.append(jnp.broadcast_to(dbias, xhat.shape))
+        terms.append(spread(dbias, xhat))
     t = functools.reduce(jnp.add, alike(*terms))
     if plan.activation is not None:
         t = jax.jvp(plan.activation, (rescale(xhat, scale, bias),), (t,))[1]

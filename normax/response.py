@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
 from normax import units
+from normax.kernels.primitive import spread
 from normax.measure import present, square
 from normax.moments import moments_over
 from normax.standardize import normalize, root, standardize
@@ -113,7 +114,7 @@ def filter_response_norm(
     if threshold is None:
         return y
     tau = ax.to_parameter(name, "threshold", threshold, x, features)
-    return jnp.maximum(y, jnp.broadcast_to(tau.astype(y.dtype), y.shape)).astype(dtype)
+    return jnp.maximum(y, spread(tau.astype(y.dtype), y)).astype(dtype)
 
 
 def global_response_norm(

@@ -116,6 +116,7 @@ MUTATIONS = [
     Mutation("few steps: the rest forgotten", "rescale.py", "-measured.rest * slope", "-0 * measured.rest * slope", "test_forms.py -k cuda and test_grid and float32 and 1000"),
     Mutation("residual: the sum is not rounded first", "residual.py", "return jax.lax.reduce_precision(total, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)", "return total", "test_residual.py -k output and xla and layer"),
     Mutation("residual: the cotangent of the sum forgotten", "implementations.py", '"ds": dtotal}', '"ds": 0 * dtotal}', "test_residual.py -k output and mosaic_gpu and layer"),
+    Mutation("a shift is spread out before it varies", "rescale.py", "terms.append(spread(dbias, xhat))", "terms.append(jnp.broadcast_to(dbias, xhat.shape))", "test_meshes.py -k crosses and sync"),
     Mutation("columns: devices are not taken together", "kernels/sharding.py", "if self.together is not None and any(sums):", "if False:", "test_implementations_columns.py -k gather and Auto and batch"),
     Mutation("columns: the bias left out", "implementations.py", 'lines = {"scale": scale, "bias": bias, **_lines_of(measured)}', 'lines = {"scale": scale, "bias": None, **_lines_of(measured)}', "test_implementations_columns.py -k output and cpu"),
     Mutation("columns: the sums of dy taken for those of dy xhat", "implementations.py", '"dscale": along, "dbias": ones}', '"dscale": ones, "dbias": along}', "test_implementations_columns.py -k output and cpu"),

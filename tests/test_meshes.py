@@ -1,8 +1,10 @@
 """Training on meshes: the same as on one device, and nothing of x's size is moved."""
 
 import functools
+import math
 import re
 
+import family
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -110,3 +112,46 @@ def test_a_training_step_on_data_and_model_axes(masked):
     # Statistics stay with their features.
     kept = found.batch_stats["norm"]["mean"].sharding
     assert kept.is_equivalent_to(NamedSharding(mesh, P("model")), 1)
+
+
+def sent(text):
+    """Returns how many entries each array of each collective of a program has."""
+    names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    types = re.findall(rf"= (.*?) (?:{names})(?:-start)?\(", text)
+    dims = [dims for type_ in types for dims in re.findall(r"\w+\[([\d,]*)\]", type_)]
+    return [math.prod(map(int, filter(None, each.split(",")))) for each in dims]
+
+
+def in_sync(x, stats, scale, bias, **options):
+    return normax.batch_norm(x, stats, scale, bias, axis_name="data", **options)
+
+
+SYNCED = family.Member("in sync", in_sync, None, (2, 3, 3, 4), family.AFFINE, stats=(4,))
+MAPPED = [
+    SYNCED,
+    SYNCED._replace(name="in sync, then relu", options={"activation": jax.nn.relu}),
+    family.Member("layer", normax.layer_norm, None, (2, 3, 3, 4), family.AFFINE),
+    family.Member("group", normax.group_norm, None, (2, 3, 3, 4), family.AFFINE, {"num_groups": 2}),
+    *(member for member in family.FAMILY if not member.told or member.name == "kalman"),
+]
+
+
+@pytest.mark.parametrize("member", MAPPED, ids=lambda member: member.name)
+def test_nothing_of_the_size_of_x_crosses_a_shard_map(member):
+    """Where types say what varies, a parameter that is spread out too early is summed as large."""
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2])
+    x, parameters = member.inputs()
+    times = -(-64 // len(x))
+    x = jnp.tile(x, (times + times * len(x) % 2, *[1] * (x.ndim - 1)))
+
+    def step(x, ct, parameters):
+        y, pull = jax.vjp(member.call, x, parameters)
+        return y, pull(ct)
+
+    data, whole = P("data"), P()
+    mapped = jax.shard_map(
+        step, mesh=mesh, in_specs=(data, data, whole), out_specs=(data, (data, whole))
+    )
+    found = sent(jax.jit(mapped).lower(x, x, parameters).compile().as_text())
+    assert max(found, default=0) < x.size / 2
+    assert found or not parameters

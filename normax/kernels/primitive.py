@@ -222,6 +222,14 @@ def varying(x: jax.Array, axes: Any) -> jax.Array:
     return jax.lax.pcast(x, more, to="varying") if more else x
 
 
+def spread(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns `x` broadcast to the shape of another, varying along mesh axes as that does.
+
+    It is made to vary while it is small: that transposes to a sum over devices.
+    """
+    return jnp.broadcast_to(varying(x, axes_of(like)), like.shape)
+
+
 def axes_of(x: Any) -> frozenset[str]:
     """Returns the manual mesh axes that `x` may differ along."""
     return jax.typeof(x).manual_axis_type.varying
