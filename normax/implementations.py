@@ -52,8 +52,11 @@ NAMED = {
     ),
 }
 CHOICES = (None, XLA, *NAMED)
-# What is taken by default, by kind of device. With an older JAX it was not timed.
-DEFAULTS = {"hopper": "mosaic_gpu"} if jax.__version_info__ >= (0, 11) else {}
+# What is taken by default, by kind of device, with the versions of JAX that it was tested with, and
+# for which rows it was timed: their dtypes, multiples of how many entries, and the longest.
+TESTED = (0, 11) <= jax.__version_info__ < (0, 13)
+DEFAULTS = {"hopper": "mosaic_gpu"} if TESTED else {}
+TIMED = ("float32", "bfloat16"), 8, 32768
 FASTER_FROM = 256  # entries of a row: shorter ones XLA brings forward faster
 LEAST_EPSILON = 1e-24  # over columns: they are measured in units above one alone
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -167,11 +170,11 @@ def measure(plan, x, mask):
 def forward(plan, form, on_gpu, x, scale, bias, mask, measured, differentiated):
     """Returns `y`, by the kernel of the plan or by one of the two forms."""
     if plan.implementation in (None, XLA):
-        kernels: dict[str, Any] = {}
+        kernels = _by_default(plan, _forward, on_gpu, x)
         # One sum of a row XLA makes one kernel of with what follows, if no backward pass does.
         one_sum = not plan.reduction.centered and not differentiated
-        if plan.layout == ROWS and _is_long(x.shape[-1]) and not one_sum:
-            kernels = _by_default(plan, _forward, x, mask)
+        if mask is not None or one_sum or x.shape[-1:] < (FASTER_FROM,):
+            kernels = {}
         branches = by_platform(form, cuda=on_gpu, rocm=on_gpu, **kernels)
         return branches(x, scale, bias, mask, measured)
     if plan.layout == COLUMNS:
@@ -186,7 +189,7 @@ def forward(plan, form, on_gpu, x, scale, bias, mask, measured, differentiated):
 def backward(plan, shape, whole, on_cpu, on_gpu, by_sums, known, dy):
     """Returns the cotangents of x, scale and bias, by the kernel or by one of the forms."""
     if plan.implementation in (None, XLA):
-        kernels = _by_default(plan, _backward, known[0], None, shape)
+        kernels = _by_default(plan, _backward, on_gpu, known[0], shape)
         branches = by_platform(whole, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, **kernels)
         return branches(known, dy)
     if plan.layout == COLUMNS:
@@ -210,20 +213,33 @@ def _module(plan):
     return importlib.import_module(str(kernels.columns if plan.layout == COLUMNS else where))
 
 
-def _is_long(length):
-    return isinstance(length, int) and length >= FASTER_FROM
-
-
-def _by_default(plan, kernel, x, mask, *args) -> dict[str, Any]:
+def _by_default(plan, kernel, form, x, *args) -> dict[str, Any]:
     """Returns the kernels that a plan of no implementation takes, by kind of device."""
-    if plan.implementation is not None or plan.layout != ROWS:
+    dtypes, multiple, longest = TIMED
+    sizes = all(isinstance(size, int) for size in x.shape)
+    if plan.implementation is not None or plan.layout != ROWS or not sizes or not x.size:
         return {}
-    named = {kind: plan._replace(implementation=name) for kind, name in DEFAULTS.items()}
-    return {
-        kind: functools.partial(kernel, its, *args, alone=True)
-        for kind, its in named.items()
-        if why_not(its, x, None, None, mask) is None and x.size
-    }
+    timed = x.dtype.name in dtypes and plan.dtype == x.dtype
+    # Rows that are spread over devices would be gathered.
+    whole = not any(tuple(jax.typeof(x).sharding.spec)[x.ndim - 1 :])
+    if not (timed and whole and x.shape[-1] % multiple == 0 and x.shape[-1] <= longest):
+        return {}
+    found = {}
+    for kind, name in DEFAULTS.items():
+        its = plan._replace(implementation=name)
+        call = functools.partial(kernel, its, *args, alone=True)
+        given = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        found[kind] = functools.partial(_kernel_or_form, its, call, form, given)
+    return found
+
+
+def _kernel_or_form(plan, kernel, form, x, *operands):
+    """Returns what a kernel makes, if it can be had: it is looked for where it is lowered alone."""
+    try:
+        reason = why_not(plan, x, None, None, None)
+    except ImportError as error:
+        reason = str(error)
+    return (kernel if reason is None else form)(*operands)
 
 
 def _named(plan, form, kernel):

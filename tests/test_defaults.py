@@ -125,10 +125,42 @@ def test_what_the_kernel_cannot_have(taken, options):
     assert not taken
 
 
-def test_float64(taken, x64):
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [(SHAPE, "float16"), ((8, 260), "float32"), ((1, 65536), "bfloat16")]
+)
+def test_what_was_not_timed(taken, shape, dtype):
+    (x, scale, bias), ct = arguments(shape, dtype)
+    jax.jit(both(normax.layer_norm, ct))(x, scale, bias)
+    assert not taken
+
+
+def test_with_and_of_float64(taken, x64):
     args, _ = arguments(dtype="float64")
     jax.grad(lambda x: jnp.sum(normax.layer_norm(x)))(args[0])
     assert not taken
+    jax.grad(lambda x: jnp.sum(normax.layer_norm(x)))(args[0].astype("float32"))
+    assert taken == {"forward", "backward"}
+
+
+def test_a_kernel_that_jax_has_no_more(taken, monkeypatch):
+    """What it is written in may change in any version; then it is as if there were none."""
+    gone = implementations.NAMED["mosaic_gpu"]._replace(rows="normax.kernels.gone")
+    monkeypatch.setitem(implementations.NAMED, "mosaic_gpu", gone)
+    args, ct = arguments()
+    found = jax.jit(both(normax.layer_norm, ct))(*args)
+    close(found, plain(normax.layer_norm, ct, args))
+
+
+def test_rows_that_are_spread_over_devices(taken):
+    (x, scale, bias), ct = arguments()
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        placed, moved = (jax.device_put(v, P("data", "model")) for v in (x, ct))
+        lines = [jax.device_put(v, P("model")) for v in (scale, bias)]
+        call = jax.jit(lambda ct, *args: both(normax.layer_norm, ct)(*args))
+        text = call.lower(moved, placed, *lines).compile().as_text()
+    assert not taken
+    assert "all-gather" not in text
 
 
 def test_a_partitioner_would_gather_what_it_cannot_look_into(taken):
@@ -170,17 +202,42 @@ def test_an_exported_program_is_for_any_device(taken):
     close([exported.call(*args)], [normax.layer_norm(*args, implementation="xla")])
 
 
-def test_batched_and_differentiated_twice(taken):
-    (x, scale, bias), _ = arguments((4, *SHAPE))
-    f = functools.partial(jax.vmap(normax.layer_norm, (0, None, None)))
+def test_mapped_and_differentiated_twice(taken):
+    (x, scale, bias), ct = arguments((4, *SHAPE))
+    f = jax.vmap(normax.layer_norm, (0, None, None))
     by_xla = functools.partial(normax.layer_norm, implementation="xla")
-    close([f(x, scale, bias)], [by_xla(x, scale, bias)])
-    assert "forward" in taken
+    found = jax.jit(both(f, ct))(x, scale, bias)
+    assert not taken, "it was not timed, and a grid has no room for many examples"
+    close(found, jax.jit(both(by_xla, ct))(x, scale, bias))
     along = lambda f: lambda t: jnp.sum(jnp.sin(f(x[0] + t * jnp.cos(x[0]), scale, bias)))
     close(
         [jax.hessian(along(normax.layer_norm))(jnp.float32(0.3))],
         [jax.hessian(along(by_xla))(jnp.float32(0.3))],
     )
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("length", [8, 512, 4096, 16384])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_kernels_themselves_lower(dtype, length, wide, monkeypatch):
+    """On every version of JAX, whatever the width of its integers."""
+
+    def kind(platform, ctx):
+        return "hopper" if platform == "cuda" and pr.is_alone(ctx) else platform
+
+    monkeypatch.setattr(pr, "kind", kind)
+    monkeypatch.setattr(implementations, "DEFAULTS", {"hopper": "mosaic_gpu"})
+    with jax.enable_x64(wide):
+        x = jax.ShapeDtypeStruct((300, length), dtype)
+        line = jax.ShapeDtypeStruct((length,), "float32")
+
+        def count(f):
+            call = jax.jit(lambda x, ct, *lines: both(f, ct)(x, *lines))
+            lowered = call.trace(x, x, line, line).lower(lowering_platforms=("cuda",))
+            return lowered.as_text().count("custom_call @mosaic_gpu")
+
+        assert count(normax.layer_norm) == (2 if length >= 256 else 1)
+        assert count(jax.vmap(normax.layer_norm, (0, None, None))) == 0
 
 
 def context(capabilities=("9.0",), exported=False, axes=None):

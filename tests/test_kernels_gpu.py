@@ -354,7 +354,7 @@ def test_a_gpu_by_default(dtype):
         return normax.layer_norm(x, scale, bias, epsilon=1e-5, implementation=by)
 
     text = jax.jit(norm).lower(x).compile().as_text()
-    assert "normax_forward" in text
+    assert ("normax_forward" in text) == (dtype != "float16")
     y_limit, dx_limit = LIMITS[dtype]
     case = Case("rows", None, x.shape, (2,), epsilon=1e-5)
     long_scale, long_bias, long_dy = (

@@ -41,8 +41,8 @@ def by_platform(
       sharded: whether one of the functions calls a kernel that is `sharded`. The program is then
         lowered for devices that are known: not for an `AbstractMesh` alone, and for one mesh.
       **others: functions by platform: "cpu", "cuda", "rocm" or "tpu"; or by a kind of device, where
-        it is known when lowered and no partitioner will see the program: "hopper", of "cuda". Each
-        returns what `default` returns: the same tree, shapes and dtypes.
+        it is known when lowered, no partitioner will see the program, and nothing is mapped:
+        "hopper", of "cuda". Each returns what `default` returns: the same tree, shapes and dtypes.
 
     Returns:
       A function of the same operands.
@@ -158,7 +158,12 @@ def _primitive(names: tuple[str, ...]) -> core.Primitive:
 
     @pr.on_batching(primitive)
     def batched(axis, dims, branches, **params):
-        branches = tuple((name, Mapped(branch, axis, tuple(dims))) for name, branch in branches)
+        # What is for a kind of device was measured as it is, and not mapped.
+        branches = tuple(
+            (name, Mapped(branch, axis, tuple(dims)))
+            for name, branch in branches
+            if name not in pr.KINDS
+        )
         return {"branches": branches, **params}
 
     return primitive

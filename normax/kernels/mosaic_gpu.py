@@ -38,7 +38,9 @@ def supports(
     for each in (jnp.dtype(x.dtype), dtype):
         if each.name not in DTYPES:
             return f"dtype {each.name} is none of {', '.join(DTYPES)}"
-    return None if x.ndim and x.shape[-1] else "there is no row"
+    if not x.ndim or not x.shape[-1]:
+        return "there is no row"
+    return "a row is a single entry" if x.shape[-1] == 1 else None
 
 
 def forward(
@@ -249,6 +251,8 @@ def _pass_backward(scaled, residual, total, rule, sweep, write, found):
     return [each for each in numbers if each is not None]
 
 
+# Else a loop's numbers, which are of 32 bits, would meet integers of 64.
+@jax.enable_x64(False)
 def _run(task, inputs, parameters, interpret):
     """Returns the outputs in the shape of x, statistics in that of its rows, and the sums."""
     shape = inputs[0].shape

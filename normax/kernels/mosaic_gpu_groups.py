@@ -150,6 +150,7 @@ def _work_backward(scaled, shifted, activation, total, rule, inputs, parameters)
     return dx, [along, dy]
 
 
+@jax.enable_x64(False)
 def _run(task, inputs, parameters, interpret):
     """Returns the output and, if there are any, the sums."""
     shape = inputs[0].shape
