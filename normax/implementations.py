@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from normax import defaults, units
 from normax import measure as me
-from normax import units
 from normax.forms import equal_in_no_unit
 from normax.kernels.dispatch import by_platform
 from normax.kernels.sharding import sharded
@@ -52,12 +52,6 @@ NAMED = {
     ),
 }
 CHOICES = (None, XLA, *NAMED)
-# What is taken by default, by kind of device, with the versions of JAX that it was tested with, and
-# for which rows it was timed: their dtypes, multiples of how many entries, and the longest.
-TESTED = (0, 11) <= jax.__version_info__ < (0, 13)
-DEFAULTS = {"hopper": "mosaic_gpu"} if TESTED else {}
-TIMED = ("float32", "bfloat16"), 8, 32768
-FASTER_FROM = 256  # entries of a row: shorter ones XLA brings forward faster
 LEAST_EPSILON = 1e-24  # over columns: they are measured in units above one alone
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -171,9 +165,7 @@ def forward(plan, form, on_gpu, x, scale, bias, mask, measured, differentiated):
     """Returns `y`, by the kernel of the plan or by one of the two forms."""
     if plan.implementation in (None, XLA):
         kernels = _by_default(plan, _forward, on_gpu, x)
-        # One sum of a row XLA makes one kernel of with what follows, if no backward pass does.
-        one_sum = not plan.reduction.centered and not differentiated
-        if mask is not None or one_sum or x.shape[-1:] < (FASTER_FROM,):
+        if kernels and not (mask is None and defaults.beat_xla_forward(plan, x, differentiated)):
             kernels = {}
         branches = by_platform(form, cuda=on_gpu, rocm=on_gpu, **kernels)
         return branches(x, scale, bias, mask, measured)
@@ -215,31 +207,16 @@ def _module(plan):
 
 def _by_default(plan, kernel, form, x, *args) -> dict[str, Any]:
     """Returns the kernels that a plan of no implementation takes, by kind of device."""
-    dtypes, multiple, longest = TIMED
-    sizes = all(isinstance(size, int) for size in x.shape)
-    if plan.implementation is not None or plan.layout != ROWS or not sizes or not x.size:
-        return {}
-    timed = x.dtype.name in dtypes and plan.dtype == x.dtype
-    # Rows that are spread over devices would be gathered.
-    whole = not any(tuple(jax.typeof(x).sharding.spec)[x.ndim - 1 :])
-    if not (timed and whole and x.shape[-1] % multiple == 0 and x.shape[-1] <= longest):
+    if plan.implementation is not None or plan.layout != ROWS or not defaults.are_timed(plan, x):
         return {}
     found = {}
-    for kind, name in DEFAULTS.items():
+    for kind, name in defaults.KERNELS.items():
         its = plan._replace(implementation=name)
         call = functools.partial(kernel, its, *args, alone=True)
         given = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        found[kind] = functools.partial(_kernel_or_form, its, call, form, given)
+        refused = functools.partial(why_not, its, given, None, None, None)
+        found[kind] = functools.partial(defaults.kernel_or_form, refused, call, form)
     return found
-
-
-def _kernel_or_form(plan, kernel, form, x, *operands):
-    """Returns what a kernel makes, if it can be had: it is looked for where it is lowered alone."""
-    try:
-        reason = why_not(plan, x, None, None, None)
-    except ImportError as error:
-        reason = str(error)
-    return (kernel if reason is None else form)(*operands)
 
 
 def _named(plan, form, kernel):

@@ -24,7 +24,7 @@ ROOMS = [
     ["forms"],
     ["measure"],
     ["moments", "order", "rescale"],
-    ["rows"],
+    ["rows", "defaults"],
     ["implementations"],
     ["gradient"],
     ["standardize"],

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normax
-from normax import implementations
+from normax import defaults, implementations
 from normax.kernels import dispatch
 from normax.kernels import primitive as pr
 
@@ -46,7 +46,7 @@ def taken(monkeypatch):
         rows="row_stand_in", platform="cpu", interpret=True
     )
     monkeypatch.setitem(implementations.NAMED, "mosaic_gpu", here)
-    monkeypatch.setattr(implementations, "DEFAULTS", {"hopper": "mosaic_gpu"})
+    monkeypatch.setattr(defaults, "KERNELS", {"hopper": "mosaic_gpu"})
     monkeypatch.setattr(pr, "KINDS", {"hopper": "cpu"})
     monkeypatch.setattr(pr, "kind", kind)
     # What was lowered before knows no such kind.
@@ -226,7 +226,7 @@ def test_the_kernels_themselves_lower(dtype, length, wide, monkeypatch):
         return "hopper" if platform == "cuda" and pr.is_alone(ctx) else platform
 
     monkeypatch.setattr(pr, "kind", kind)
-    monkeypatch.setattr(implementations, "DEFAULTS", {"hopper": "mosaic_gpu"})
+    monkeypatch.setattr(defaults, "KERNELS", {"hopper": "mosaic_gpu"})
     with jax.enable_x64(wide):
         x = jax.ShapeDtypeStruct((300, length), dtype)
         line = jax.ShapeDtypeStruct((length,), "float32")
