@@ -217,7 +217,7 @@ def test_mapped_and_differentiated_twice(taken):
 
 
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("length", [8, 512, 4096, 16384])
+@pytest.mark.parametrize("length", [64, 4096])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_kernels_themselves_lower(dtype, length, wide, monkeypatch):
     """On every version of JAX, whatever the width of its integers."""

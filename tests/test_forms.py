@@ -18,7 +18,7 @@ FEW = [c for c in CASES if c.name in ("batch", "layer", "rms", "group", "instanc
 ACTIVATIONS = [jax.nn.relu, jax.nn.silu]
 
 
-@pytest.mark.parametrize("n", [64, 1000])
+@pytest.mark.parametrize("n", [1000])
 @pytest.mark.parametrize("dtype", test_accuracy.DTYPES)
 def test_grid(dtype, n):
     rng = np.random.default_rng(0)
@@ -31,7 +31,7 @@ def test_grid(dtype, n):
 
 
 # Longer rows would show how a CPU sums, one number after the other, and no accelerator does.
-@pytest.mark.parametrize("n", [3, 64, 1000, 8192])
+@pytest.mark.parametrize("n", [3, 1000, 8192])
 def test_stress_rows(n):
     ct = jnp.asarray(np.random.default_rng(2).normal(size=(1, n)), "float32")
     for row in test_accuracy.stress(n).values():
