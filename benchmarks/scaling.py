@@ -46,15 +46,15 @@ def step(route: str, devices: int, features: int) -> Step:
 
     Under plain jit the partitioner adds up each sum: forward those of the entries and of their
     squares, backward those of dy and of dy xhat. Where a mean is far above a deviation that loses
-    digits, and the unit, the mean, what is left of it and the variance are summed apart. With an
-    `axis_name` devices lay what they measured side by side, four numbers of a feature, which is
-    always enough; backward go the sums for x, and those for the parameters.
+    digits, and devices lay what they measure about their own means side by side, four numbers of a
+    feature. With an `axis_name` they do so at once, which is always enough; backward go the sums for
+    x, and those for the parameters.
     """
     line = FLOAT * features
     if devices == 1:
         return Step(())
     if route == JIT:
-        return Step((2 * line, 2 * line), (line,) * 4)
+        return Step((2 * line, 2 * line), (4 * line * devices,))
     return Step((4 * line * devices, 4 * line))
 
 

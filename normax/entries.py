@@ -1,10 +1,15 @@
 """Entries one by one: present or absent, weighed, less their mean, real or complex."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from normax import axes as ax
+from normax import sums
+
+DIGIT = 2.0**15
 
 
 def present(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -31,6 +36,25 @@ def subtract(x, mean, rest, mask):
         return x
     d = x - mean if rest is None else (x - mean) - rest
     return d if mask is None else jnp.where(there(mask), d, 0)
+
+
+def counted(axes, x, mask):
+    """Returns how many entries the mask lets count, as two digits, or in one the sum of weights."""
+    repeats = math.prod(x.shape[axis] for axis in axes if mask.shape[axis] == 1)
+    if mask.dtype != jnp.bool_:
+        return (sums.total(weigh(jnp.ones_like(mask), mask), axes) * repeats,)
+    number = jnp.sum(mask, axes, dtype=jnp.int32, keepdims=True) * repeats
+    dtype = ax.real_dtype(ax.compute_dtype(x.dtype))
+    return tuple(digit.astype(dtype) for digit in jnp.divmod(number, jnp.int32(DIGIT)))
+
+
+def at_least_one(count, like):
+    """Returns a count to divide by, real, of the precision of `like`; one for nothing."""
+    dtype = ax.real_dtype(ax.compute_dtype(like.dtype))
+    if isinstance(count, int):
+        return jnp.asarray(max(count, 1), dtype)
+    count = jnp.asarray(count, dtype)
+    return jnp.where(count > 0, count, 1)
 
 
 def times(x, real):

@@ -8,20 +8,21 @@ there is one read, if that is enough.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from normax import pool, sums, units
-from normax.entries import over, present, settled, square, subtract, times, weigh
+from normax import parts, pool, sums, units
+from normax.entries import at_least_one, over, present, settled, square, subtract, times, weigh
 from normax.kernels.dispatch import by_platform
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def measure_here(reduction, x, mask, n):
-    """Returns unit, mean, rest and var of this device's entries."""
+def measure_here(reduction, x, mask):
+    """Returns count, unit, mean, rest and var of this device's entries."""
     if units.needed(x.dtype):
         # A GPU would have to ask the host whether to go on; reading x once more is cheaper there.
         anywhere, where_asked = _in_a_unit, _in_a_unit_where_needed
@@ -31,8 +32,9 @@ def measure_here(reduction, x, mask, n):
     if one_read_is_enough(reduction, x, mask):
         forms |= {"cuda": _about_samples, "rocm": _about_samples, "tpu": _about_zero}
     partials: dict[str, Any] = {k: functools.partial(f, reduction) for k, f in forms.items()}
-    form = by_platform(functools.partial(anywhere, reduction), **partials)
-    return equal_in_no_unit(*form(x, mask, n))
+    form = by_platform(functools.partial(anywhere, reduction), tell_devices=True, **partials)
+    count, *measured = form(x, mask)
+    return count, *equal_in_no_unit(*measured)
 
 
 def equal_in_no_unit(unit, mean, rest, var):
@@ -50,21 +52,24 @@ def one_read_is_enough(reduction, x, mask):
     return plain and small_do_not_matter and x.size > 0
 
 
+@parts.shared
 def _about_samples(reduction, x, mask, n):
     del mask
     return sums.about_samples(x, reduction.axes, n, reduction.least, reduction.centered)
 
 
-def _about_zero(reduction, x, mask, n):
-    *common, lost = sums.about_zero(present(x, mask), reduction.axes, n, reduction.centered)
+def _about_zero(reduction, x, mask, devices=1):
+    entries, n = present(x, mask), at_least_one(math.prod(x.shape[i] for i in reduction.axes), x)
+    *common, lost = sums.about_zero(entries, reduction.axes, n, reduction.centered)
     unit = jnp.ones_like(common[-1]) if units.needed(x.dtype) else None
-    again = functools.partial(_in_no_unit if unit is None else _in_a_unit, reduction)
+    again = _in_no_unit if unit is None else _in_a_unit
+    again = functools.partial(again, reduction, devices=devices)
     if _are_members_apart(reduction, x):
         # As groups a TPU would lay `x` out anew for the branch, even if that is not taken.
         shape, spec = x.shape, jax.typeof(x).sharding.spec
         x = pool.reshape(x, (*shape[:-2], shape[-2] * shape[-1]), spec[:-1])
         again = functools.partial(_as_groups, again, shape, spec)
-    return _again_where_lost(again)(jnp.any(lost), (x, mask, n), (unit, *common))
+    return _again_where_lost(again)(jnp.any(lost), (x, mask), (None, unit, *common))
 
 
 def _are_members_apart(reduction, x):
@@ -73,9 +78,9 @@ def _are_members_apart(reduction, x):
     return len(axes) > 1 and axes[-1] == x.ndim - 1 and axes[-2] != x.ndim - 2
 
 
-def _as_groups(measure, shape, spec, x, mask, n):
+def _as_groups(measure, shape, spec, x, mask):
     # Behind a barrier, or XLA would do it before the branch.
-    return measure(pool.reshape(lax.optimization_barrier(x), shape, spec), mask, n)
+    return measure(pool.reshape(lax.optimization_barrier(x), shape, spec), mask)
 
 
 def _again_where_lost(measure):
@@ -99,26 +104,33 @@ def _again_where_lost(measure):
     return again
 
 
+@parts.shared
 def _in_no_unit(reduction, x, mask, n):
     return _measure_in(None, reduction, x, mask, n)
 
 
+@parts.shared
 def _in_a_unit(reduction, x, mask, n):
     return _measure_in(_unit(reduction, x, mask), reduction, x, mask, n)
 
 
-def _in_a_unit_where_needed(reduction, x, mask, n):
-    common = _in_no_unit(reduction, x, mask, n)
-    common = (jnp.ones_like(common[-1]), *common[1:])
+def _in_a_unit_where_needed(reduction, x, mask, devices=1):
+    count, _, *common = _in_no_unit(reduction, x, mask, devices)
     var = common[-1]
+    common = (count, jnp.ones_like(var), *common)
     tiny, wild = var < _smallest_square(var.dtype), ~jnp.isfinite(var)
     doubtful = jnp.any(tiny | wild)
-    unit = _at_most_once(doubtful, lambda x: _unit(reduction, x, mask), x, common[0])
+    unit = _at_most_once(doubtful, lambda x: _unit(reduction, x, mask), x, common[1])
     # Entries near one, or larger, have so small a variance only where they are equal.
     needed = (tiny & (unit < 2.0**-10)) | wild
     unit = jnp.where(needed, unit, 1)
+
+    @parts.shared
+    def again(reduction, x, mask, n):
+        return _measure_in(unit if unit.ndim == x.ndim else unit[None], reduction, x, mask, n)
+
     return _at_most_once(
-        jnp.any(needed), lambda x: _measure_in(unit, reduction, x, mask, n), x, common
+        jnp.any(needed), lambda x: again(reduction, x, mask, devices), x, common
     )
 
 

@@ -15,9 +15,9 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from normax import axes as ax
-from normax import pool, sums, units
+from normax import parts, pool, sums, units
+from normax.entries import DIGIT, at_least_one, over, settled, there, weigh
 from normax.entries import inner as inner
-from normax.entries import over, settled, there, weigh
 from normax.entries import present as present
 from normax.entries import square as square
 from normax.entries import subtract as subtract
@@ -25,7 +25,6 @@ from normax.entries import times as times
 from normax.forms import measure_here
 
 MAX_COUNT = np.iinfo(np.int32).max
-DIGIT = 2.0**15
 
 
 class Reduction(NamedTuple):
@@ -72,13 +71,9 @@ class Measured(NamedTuple):
 def measure(reduction: Reduction, x: jax.Array, mask: jax.Array | None) -> Measured:
     """Measures `x` over a reduction; the arguments have been through `axes.py`."""
     mask, weight = _near_one(reduction, mask)
-    count = None if mask is None else _count(reduction, x, mask)
-    n = _at_least_one(_size(reduction, x) if count is None else _number(count), x)
-    if count is not None and len(count) == 1:
-        count = (count[0] * weight,)
-    here = Measured(
-        count, *measure_here(reduction._replace(axis_name=None, groups=None), x, mask, n)
-    )
+    here = Measured(*measure_here(reduction._replace(axis_name=None, groups=None), x, mask))
+    if here.count is not None and len(here.count) == 1:
+        here = here._replace(count=(here.count[0] * weight,))
     measured = here if reduction.axis_name is None else pooled(reduction, here)
     return as_precise(reduction, measured, x.dtype)
 
@@ -113,7 +108,7 @@ def moment_tangents(reduction, direction, t, measured, mask, dmask=None, length:
     `direction` holds the deviations times `length`, by which half the variance comes out
     multiplied too; `t` is how the entries move, `dmask` how their weights do.
     """
-    n = _at_least_one(count_entries(reduction, t, measured), t)
+    n = at_least_one(count_entries(reduction, t, measured), t)
     mask, weight = _near_one(reduction, mask)
     moves = [weigh(t, mask), weigh(inner(direction, t), mask)]
     if dmask is not None:
@@ -169,16 +164,6 @@ def _near_one(reduction, mask) -> Any:
     return mask / weight, weight
 
 
-def _count(reduction, x, mask):
-    """Returns how many entries of this device the mask lets count, as two digits, or its sum."""
-    repeats = math.prod(x.shape[axis] for axis in reduction.axes if mask.shape[axis] == 1)
-    if mask.dtype != jnp.bool_:
-        return (sums.total(weigh(jnp.ones_like(mask), mask), reduction.axes) * repeats,)
-    number = jnp.sum(mask, reduction.axes, dtype=jnp.int32, keepdims=True) * repeats
-    dtype = ax.real_dtype(ax.compute_dtype(x.dtype))
-    return tuple(digit.astype(dtype) for digit in jnp.divmod(number, jnp.int32(DIGIT)))
-
-
 def _number(count):
     """Returns a count of two digits as int32, held at its largest; a sum of weights as it is."""
     if len(count) == 1:
@@ -189,56 +174,11 @@ def _number(count):
     return jnp.where(full, MAX_COUNT, number)
 
 
-def _at_least_one(count, like):
-    """Returns a count to divide by, real, of the precision of `like`; one for nothing."""
-    dtype = ax.real_dtype(ax.compute_dtype(like.dtype))
-    if isinstance(count, int):
-        return jnp.asarray(max(count, 1), dtype)
-    count = jnp.asarray(count, dtype)
-    return jnp.where(count > 0, count, 1)
-
-
 def pooled(reduction, here):
     """Merges what the devices of a group measured, after one exchange."""
-    axis_name, groups, real = reduction.axis_name, reduction.groups, here.var.dtype
-    leaves, form = jax.tree.flatten(here)
-    rows = [part for leaf in leaves for part in units.parts(leaf)]
-    rows = [jnp.broadcast_to(row, here.var.shape) for row in rows]
-    gathered = iter(pool.gather(axis_name, groups, *rows))
-    each = [
-        lax.complex(next(gathered), next(gathered)) if jnp.iscomplexobj(leaf) else next(gathered)
-        for leaf in leaves
-    ]
-    each = jax.tree.unflatten(form, each)
-    if each.count is None:
-        members = ax.along(pool.members(axis_name, groups), each.var.ndim, (0,))
-        number = jnp.asarray(pool.devices(axis_name, groups), real)
-        count, weights = None, members.astype(real) / number
-    else:
-        *high, low = each.count
-        counts = sum((digit * DIGIT for digit in high), low)
-        count = tuple(jnp.sum(digit, 0) for digit in each.count)
-        if high:
-            carry = jnp.floor(count[1] / DIGIT)
-            count = count[0] + carry, count[1] - carry * DIGIT
-        weights = counts / _at_least_one(jnp.sum(counts, 0, keepdims=True), counts)
-    each, unit = _in_one_unit(reduction, each)
-    if not reduction.centered:
-        return Measured(count, unit, None, None, jnp.sum(weights * each.var, 0))
-    center = settled(jnp.sum(times(each.mean, weights), 0))
-    apart = (each.mean - center[None]) + each.rest
-    rest = jnp.sum(times(apart, weights), 0)
-    apart = apart - rest[None]
-    var = jnp.sum(weights * (each.var + square(apart)), 0)
-    return Measured(count, unit, center, rest, var)
-
-
-def _in_one_unit(reduction, each):
-    """Returns what each device measured in a unit for them all, and that unit."""
-    if each.unit is None:
-        return each, None
-    sizes = [jnp.sqrt(each.var)] + ([jnp.abs(each.mean)] if reduction.centered else [])
-    unit = units.choose(functools.reduce(jnp.maximum, sizes) * each.unit, (0,), reduction.least)
-    ratio = each.unit / unit
-    mean, rest = (v if v is None else times(v, ratio) for v in (each.mean, each.rest))
-    return each._replace(mean=mean, rest=rest, var=each.var * ratio * ratio), unit[0]
+    axis_name, groups = reduction.axis_name, reduction.groups
+    lay_out = functools.partial(pool.gather, axis_name, groups)
+    members = ax.along(pool.members(axis_name, groups), here.var.ndim + 1, (0,))
+    size = jnp.asarray(pool.devices(axis_name, groups), here.var.dtype)
+    share = members.astype(here.var.dtype) / size
+    return Measured(*parts.together(reduction, lay_out, share, *here))

@@ -52,6 +52,16 @@ def gather(axis_name, groups, *values):
     return tuple(jnp.moveaxis(slots, 1, 0))
 
 
+def lay_out(*values):
+    """Returns each value as every device has it, of parts along the leading axis that are dealt out.
+
+    A sum of slots here, too: a partitioner makes one all-reduce of it, for all values together.
+    """
+    stacked = jnp.stack(values, 1)
+    index = jnp.expand_dims(jnp.arange(len(stacked)), (0, *range(2, stacked.ndim + 1)))
+    return tuple(jnp.moveaxis(jnp.sum(_in_slot(stacked, index, len(stacked)), 1), 1, 0))
+
+
 def placed_like(value, like):
     """Returns `value` laid out over the devices as `like` is, where layouts are part of types."""
     ours, theirs = jax.typeof(value).sharding, jax.typeof(like).sharding

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from test_sync import BIAS, CT, MASKS, RAGGED, SCALE, N, X, agree, norm, whole
 
 import normax.linen
-from normax import train
+from normax import forms, measure, train
 
 TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 
@@ -46,9 +46,12 @@ def test_pmap(mask):
 
 @TYPES
 @MASKS
-def test_under_plain_jit_nothing_is_gathered(axis_type, mask):
+@pytest.mark.parametrize("mean", [100, 1e4])
+def test_a_step_under_plain_jit_has_two_all_reduces(axis_type, mask, mean):
+    """One forward, at any mean, masked or not, and one backward; others are for lost units."""
     mesh = jax.make_mesh((N,), ("data",), (axis_type,), devices=jax.devices()[:N])
     flat = None if mask is None else jnp.broadcast_to(RAGGED, X.shape).reshape(-1, 5)
+    x = X - 100 + mean
 
     @jax.jit
     def f(x, ct, mask):
@@ -56,8 +59,50 @@ def test_under_plain_jit_nothing_is_gathered(axis_type, mask):
         return y, stats, *vjp(ct)
 
     put = lambda value: jax.device_put(value, NamedSharding(mesh, P("data")))
-    args = put(X.reshape(-1, 5)), put(CT.reshape(-1, 5)), None if flat is None else put(flat)
-    assert set(collectives(f.lower(*args).compile().as_text())) == {"all-reduce"}
+    args = put(x.reshape(-1, 5)), put(CT.reshape(-1, 5)), None if flat is None else put(flat)
+    compiled = f.lower(*args).compile()
+    text = compiled.as_text()
+    assert collectives(text[text.index("\nENTRY ") :]) == {"all-reduce": 2}
+    assert set(collectives(text)) == {"all-reduce"}
+    y, stats, dx, *rest = jax.tree.map(np.asarray, compiled(*args))
+    agree((y.reshape(X.shape), stats, dx.reshape(X.shape), *rest), whole(x, CT, mask))
+    entries = np.asarray(x, np.longdouble).reshape(-1, 5)
+    valid = np.ones(len(entries), bool) if mask is None else np.asarray(flat)[:, 0]
+    np.testing.assert_allclose(stats.var, (1 + entries[valid].var(0)) / 2, rtol=2e-6)
+
+
+@TYPES
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize(
+    ("form", "exchanges"),
+    [(forms._about_samples, 1), (forms._in_a_unit, 1), (forms._about_zero, 2)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_forms_of_other_platforms_exchange_once(axis_type, centered, form, exchanges):
+    """The second of a TPU's is in a branch, for where squares lose digits."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (axis_type,) * 2)
+    reduction = measure.Reduction((0, 1), centered, least=2.0**-60)
+    x = 1e3 + jax.random.normal(jax.random.key(0), (16, 3, 4))
+    given = jax.device_put(x, NamedSharding(mesh, P("data")))
+    compiled = jax.jit(lambda x: form(reduction, x, None, devices=8)).lower(given).compile()
+    assert collectives(compiled.as_text()) == {"all-reduce": exchanges}
+    _, unit, mean, rest, var = compiled(given)
+    entries = np.asarray(x, np.longdouble)
+    if centered:
+        np.testing.assert_allclose((mean + rest) * unit, entries.mean((0, 1), keepdims=True), 2e-7)
+        entries = entries - entries.mean((0, 1), keepdims=True)
+    wanted = (entries**2).mean((0, 1), keepdims=True)
+    np.testing.assert_allclose(var * unit**2, wanted, 1e-6)
+
+
+@TYPES
+def test_a_batch_that_devices_do_not_divide(axis_type):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (axis_type,) * 2)
+    x = X[:, :3].reshape(12, 5)
+    given = jax.device_put(x, NamedSharding(mesh, P("data")))
+    y, stats = jax.jit(lambda x: norm(x, SCALE, BIAS, None))(given)
+    expected = norm(x, SCALE, BIAS, None)
+    agree(jax.tree.map(np.asarray, (y, stats)), expected)
 
 
 class Model(nn.Module):

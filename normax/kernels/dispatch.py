@@ -22,6 +22,7 @@ def by_platform(
     default: Callable[..., Any],
     *,
     tell_used: bool = False,
+    tell_devices: bool = False,
     sharded: bool = False,
     **others: Callable[..., Any],
 ) -> Callable[..., Any]:
@@ -38,6 +39,8 @@ def by_platform(
       tell_used: where some outputs are not used, call the other functions with a keyword `used`,
         a bool for each array of the output, so that a kernel need not write them all. They may
         return None for the rest.
+      tell_devices: where a partitioner spreads the program over several devices, call the functions
+        with a keyword `devices`, their number.
       sharded: whether one of the functions calls a kernel that is `sharded`. The program is then
         lowered for devices that are known: not for an `AbstractMesh` alone, and for one mesh.
       **others: functions by platform: "cpu", "cuda", "rocm" or "tpu"; or by a kind of device, where
@@ -63,7 +66,18 @@ def by_platform(
         outputs, out_tree = jax.tree.flatten(shapes)
         types = tuple((out.shape, out.dtype) for out in outputs)
         branches = tuple(
-            (name, Branch(name, function, tree, out_tree, types, tell_used and name != DEFAULT))
+            (
+                name,
+                Branch(
+                    name,
+                    function,
+                    tree,
+                    out_tree,
+                    types,
+                    tell_used and name != DEFAULT,
+                    tell_devices,
+                ),
+            )
             for name, function in functions.items()
         )
         used = (True,) * len(outputs)
@@ -93,10 +107,12 @@ class Branch:
     out_tree: Any
     types: tuple[tuple[Any, Any], ...]
     tell_used: bool
+    tell_devices: bool
 
-    def __call__(self, used, *leaves):
+    def __call__(self, used, devices, *leaves):
         """Returns the outputs that are used."""
-        told = {"used": used} if self.tell_used and not all(used) else {}
+        told: dict[str, Any] = {"used": used} if self.tell_used and not all(used) else {}
+        told |= {"devices": devices} if self.tell_devices and devices > 1 else {}
         outputs = self.function(*self.tree.unflatten(leaves), **told)
         kept = pr.leaves_as(self.out_tree, self.types, used, outputs, self._refusal)
         if any(leaf is None for leaf in kept):
@@ -118,16 +134,16 @@ class Mapped:
     axis: pr.Axis
     dims: tuple[int | None, ...]
 
-    def __call__(self, used, *leaves):
+    def __call__(self, used, devices, *leaves):
         """Returns the outputs that are used, each led by the axis."""
-        return self.axis.map(functools.partial(self.branch, used), self.dims)(*leaves)
+        return self.axis.map(functools.partial(self.branch, used, devices), self.dims)(*leaves)
 
 
-def _body(platform, branches, used, devices):
+def _body(where, branches, used, devices):
     del devices
     branches = dict(branches)
-    name = platform if platform in branches else pr.KINDS.get(platform, platform)
-    return pr.Partial(branches.get(name, branches[DEFAULT]), (used,), ())
+    names = (name for name in (where.kind, where.platform) if name in branches)
+    return pr.Partial(branches[next(names, DEFAULT)], (used, where.devices), ())
 
 
 @functools.cache
@@ -137,7 +153,9 @@ def _primitive(names: tuple[str, ...]) -> core.Primitive:
 
     def jvp(primals, tangents, **params):
         outputs = primitive.bind(*primals, **params)
-        return outputs, pr.tangent_of_part(_body(None, **params), primals, tangents)
+        return outputs, pr.tangent_of_part(
+            _body(pr.ANYWHERE, **params), primals, tangents
+        )
 
     def transpose(cotangents, *args, **params):
         linear = [ad.is_undefined_primal(arg) for arg in args]
@@ -145,7 +163,7 @@ def _primitive(names: tuple[str, ...]) -> core.Primitive:
         def function(*operands):
             operands = iter(operands)
             filled = (next(operands) if move else x for move, x in zip(linear, args, strict=True))
-            return _body(None, **params)(*filled)
+            return _body(pr.ANYWHERE, **params)(*filled)
 
         avals = [arg.aval for arg, move in zip(args, linear, strict=True) if move]
         moved = iter(

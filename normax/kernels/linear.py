@@ -166,8 +166,8 @@ def _filled(present, leaves):
     return [next(leaves) if there else None for there in present]
 
 
-def _body(platform, function, transposed, count, present, used, devices):
-    del platform, transposed, devices
+def _body(where, function, transposed, count, present, used, devices):
+    del where, transposed, devices
     return Applied(function, count, present, used)
 
 
@@ -178,7 +178,7 @@ def _bind(known, leaves, **params):
     # As if all differed among devices: then JAX sums the cotangents of those that do not.
     axes = frozenset[str]().union(*map(pr.axes_of, [*known, *leaves]))
     args = [*known, *(pr.varying(leaf, axes) for leaf in leaves)]
-    jaxpr = pr.traced(_body(None, **params, devices=None), *args).jaxpr
+    jaxpr = pr.traced(_body(pr.ANYWHERE, **params, devices=None), *args).jaxpr
     return linear_p.bind(*args, **params, devices=pr.devices() if pr.need_devices(jaxpr) else None)
 
 
@@ -192,7 +192,7 @@ def _jvp(primals, tangents, *, count, present, devices, **params):
         left = pr.narrowed(present, there)
         moves.append(_bind(known, moving, count=count, present=left, **params))
     if not all(isinstance(tangent, ad.Zero) for tangent in tangents[:count]):
-        applied = _body(None, count=count, present=present, devices=devices, **params)
+        applied = _body(pr.ANYWHERE, count=count, present=present, devices=devices, **params)
         moves.append(
             pr.tangent_of_part(lambda *known: applied(*known, *leaves), known, tangents[:count])
         )

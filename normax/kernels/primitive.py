@@ -6,6 +6,7 @@ what was traced and compiled.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,24 @@ from jax.sharding import AxisType
 # Kinds of device that a function can be for, and their platforms. A kind is asked for only where no
 # partitioner will see what is lowered: of one device, of axes that are explicit, or all manual.
 KINDS = {"hopper": "cuda"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """What a program is lowered for, as far as that is known.
+
+    Attributes:
+      platform: its name; None is any.
+      kind: of `KINDS`, if it is of one.
+      devices: over how many a partitioner may spread the program.
+    """
+
+    platform: str | None = None
+    kind: str | None = None
+    devices: int = 1
+
+
+ANYWHERE = Where()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +127,12 @@ def need_devices(jaxpr: Any) -> bool:
 
 
 def define(name: str, body: Callable[..., Any], platforms: tuple[str, ...] = ()) -> core.Primitive:
-    """Returns a primitive that does what `body(platform, **params)`, a function of lists, does.
+    """Returns a primitive that does what `body(where, **params)`, a function of lists, does.
 
     Args:
       name: its name in a jaxpr.
-      body: takes one of `platforms`, None for any other, and the parameters; returns a function
-        that can be hashed. The one for None also gives the shapes.
+      body: takes a `Where` and the parameters; returns a function that can be hashed. The one for
+        `ANYWHERE` also gives the shapes.
       platforms: those to ask the body for, and kinds of device; a platform's function is traced
         where it is lowered for that platform, and nowhere else.
     """
@@ -126,12 +145,11 @@ def define(name: str, body: Callable[..., Any], platforms: tuple[str, ...] = ())
             return run(tuple(params.items()), *args)
 
     def abstract(*avals, **params):
-        jaxpr = traced(body(None, **params), *avals).jaxpr
+        jaxpr = traced(body(ANYWHERE, **params), *avals).jaxpr
         return list(jaxpr.out_avals), jaxpr.effects
 
     def rule(platform, ctx, *args, **params):
-        where = kind(platform, ctx)
-        where = where if where in platforms else platform
+        where = Where(platform, kind(platform, ctx), spread_over(ctx))
 
         def function(*args):
             outputs = body(where, **params)(*args)
@@ -151,13 +169,22 @@ def define(name: str, body: Callable[..., Any], platforms: tuple[str, ...] = ())
 
 
 def kind(platform: str | None, ctx: Any) -> str | None:
-    """Returns the kind of the devices that a program is lowered for, or its platform."""
+    """Returns the kind of the devices that a program is lowered for, None if they are of none."""
     module = ctx.module_context
     backend = getattr(module, "backend", None)
     if platform != "cuda" or backend is None or module.lowering_parameters.for_export:
-        return platform
+        return None
     found = {getattr(device, "compute_capability", None) for device in backend.local_devices()}
-    return "hopper" if found == {"9.0"} and is_alone(ctx) else platform
+    return "hopper" if found == {"9.0"} and is_alone(ctx) else None
+
+
+def spread_over(ctx: Any) -> int:
+    """Returns over how many devices a partitioner may spread what is lowered."""
+    context = ctx.module_context.axis_context
+    if hasattr(context, "manual_axes"):
+        sizes = context.mesh.shape.items()
+        return math.prod(size for name, size in sizes if name not in context.manual_axes)
+    return getattr(context, "num_devices", None) or 1
 
 
 def is_alone(ctx: Any) -> bool:

@@ -249,8 +249,8 @@ def _partitioned(kernel, placement):
     return function
 
 
-def _body(platform, kernel, placement, devices):
-    del platform, devices
+def _body(where, kernel, placement, devices):
+    del where, devices
     return _Placed(kernel, placement)
 
 

@@ -1,0 +1,144 @@
+"""A batch that is measured in parts: those that devices have, each about its own mean, joined once.
+
+Of a batch as a whole each sum is an exchange between devices, and a deviation waits for the mean.
+Of a part that one device has, neither is: only what was measured is exchanged.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from normax import pool, units
+from normax.entries import DIGIT, at_least_one, counted, settled, square, times
+
+# Laid side by side more parts are more to send than the exchanges that they save.
+MOST = 256
+
+
+def shared(measure: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that measures part by part where a partitioner deals out a batch.
+
+    Args:
+      measure: function of a reduction, entries, mask and how many of them count, to unit, mean,
+        rest and var, with the reduced axes kept.
+
+    Returns:
+      A function of a reduction, entries, mask, and of how many `devices` the program is spread
+      over, to count, unit, mean, rest and var.
+    """
+
+    def here(reduction, x, mask):
+        count = None if mask is None else counted(reduction.axes, x, mask)
+        size = math.prod(x.shape[axis] for axis in reduction.axes)
+        n = at_least_one(size if count is None else _number(*count), x)
+        return count, *measure(reduction, x, mask, n)
+
+    @functools.wraps(measure)
+    def form(reduction, x, mask, devices=1):
+        count = _count(reduction, x, devices)
+        if count == 1:
+            return here(reduction, x, mask)
+        within = reduction._replace(axes=tuple(axis + 1 for axis in reduction.axes))
+        mask = mask if mask is None else _cut(mask, count if mask.shape[0] > 1 else 1)
+        each = here(within, _cut(x, count), mask)
+        share = jnp.full((count, *[1] * x.ndim), 1 / count, each[-1].dtype)
+        found, *measured = together(reduction, pool.lay_out, share, *each)
+        return _narrow(found, each[0]), *measured
+
+    return form
+
+
+def _count(reduction, x, devices):
+    """Returns in how many parts the examples are, none of which two devices share."""
+    if devices == 1 or 0 not in reduction.axes or not x.size:
+        return 1
+    sharding, examples = jax.typeof(x).sharding, x.shape[0]
+    if sharding.mesh.explicit_axes:
+        along = sharding.spec[0]
+        along = along if isinstance(along, tuple) else () if along is None else (along,)
+        devices = math.prod(sharding.mesh.shape[axis] for axis in along)
+    known = isinstance(examples, int)
+    return devices if known and devices <= MOST and examples % devices == 0 else 1
+
+
+def _cut(x, count):
+    """Returns an array with an axis of so many parts of the first in front."""
+    along, *rest = jax.typeof(x).sharding.spec
+    return pool.reshape(x, (count, x.shape[0] // count, *x.shape[1:]), (along, None, *rest))
+
+
+def _narrow(count, each):
+    """Returns the count of all, that was laid out as wide as a mean is, as wide as those of each."""
+    if count is None:
+        return None
+    wide = tuple(axis for axis, size in enumerate(each[0].shape[1:]) if size == 1)
+    return tuple(jnp.max(digit, wide, keepdims=True) for digit in count)
+
+
+def together(reduction, lay_out, share, count, unit, mean, rest, var):
+    """Returns count, unit, mean, rest and var of all parts or devices, after one exchange.
+
+    Args:
+      reduction: says whether the mean was subtracted, and what the least unit is.
+      lay_out: what gives arrays of one shape, each led by the parts.
+      share: of the entries, by part, where nothing was counted.
+      count: digits, or a sum of weights; None if all are alike.
+      unit: with the rest, what each part was measured to be.
+      mean: None if it was not to be subtracted.
+      rest: likewise.
+      var: in multiples of the square of the unit.
+    """
+    digits = () if count is None else count
+    *counts, unit, mean, rest, var = _exchanged(lay_out, *digits, unit, mean, rest, var)
+    if count is not None:
+        number = _number(*counts)
+        share = number / at_least_one(jnp.sum(number, 0, keepdims=True), var)
+        count = tuple(jnp.sum(digit, 0) for digit in counts)
+        if len(count) == 2:
+            carry = jnp.floor(count[1] / DIGIT)
+            count = count[0] + carry, count[1] - carry * DIGIT
+    return count, *_joined(reduction, unit, mean, rest, var, share)
+
+
+def _number(*digits):
+    """Returns a count of digits as one real number."""
+    *high, low = digits
+    return sum((digit * DIGIT for digit in high), low)
+
+
+def _exchanged(lay_out, *leaves):
+    """Returns what all have of each array, real or complex, of the shape of the last; None stays."""
+    *_, var = leaves
+    rows = [part for leaf in leaves if leaf is not None for part in units.parts(leaf)]
+    rows = [pool.placed_like(jnp.broadcast_to(row, var.shape), var) for row in rows]
+    given = iter(lay_out(*rows))
+
+    def whole(leaf):
+        if leaf is None:
+            return None
+        return lax.complex(next(given), next(given)) if jnp.iscomplexobj(leaf) else next(given)
+
+    return [whole(leaf) for leaf in leaves]
+
+
+def _joined(reduction, unit, mean, rest, var, share):
+    """Returns unit, mean, rest and var of all parts, which lead; `share` is of the entries."""
+    if unit is not None:
+        sizes = [jnp.sqrt(var)] + ([jnp.abs(mean)] if reduction.centered else [])
+        peak = functools.reduce(jnp.maximum, sizes) * unit
+        common = units.choose(peak, (0,), reduction.least)
+        ratio = unit / common
+        mean, rest = (v if v is None else times(v, ratio) for v in (mean, rest))
+        unit, var = common[0], var * ratio * ratio
+    if not reduction.centered:
+        return unit, None, None, jnp.sum(share * var, 0)
+    center = settled(jnp.sum(times(mean, share), 0))
+    apart = (mean - center[None]) + rest
+    left = jnp.sum(times(apart, share), 0)
+    apart = apart - left[None]
+    return unit, center, left, jnp.sum(share * (var + square(apart)), 0)
