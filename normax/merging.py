@@ -7,6 +7,7 @@ that it has seen since it was told to start anew.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core import meta
@@ -27,7 +28,7 @@ class Layer(NamedTuple):
     """A normalizer that moves: where it is, and how it updates what it remembers."""
 
     path: tuple[Any, ...]
-    at: Callable[[Any], dict[str, Any]]  # options that may follow a schedule, at a number of steps
+    module: Any  # as it was first called
     unbiased: bool
     nonfinite: str
     weighs: bool  # whether entries have weights, so that what it counts is no whole number
@@ -36,7 +37,7 @@ class Layer(NamedTuple):
     def of(cls, path: tuple[Any, ...], module: Any, weighs: bool) -> "Layer":
         """Returns that of a module."""
         unbiased = _options(module).get("unbiased") is False and module.unbiased
-        return cls(path, module._at, unbiased, module.nonfinite, weighs)
+        return cls(path, module, unbiased, module.nonfinite, weighs)
 
 
 def moving(model: Bound, call: Callable[[Bound], Any]) -> list[Layer]:
@@ -79,10 +80,9 @@ def updated(model: Bound, layers: list[Layer], merged: list[RunningStats]) -> An
         old = there.remembered(layer)
         steps = old.get("steps", 0)
         count = old.get("count", jnp.zeros(jnp.shape(old["mean"]), jnp.int32))
-        momentum: Any = layer.at(steps)["momentum"]
-        if momentum is not None and jnp.ndim(
-            momentum
-        ):  # of stacked layers, each with steps of its own
+        momentum: Any = there.at(layer, steps)["momentum"]
+        if momentum is not None and jnp.ndim(momentum):
+            # Of stacked layers, each with steps of its own.
             missing = jnp.ndim(old["mean"]) - jnp.ndim(momentum)
             momentum = jnp.reshape(momentum, jnp.shape(momentum) + (1,) * missing)
         stats = update(
@@ -131,6 +131,7 @@ class _Linen:
             if module.get_variable("batch_stats", "mean") is before:
                 resting.add(module.path)
             else:
+                _check_known(module)
                 weighs = _weighs(kwargs) or getattr(layers.get(module.path), "weighs", False)
                 layers[module.path] = Layer.of(module.path, module, weighs)
             return out
@@ -139,6 +140,10 @@ class _Linen:
         call(self.model)
         _check_one_mode(layers.keys() & resting)
         return list(layers.values())
+
+    def at(self, layer, steps):
+        """Returns the options that may follow a schedule, by name, at a number of steps."""
+        return layer.module._at(steps)
 
     def remembered(self, layer):
         stats = self.model.model_state["batch_stats"]
@@ -180,6 +185,10 @@ class _NNX:
         return [
             Layer.of(path, modules[path], any(weighs for _, weighs in seen[path])) for path in moved
         ]
+
+    def at(self, layer, steps):
+        """Returns the same, of the module as it is now: its options may be arrays of its state."""
+        return self.modules[layer.path]._at(steps)
 
     def remembered(self, layer):
         there = {name: getattr(self.modules[layer.path], name) for name in NAMES}
@@ -232,6 +241,15 @@ def _check_one_mode(paths):
         raise ValueError(
             "train_step: expected each normalizer to be called in training or in inference, not "
             f"both, where a batch is taken in microbatches, got both for {'/'.join(map(str, path))}"
+        )
+
+
+def _check_known(module):
+    if isinstance(module.momentum, jax.core.Tracer):
+        raise TypeError(
+            "train_step: expected a momentum that is known before the model is called, or a "
+            f"schedule, where a batch is taken in microbatches, got {module.momentum} for "
+            f"{'/'.join(module.path)}"
         )
 
 

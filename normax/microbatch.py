@@ -89,3 +89,32 @@ def accumulate(
     grads = jax.tree.map(lambda total, p: (total / count).astype(p.dtype), sums, params)
     state = updated(bind(params, model_state, key), layers, merged)
     return grads, (jax.tree.map(lambda v: v.mean(0), more), state)
+
+
+def averaged(
+    bind: Callable[[Any, Any, jax.Array], Any],
+    call: Callable[[Any, Any], Any],
+    params: Any,
+    model_state: Any,
+    parts: Any,
+    key: jax.Array,
+) -> Any:
+    """Returns what else than a value `accumulate` would return for other parameters, averaged.
+
+    Args:
+      bind: as for `accumulate`, and so are the others.
+      call: likewise.
+      params: the parameters.
+      model_state: the model's other state, which each microbatch moves for the next.
+      parts: what `split` returned.
+      key: random key; each microbatch folds its number in.
+    """
+
+    def one(carry, part):
+        model_state, i = carry
+        model = bind(params, model_state, jax.random.fold_in(key, i))
+        _, more = call(model, part)
+        return (model.model_state, i + 1), more
+
+    _, more = lax.scan(one, (model_state, jnp.zeros((), jnp.int32)), parts)
+    return jax.tree.map(lambda v: v.mean(0), more)

@@ -1,6 +1,5 @@
 """Jitted train and eval steps for models with running statistics, linen and nnx alike."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen, nnx
-from jax import lax
 from jax.typing import DTypeLike
 
 from normax import axes as ax
 from normax.bind import LinenBinding, NNXBinding, check_structure
-from normax.microbatch import accumulate, split
+from normax.microbatch import accumulate, averaged, split
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -236,9 +234,6 @@ def train_step(
     microbatches = ax.to_positive_int("train_step", "microbatches", microbatches)
     ax.check_choice("train_step", "nonfinite", nonfinite, ("keep", "skip"))
 
-    def bind(state, params, model_state, key):
-        return state.bind(params, model_state, key, train=True, dtype=dtype)
-
     def call(model, batch):
         value, metrics = value_and_metrics(loss(model, batch, True))
         return value * loss_scale, metrics
@@ -247,23 +242,25 @@ def train_step(
         key = jax.random.fold_in(state.key, state.step)
         given = split("train_step", batch, microbatches) if microbatches > 1 else batch
 
-        def objective(params, part=batch):
-            model = bind(state, params, state.model_state, key)
-            scaled, metrics = call(model, part)
+        def bind(params, model_state, key):
+            return state.bind(params, model_state, key, train=True, dtype=dtype)
+
+        def objective(params):
+            model = bind(params, state.model_state, key)
+            scaled, metrics = call(model, batch)
             return scaled, (metrics, _state_after(model, state.model_state))
 
         # A line search hands on what it is given beside the parameters, where it is named.
         def value_fn(params, train_state=None, batch=None):
             if microbatches == 1:
                 return objective(params)[1][0]["loss"]
-            return lax.map(lambda part: objective(params, part)[1][0]["loss"], given).mean()
+            return averaged(bind, call, params, state.model_state, given, key)["loss"]
 
         if microbatches == 1:
             grads, (metrics, model_state) = jax.grad(objective, has_aux=True)(state.params)
         else:
-            of_state = functools.partial(bind, state)
             grads, (metrics, model_state) = accumulate(
-                of_state, call, state.params, state.model_state, given, key
+                bind, call, state.params, state.model_state, given, key
             )
         grads = jax.tree.map(lambda grad: grad / loss_scale, grads)
         updates, opt_state = optax.with_extra_args_support(state.tx).update(

@@ -298,6 +298,48 @@ def test_a_line_search_is_given_the_loss_of_the_whole():
     assert metrics["loss"] < 1e-2 * first
 
 
+@KINDS
+def test_a_line_search_sees_the_same_dropout(kind):
+    """What it is told of the present parameters is the loss that the step has."""
+    from test_train import X as inputs
+    from test_train import Y as labels
+    from test_train import create as create_with_dropout
+
+    def update(updates, state, params=None, *, value, value_fn, **_):
+        seen = jnp.stack([value, value_fn(params)])
+        return jax.tree.map(jnp.zeros_like, updates), seen
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(2), update)
+    state, loss = create_with_dropout(kind, tx, rate=0.5)
+    state, metrics = train.train_step(loss, microbatches=2)(state, (inputs, labels))
+    np.testing.assert_allclose(state.opt_state, [metrics["loss"]] * 2, rtol=1e-6)
+
+
+@KINDS
+def test_a_momentum_that_is_an_array(kind):
+    state, loss = create(kind, momentum=jnp.float32(0.5))
+    plain, _ = create(kind, momentum=0.5)
+    step = train.train_step(loss, microbatches=4)
+    (found, _), (expected, _) = step(state, {"x": X}), step(plain, {"x": X})
+    for name, value in statistics(expected).items():
+        np.testing.assert_allclose(statistics(found)[name], value, rtol=1e-6)
+
+
+def test_a_momentum_that_the_model_computes_is_refused():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            options = {"momentum": jnp.clip(x.mean(), 0.0, 1.0)} if train else {}
+            x = normax.linen.BatchNorm(use_running_average=not train, name="norm", **options)(x)
+            return nn.Dense(1)(x)[:, 0]
+
+    loss = lambda model, batch, train: optax.l2_loss(model(batch, train=train)).mean()
+    state = train.TrainState.create(Model(), optax.sgd(0.1), KEY, X, train=False)
+    train.train_step(loss, donate=False)(state, X)
+    with pytest.raises(TypeError, match=r"momentum that is known .* for norm"):
+        train.train_step(loss, microbatches=2)(state, X)
+
+
 @pytest.mark.parametrize("count", [0, -1, 1.5, True])
 def test_a_number_of_parts_that_is_none_is_refused(count):
     with pytest.raises((ValueError, TypeError), match="microbatches"):
