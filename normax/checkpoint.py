@@ -120,12 +120,13 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
         self._has_saved = True
         text = json.dumps({"arrays": about, "position": position})
+        about = ocp.args.JsonSave({"text": text, "checksum": zlib.crc32(text.encode())})
+        # Orbax refuses arrays of no entries, of which their shapes say all.
+        filled = {name: array for name, array in arrays.items() if array.size}
+        items = {"arrays": ocp.args.StandardSave(filled)} if filled else {}
         return self._manager.save(
             step,
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(arrays),
-                about=ocp.args.JsonSave({"text": text, "checksum": zlib.crc32(text.encode())}),
-            ),
+            args=ocp.args.Composite(about=about, **items),
             metrics=None if metrics is None else {name: float(v) for name, v in metrics.items()},
             force=True,  # orbax alone takes none before the last, if that is a bad one
         )
@@ -184,8 +185,11 @@ class Checkpoints:
         places = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in wanted.items()
+            if leaf.size
         }
-        arrays = self._read(step, arrays=ocp.args.StandardRestore(places))["arrays"]
+        arrays = {name: jnp.copy(leaf) for name, leaf in wanted.items() if not leaf.size}
+        if places:
+            arrays |= self._read(step, arrays=ocp.args.StandardRestore(places))["arrays"]
         for name, leaf in arrays.items():
             if about["arrays"][name]["checksum"] not in (None, _checksum(leaf)):
                 raise self._damaged(step, f"{name} is not what was saved")

@@ -191,6 +191,20 @@ def test_what_cannot_come_back_is_refused_when_it_is_saved(tmp_path):
         assert checkpoints.steps() == []
 
 
+@pytest.mark.parametrize(
+    "state", [{}, {"none": jnp.zeros((0, 3))}, {"none": jnp.zeros((0, 3)), "some": jnp.ones(2)}]
+)
+def test_arrays_of_no_entries_come_back(state, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.save(1, state, position=7)
+        found, position = checkpoints.restore(state)
+        assert position == 7
+        jax.tree.map(np.testing.assert_array_equal, found, state)
+        for shape in ((0, 2), (1, 3)):
+            with pytest.raises(ValueError, match="none"):
+                checkpoints.restore({**state, "none": jnp.zeros(shape)})
+
+
 def test_random_keys_of_another_kind_are_refused(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"key": jax.random.key(0, impl="rbg")})

@@ -330,6 +330,22 @@ def test_what_was_stopped_goes_on_with_the_same_numbers(stop, tmp_path, capsys):
     assert epochs_of(tmp_path / "again") == epochs_of(tmp_path / "whole")
 
 
+def test_a_bad_folder_is_refused_before_anything_is_trained(tmp_path, capsys):
+    """Of the last network, too, and without a new one for the first."""
+    kept = tmp_path / "kept"
+    command = f"compare --epochs 1 --limit 64 --checkpoint-every 1 --checkpoint {kept} --out"
+    assert main([*command.split(), str(tmp_path / "one"), "--norms", "layer"]) == 0
+    capsys.readouterr()
+    again = [*command.split(), str(tmp_path / "two"), "--norms", "batch,layer"]
+    for more, message in (
+        ([], "layer has checkpoints: give --resume"),
+        (["--resume", "--learning-rate", "0.5"], "--learning-rate 0.003, not 0.5"),
+    ):
+        assert main([*again, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not list((kept / "batch").glob("[0-9]*"))
+
+
 def test_an_interruption_before_the_first_epoch_is_no_traceback(monkeypatch, capsys, tmp_path):
     def load(*args):
         raise KeyboardInterrupt

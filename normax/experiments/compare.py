@@ -52,6 +52,7 @@ def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
         raise data.UsageError(
             f"--batch-size {options.batch_size} is more than the {len(training.label)} images"
         )
+    check_kept(training, options)
     results: dict[str, dict[str, Any]] = {}
     interrupted = False
     with study.progress(len(options.norms) * options.epochs, "epochs") as advance:
@@ -74,6 +75,23 @@ def run(options: argparse.Namespace, check: Callable[[], None]) -> int:
     return 0
 
 
+def check_kept(training, options) -> None:
+    """Refuses what cannot be gone on with, of any of the networks, before one is trained."""
+    for norm in options.norms if options.checkpoint is not None else ():
+        with resume.Kept(options, norm) as kept:
+            if kept.checkpoints.steps():
+                kept.start(initial(norm, training, options))
+
+
+def initial(norm, training, options) -> train.TrainState:
+    """Returns a network before its training."""
+    example = jnp.asarray(training.image[:2])
+    steps = len(training.label) // options.batch_size
+    schedule = optax.cosine_decay_schedule(options.learning_rate, steps * options.epochs)
+    key = jax.random.key(options.seed)
+    return train.TrainState.create(Network(norm), optax.adam(schedule), key, example, train=False)
+
+
 def fit(norm, training, test, options, result, advance, check) -> None:
     """Trains one network, adding to `result` epoch by epoch."""
     with resume.Kept(options, norm) as kept:
@@ -82,11 +100,7 @@ def fit(norm, training, test, options, result, advance, check) -> None:
 
 def _fit(norm, training, test, options, result, advance, check, kept):
     dtype = None if options.dtype == "float32" else jnp.dtype(options.dtype)
-    example = jnp.asarray(training.image[:2])
-    steps = len(training.label) // options.batch_size
-    schedule = optax.cosine_decay_schedule(options.learning_rate, steps * options.epochs)
-    key = jax.random.key(options.seed)
-    state = train.TrainState.create(Network(norm), optax.adam(schedule), key, example, train=False)
+    state = initial(norm, training, options)
     result["parameters"] = count_parameters(state.variables)
     result["trainable"] = sum(int(leaf.size) for leaf in jax.tree.leaves(state.params))
     step = train.train_step(loss, dtype=dtype)
