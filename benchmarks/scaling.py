@@ -47,8 +47,8 @@ def step(route: str, devices: int, features: int) -> Step:
     Under plain jit the partitioner adds up each sum: forward those of the entries and of their
     squares, backward those of dy and of dy xhat. Where a mean is far above a deviation that loses
     digits, and devices lay what they measure about their own means side by side, four numbers of a
-    feature. With an `axis_name` they do so at once, which is always enough; backward go the sums for
-    x, and those for the parameters.
+    feature. With an `axis_name` they do so at once, which is always enough; backward go the sums
+    for x, and those for the parameters.
     """
     line = FLOAT * features
     if devices == 1:

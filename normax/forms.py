@@ -129,9 +129,7 @@ def _in_a_unit_where_needed(reduction, x, mask, devices=1):
     def again(reduction, x, mask, n):
         return _measure_in(unit if unit.ndim == x.ndim else unit[None], reduction, x, mask, n)
 
-    return _at_most_once(
-        jnp.any(needed), lambda x: again(reduction, x, mask, devices), x, common
-    )
+    return _at_most_once(jnp.any(needed), lambda x: again(reduction, x, mask, devices), x, common)
 
 
 def _unit(reduction, x, mask):

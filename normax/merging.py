@@ -7,10 +7,10 @@ that it has seen since it was told to start anew.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core import meta
+from jax.core import Tracer
 
 from normax.bind import BoundLinen, BoundNNX
 from normax.intercept import as_if
@@ -245,7 +245,7 @@ def _check_one_mode(paths):
 
 
 def _check_known(module):
-    if isinstance(module.momentum, jax.core.Tracer):
+    if isinstance(module.momentum, Tracer):
         raise TypeError(
             "train_step: expected a momentum that is known before the model is called, or a "
             f"schedule, where a batch is taken in microbatches, got {module.momentum} for "

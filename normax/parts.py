@@ -73,7 +73,7 @@ def _cut(x, count):
 
 
 def _narrow(count, each):
-    """Returns the count of all, that was laid out as wide as a mean is, as wide as those of each."""
+    """Returns the count of all as wide as those of each: laid out it is as wide as a mean."""
     if count is None:
         return None
     wide = tuple(axis for axis, size in enumerate(each[0].shape[1:]) if size == 1)
@@ -111,8 +111,8 @@ def _number(*digits):
     return sum((digit * DIGIT for digit in high), low)
 
 
-def _exchanged(lay_out, *leaves):
-    """Returns what all have of each array, real or complex, of the shape of the last; None stays."""
+def _exchanged(lay_out, *leaves) -> list[Any]:
+    """Returns what all have of each array, of the shape of the last, in its place; None stays."""
     *_, var = leaves
     rows = [part for leaf in leaves if leaf is not None for part in units.parts(leaf)]
     rows = [pool.placed_like(jnp.broadcast_to(row, var.shape), var) for row in rows]
@@ -126,7 +126,7 @@ def _exchanged(lay_out, *leaves):
     return [whole(leaf) for leaf in leaves]
 
 
-def _joined(reduction, unit, mean, rest, var, share):
+def _joined(reduction, unit, mean: Any, rest, var, share):
     """Returns unit, mean, rest and var of all parts, which lead; `share` is of the entries."""
     if unit is not None:
         sizes = [jnp.sqrt(var)] + ([jnp.abs(mean)] if reduction.centered else [])

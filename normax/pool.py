@@ -53,7 +53,7 @@ def gather(axis_name, groups, *values):
 
 
 def lay_out(*values):
-    """Returns each value as every device has it, of parts along the leading axis that are dealt out.
+    """Returns each value for every device, of parts along the leading axis that are dealt out.
 
     A sum of slots here, too: a partitioner makes one all-reduce of it, for all values together.
     """

@@ -79,7 +79,7 @@ def check_kept(training, options) -> None:
     """Refuses what cannot be gone on with, of any of the networks, before one is trained."""
     for norm in options.norms if options.checkpoint is not None else ():
         with resume.Kept(options, norm) as kept:
-            if kept.checkpoints.steps():
+            if kept.has_begun():
                 kept.start(initial(norm, training, options))
 
 

@@ -44,9 +44,13 @@ class Kept:
                 raise data.UsageError(f"{folder} cannot be written: {error}") from error
             self.checkpoints = Checkpoints(folder, every=options.checkpoint_every, keep=2)
 
+    def has_begun(self) -> bool:
+        """Returns whether there is something to go on with, or in the way."""
+        return self.checkpoints is not None and len(self.checkpoints.steps()) > 0
+
     def start(self, state: TrainState) -> tuple[TrainState, list[dict[str, Any]]]:
         """Returns the state to begin with, and what was measured of the epochs before it."""
-        if self.checkpoints is None or not self.checkpoints.steps():
+        if self.checkpoints is None or not self.has_begun():
             return state, []
         folder = self.checkpoints.directory
         if not self.options.resume:

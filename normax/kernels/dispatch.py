@@ -153,9 +153,7 @@ def _primitive(names: tuple[str, ...]) -> core.Primitive:
 
     def jvp(primals, tangents, **params):
         outputs = primitive.bind(*primals, **params)
-        return outputs, pr.tangent_of_part(
-            _body(pr.ANYWHERE, **params), primals, tangents
-        )
+        return outputs, pr.tangent_of_part(_body(pr.ANYWHERE, **params), primals, tangents)
 
     def transpose(cotangents, *args, **params):
         linear = [ad.is_undefined_primal(arg) for arg in args]
