@@ -82,7 +82,8 @@ def test_forms_of_other_platforms_exchange_once(axis_type, centered, form, excha
     """The second of a TPU's is in a branch, for where squares lose digits."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), (axis_type,) * 2)
     reduction = measure.Reduction((0, 1), centered, least=2.0**-60)
-    x = 1e3 + jax.random.normal(jax.random.key(0), (16, 3, 4))
+    parts = 2.0 ** jnp.arange(0.0, 8, 0.5).round()[:, None, None]  # each in a unit of its own
+    x = (1e3 + jax.random.normal(jax.random.key(0), (16, 3, 4))) * parts
     given = jax.device_put(x, NamedSharding(mesh, P("data")))
     compiled = jax.jit(lambda x: form(reduction, x, None, devices=8)).lower(given).compile()
     assert collectives(compiled.as_text()) == {"all-reduce": exchanges}
