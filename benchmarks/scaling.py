@@ -2,13 +2,16 @@
 
     python benchmarks/scaling.py            # the table of docs/scaling.md
     python benchmarks/scaling.py --check    # and hold it to programs for TPU v5e slices: 4 to 256
+    python benchmarks/scaling.py --check --target h200    # for 8 GPUs of a machine
 
-The programs are compiled by libtpu, of JAX's own version; no TPU is needed, and nothing runs.
+The programs are compiled by libtpu, or by jax-cuda12-pjrt and its plugin, of JAX's own version; no
+device is needed, and nothing runs.
 """
 
 import argparse
 import math
 import os
+import pathlib
 import sys
 from typing import NamedTuple
 
@@ -16,6 +19,7 @@ import traffic
 import traffic_hlo
 
 SLICES = {4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}
+TPU, GPU = TARGETS = "v5e", "h200"
 JIT, SHARD_MAP = "jit", "shard_map"
 ROUTES = JIT, SHARD_MAP
 FLOAT = 4
@@ -41,18 +45,20 @@ class Step(NamedTuple):
     again: tuple[int, ...] = ()
 
 
-def step(route: str, devices: int, features: int) -> Step:
+def step(route: str, devices: int, features: int, target: str = TPU) -> Step:
     """Returns what a step of batch norm sends, of `features` and a batch over `devices`.
 
     Under plain jit the partitioner adds up each sum: forward those of the entries and of their
     squares, backward those of dy and of dy xhat. Where a mean is far above a deviation that loses
     digits, and devices lay what they measure about their own means side by side, four numbers of a
-    feature. With an `axis_name` they do so at once, which is always enough; backward go the sums
-    for x, and those for the parameters.
+    feature. On GPUs, and with an `axis_name`, they do so at once, which is always enough; backward
+    go the sums for x, and with an `axis_name` those for the parameters beside them.
     """
     line = FLOAT * features
     if devices == 1:
         return Step(())
+    if route == JIT and target == GPU:
+        return Step((4 * line * devices, 2 * line))
     if route == JIT:
         return Step((2 * line, 2 * line), (4 * line * devices,))
     return Step((4 * line * devices, 4 * line))
@@ -99,8 +105,8 @@ def table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def compiled(route: str, devices: int, features: int) -> Step:
-    """Returns what the program of a step sends, compiled for a slice of a TPU v5e."""
+def compiled(route: str, devices: int, features: int, target: str = TPU) -> Step:
+    """Returns what the program of a step sends, compiled for a slice of a TPU v5e, or for GPUs."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -111,8 +117,13 @@ def compiled(route: str, devices: int, features: int) -> Step:
     import normax
 
     jax.devices()  # The plugins are known only after it.
-    chips = topologies.get_topology_desc(f"v5e:{SLICES[devices]}", "tpu").devices
-    mesh = Mesh(np.array(chips), ("data",), axis_types=(AxisType.Auto,))
+    if target == GPU:
+        config = (pathlib.Path(__file__).parent / "targets" / f"{target}.txtpb").read_text()
+        options = {"target_config": config, "topology": f"1x1x{devices}"}
+        described = topologies.get_topology_desc(target, "cuda", **options)
+    else:
+        described = topologies.get_topology_desc(f"{target}:{SLICES[devices]}", "tpu")
+    mesh = Mesh(np.array(described.devices), ("data",), axis_types=(AxisType.Auto,))
 
     def train(x, dy, scale, bias, stats):
         name = "data" if route == SHARD_MAP else None
@@ -137,7 +148,7 @@ def compiled(route: str, devices: int, features: int) -> Step:
             in_specs=(data, data, whole, whole, whole),
             out_specs=(data, whole, (data, whole, whole)),
         )
-    x = given((2 * devices, 8, 8, features), data, jnp.bfloat16)
+    x = given((8 * devices, 8, 8, features), data, jnp.bfloat16)
     line = given((features,), whole, jnp.float32)
     stats = jax.tree.map(
         lambda v: given(v.shape, whole, v.dtype), normax.RunningStats.create(features)
@@ -162,18 +173,20 @@ def reduced(text: str) -> Step:
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; returns an exit status, 1 where a program sends something else."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compile for slices of a TPU v5e")
-    parser.add_argument("--devices", type=int, nargs="+", default=[*SLICES], help="of those")
+    parser.add_argument("--check", action="store_true", help="compile for many devices")
+    parser.add_argument("--target", choices=TARGETS, default=TPU)
+    parser.add_argument("--devices", type=int, nargs="+", help="of those")
     options = parser.parse_args(arguments)
     print(table())
     if not options.check:
         return 0
     os.environ.update(traffic.ENVIRONMENT)
     wrong = 0
-    for devices in options.devices:
+    for devices in options.devices or {TPU: [*SLICES], GPU: [8]}[options.target]:
         for route in ROUTES:
             for features in (64, 256):
-                found, wanted = compiled(route, devices, features), step(route, devices, features)
+                found = compiled(route, devices, features, options.target)
+                wanted = step(route, devices, features, options.target)
                 same = [*map(sorted, found)] == [*map(sorted, wanted)]
                 wrong += not same
                 said = "as the model says" if same else f"expected {wanted}"

@@ -27,6 +27,8 @@ def by_hand(plan, x, scale, bias, mask):
 
 def tangent(plan, x, scale, bias, measured, dx, dscale, dbias):
     """Returns the tangent of `y`; None is zero."""
+    if implementations.measures_again(plan):
+        measured = None  # nor is it then kept
     known = x, scale, None if plan.activation is None else bias, measured
     shape, dtypes = of_parameters(scale, bias)
     return linear(
@@ -46,7 +48,7 @@ def of_parameters(scale, bias):
 
 def forward(plan, known, dx, dscale, dbias):
     """Returns the tangent of `y`, of those of x, scale and bias."""
-    x, scale, bias, measured = known
+    x, scale, bias, measured = _measured(plan, known)
     rstd, xhat = standardized(plan, x, measured, None)
     t = None
     if dx is not None:
@@ -70,6 +72,13 @@ def backward(plan, shape, dtypes, known, dy):
     by_sums = functools.partial(_by_sums, plan, shape)
     dx, *found = implementations.backward(plan, shape, whole, on_cpu, on_gpu, by_sums, known, dy)
     return dx, *rounded(found, dtypes)
+
+
+def _measured(plan, known):
+    """Returns what is known, with what was measured."""
+    *others, measured = known
+    measured = me.measure(plan.reduction, known[0], None) if measured is None else measured
+    return *others, measured
 
 
 def rounded(cotangents, dtypes):
@@ -143,6 +152,7 @@ def _whole(plan, shape, total, known, dy, summed=None, found=None):
     What is summed may be told apart from what the cotangent of x is made of, the same numbers; or
     the sums of dy xhat and dy over all that is shared are found already.
     """
+    known = _measured(plan, known)
     x, scale, _, measured = known
     rstd = reciprocal_per_unit(plan, measured)
     d, dy = _factors(plan, known, dy)

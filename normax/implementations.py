@@ -153,6 +153,11 @@ def why_not(plan, x, scale, bias, mask, residual=False):
     return module.supports_groups(four, dtype=plan.dtype, activation=plan.activation)
 
 
+def measures_again(plan):
+    """Returns whether a plan has a kernel whose backward pass needs nothing that was measured."""
+    return plan.implementation not in (None, XLA) and plan.layout not in (None, COLUMNS)
+
+
 def measure(plan, x, mask):
     """Returns what a plan standardizes by: columns by the kernel of the plan, where it has one."""
     if plan.implementation in (None, XLA) or plan.layout != COLUMNS:

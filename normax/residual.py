@@ -13,7 +13,6 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
 from normax import gradient, implementations
-from normax import measure as me
 from normax.kernels.linear import linear
 from normax.standardize import from_measured, planned
 
@@ -178,12 +177,11 @@ def _by_kernel_jvp(plan, primals, tangents):
     y, total = _by_kernel(plan, x, residual, scale, bias)
     dx, dresidual, dscale, dbias = (None if isinstance(t, SymbolicZero) else t for t in tangents)
     moves = [t.astype(total.dtype) for t in (dx, dresidual) if t is not None]
-    measured = me.measure(plan.reduction, total, None)
     shape, dtypes = gradient.of_parameters(scale, bias)
     dtotal, dy = linear(
         functools.partial(_forward, plan),
         functools.partial(_backward, plan, shape, dtypes),
-        (total, scale, None, measured),
+        (total, scale, None, None),
         (functools.reduce(jnp.add, moves) if moves else None, dscale, dbias),
     )
     return (y, total), (dy, dtotal)
@@ -208,5 +206,7 @@ def _backward(plan, shape, dtypes, known, cotangents):
 def _whole(plan, shape, dtypes, known, dtotal, dy):
     plain = plan._replace(implementation=None)
     dx, *found = gradient.backward(plain, shape, dtypes, known, dy)
-    found = (v if v is None else v.astype(jnp.float32) for v in found)
-    return dtotal + dx, *(v if shape is None or v is not None else jnp.zeros(shape) for v in found)
+    dtype = ax.compute_dtype(known[0].dtype)
+    found = (v if v is None else v.astype(dtype) for v in found)
+    none = None if shape is None else jnp.zeros(shape, dtype)
+    return dtotal + dx, *(none if v is None else v for v in found)

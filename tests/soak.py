@@ -25,6 +25,8 @@ SIZES = (16, 24, 40)
 BAD = 0.02
 EVERY = 10
 TOLD = 20  # steps from one line to the next
+# Megabytes: 4000 steps that are not saved take 0.2 more, but TensorStore keeps some of each save.
+GROWTH, OF_A_SAVE = 16, 0.048
 
 
 def batch_of(step, seed):
@@ -141,7 +143,8 @@ def hold(found, steps, seed):
         assert set(one["compiled"]) <= {1}, one["compiled"]
     assert whole["bits"] == killed["bits"]
     memory = whole["memory"][2:]  # all shapes are compiled by then
-    assert not memory or memory[-1] - memory[0] < 32, memory
+    allowed = GROWTH + OF_A_SAVE * steps / EVERY
+    assert not memory or memory[-1] - memory[0] < allowed, (allowed, memory)
 
 
 def main():

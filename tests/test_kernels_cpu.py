@@ -1,7 +1,9 @@
 """Native kernels on CPU: rows, groups and columns held to long double, and what is refused."""
 
 import functools
+import itertools
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -246,6 +248,74 @@ def test_mapped_it_is_the_same_as_one_by_one(axes):
         ]
         for a, b in zip(mapped, function(*one), strict=True):
             np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-6)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("inner", "outer"),
+    [
+        ((0, None, None, 0), (None, None, None, 0)),
+        ((None, None, 0, None), (0, None, None, 0)),
+        ((None, 0, None, None), (1, None, None, None)),
+        ((0, None, None, 0), (0, 0, 0, 0)),
+        ((0, None, None, 0), (None, 0, None, 0)),
+    ],
+    ids=str,
+)
+def test_mapped_twice_with_parameters_of_some_calls(inner, outer):
+    """Of x, scale, bias and dy; parameters that calls have in common are there once."""
+    given = []
+    for i, (shape, *axes) in enumerate(
+        zip([(4, 5), (5,), (5,), (4, 5)], inner, outer, strict=True)
+    ):
+        for axis, size in zip(axes, (3, 2), strict=True):
+            shape = shape if axis is None else (*shape[:axis], size, *shape[axis:])
+        given.append(jax.random.normal(jax.random.key(i), shape))
+
+    norm = functools.partial(normax.layer_norm, implementation="cpu")
+
+    def function(x, scale, bias, dy):
+        y, pull = jax.vjp(norm, x, scale, bias)
+        return y, *pull(dy)
+
+    mapped = jax.vmap(jax.vmap(function, inner), outer)(*given)
+    for i, j in itertools.product(range(2), range(3)):
+        one = []
+        for v, *axes in zip(given, outer, inner, strict=True):
+            for axis, index in zip(axes, (i, j), strict=True):
+                v = v if axis is None else jnp.take(v, index, axis)
+            one.append(v)
+        for a, b in zip(mapped, function(*one), strict=True):
+            np.testing.assert_allclose(a[i, j], b, rtol=1e-5, atol=1e-5)
+
+
+@needs_library
+def test_mapped_over_rows_parameters_are_not_written_out():
+    x, scale = jnp.ones((256, 64)), jnp.ones(64)
+    norm = lambda x, scale, bias: normax.layer_norm(x, scale, bias, implementation="cpu")
+    mapped = jax.vmap(norm, (0, None, None))
+    text = jax.jit(mapped).lower(x, scale, scale).compile().as_text()
+    (call,) = re.findall(r"custom-call\((.*?)\), custom_call_target=.normax_forward", text)
+    operands = [re.search(rf"{re.escape(name)} = (\S+?)\{{", text)[1] for name in call.split(", ")]
+    assert operands == ["f32[256,64]", "f32[64]", "f32[64]"]
+
+
+@needs_library
+@pytest.mark.parametrize("norm", ["layer_norm", "add_layer_norm", "group_norm"])
+def test_what_is_kept_is_what_the_backward_pass_reads(norm):
+    """Nothing is measured for it, for the kernel measures again."""
+    x, scale = jnp.ones((16, 64)), jnp.ones(64)
+    options = {"num_groups": 4} if norm == "group_norm" else {}
+    given = (x, x) if norm.startswith("add") else (x,)
+    f = jax.jit(
+        lambda scale, *given: getattr(normax, norm)(*given, scale, implementation="cpu", **options)
+    )
+    pull = jax.vjp(f, scale, *given)[1]
+    kept = {leaf.shape for leaf in jax.tree.leaves(pull) if leaf.size > 1}
+    assert kept <= {x.shape, scale.shape, (1, 64), (16, 4, 16), (1, 4, 16)}
+    text = jax.jit(lambda *args: jax.vjp(f, *args)).lower(scale, *given).compile().as_text()
+    assert "reduce" not in text
+    assert "while" not in text
 
 
 def group_case(x, centered=True):
@@ -949,6 +1019,7 @@ def test_what_another_version_of_normax_left_is_refused(monkeypatch):
 def test_without_the_library_there_are_devices_and_a_reason(tmp_path):
     code = f"""
 import pathlib
+import re
 from normax.kernels import cpu_library
 cpu_library.PATH = pathlib.Path({str(tmp_path / "none.so")!r})
 import jax, jax.numpy as jnp, normax

@@ -22,6 +22,7 @@ from waves import (
 )
 
 import normax
+from normax.kernels import layouts
 from normax.kernels.sharding import sharded
 
 
@@ -173,3 +174,69 @@ def test_long_sums_of_a_sharded_batch(shape):
         for spec in (P("a"), P(*[None] * (len(shape) - 2), "a")):
             found = jax.jit(jax.grad(loss))(jnp.ones(4), jax.device_put(x, spec))
             np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-1)
+
+
+def test_an_axis_that_a_reshape_has_split():
+    """Along a part of a mesh axis, that is; JAX's own decoding of it fails."""
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    x = jnp.arange(16.0 * 32).reshape(16, 32)
+    twice = sharded(lambda x: (2 * x, x.sum((0, 1))), "... d -> ... d, d")
+
+    @jax.jit
+    def run(x):
+        y, total = twice(x.reshape(4, 4, 32))
+        return y.reshape(16, 32), total
+
+    given = jax.device_put(x, NamedSharding(mesh, P("a")))
+    compiled = run.lower(given).compile()
+    assert collectives(compiled.as_text()) == {
+        "all-gather": 0,
+        "all-reduce": 1,
+        "all-to-all": 0,
+        "collective-permute": 0,
+    }
+    close(compiled(given), (2 * x, x.sum(0)), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "spec"),
+    [
+        ((8,), P()),
+        ((8,), P(None, "a")),
+        ((4, 2), P("a")),
+        ((4, 2), P("b", "a")),
+        ((2, 4), P(("b", "a"))),
+        ((2, 4), P(("a", "b"))),
+        ((2, 2, 2), P("c", ("b", "a"))),
+    ],
+    ids=str,
+)
+def test_a_layout_in_terms_of_primes_is_the_same(sizes, spec):
+    names = ("a", "b", "c")[: len(sizes)]
+    mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes))
+    sharding = NamedSharding(mesh, spec)
+    found, primes = layouts.of(sharding, 2)
+    assert set(primes.devices.shape) == {2}
+    assert NamedSharding(primes, P(*found)).is_equivalent_to(sharding, 2)
+
+
+def test_pieces_in_another_order_have_no_axes():
+    """Two devices of eight, exchanged, hold what a mesh would give the other."""
+
+    class Exchanged:
+        num_devices = 8
+
+        def devices_indices_map(self, shape):
+            mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+            indices = NamedSharding(mesh, P("a")).devices_indices_map(shape)
+            *rest, one, other = indices
+            return {d: indices[d] for d in rest} | {one: indices[other], other: indices[one]}
+
+    assert layouts.of(Exchanged(), 1)[0] == ((),)
+
+
+def test_a_mesh_of_primes():
+    mesh = jax.make_mesh((6,), ("a",), axis_types=(AxisType.Auto,), devices=jax.devices()[:6])
+    found, primes = layouts.of(NamedSharding(mesh, P("a")), 1)
+    assert primes.devices.shape == (2, 3)
+    assert found == (primes.axis_names,)

@@ -72,8 +72,14 @@ def forward(
       y, of the shape of `x`.
     """
     del interpret
-    y = like(x, dtype)
-    [y] = call("normax_forward", [y], [x, *lines(x, scale, bias)], **rule(centered, epsilon))
+
+    def run(calls, entries, parameters):
+        del calls
+        [x] = entries
+        given = [x, *lines(x, *parameters)]
+        return tuple(call("normax_forward", [like(x, dtype)], given, **rule(centered, epsilon)))
+
+    [y] = _mapped_as_rows(run, (), (x,), (scale, bias))
     return y
 
 
@@ -117,9 +123,15 @@ def add_forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns s = x + residual, rounded to the dtype of `x`, and `forward` of it, in one read."""
     del interpret
-    given = [x, residual.astype(x.dtype), *lines(x, scale, bias)]
-    outputs = [like(x), like(x, dtype)]
-    s, y = call("normax_add_forward", outputs, given, **rule(centered, epsilon))
+
+    def run(calls, entries, parameters):
+        del calls
+        x, residual = entries
+        given = [x, residual.astype(x.dtype), *lines(x, *parameters)]
+        outputs = [like(x), like(x, dtype)]
+        return tuple(call("normax_add_forward", outputs, given, **rule(centered, epsilon)))
+
+    s, y = _mapped_as_rows(run, (), (x, residual), (scale, bias))
     return s, y
 
 
@@ -143,12 +155,48 @@ def add_backward(
 
 
 def _backward(x, scale, dy, ds, centered, epsilon):
-    line = jax.ShapeDtypeStruct(x.shape[-1:], parameter_dtype(x))
-    ds = nothing(x.dtype) if ds is None else ds.astype(x.dtype)
-    given = [x, *lines(x, scale), dy, ds]
-    outputs = [like(x), line, line]
-    dx, dscale, dbias = call("normax_backward", outputs, given, **rule(centered, epsilon))
+    def run(calls, entries, parameters):
+        x, dy, ds = entries
+        line = jax.ShapeDtypeStruct((*calls, x.shape[-1]), parameter_dtype(x))
+        ds = nothing(x.dtype) if ds is None else ds.astype(x.dtype)
+        given, outputs = [x, *lines(x, *parameters), dy, ds], [like(x), line, line]
+        return tuple(call("normax_backward", outputs, given, **rule(centered, epsilon)))
+
+    dx, dscale, dbias = _mapped_as_rows(run, (), (x, dy, ds), (scale,))
     return dx, dscale, dbias
+
+
+def _mapped_as_rows(run, calls, entries, parameters):
+    """Returns `run(calls, entries, parameters)`; of what is mapped over there are more rows.
+
+    Parameters that are not mapped over are there once for all rows, else once for each call, as
+    their gradients are: `calls` are the sizes of the axes in front.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def mappable(entries, parameters):
+        return run(calls, entries, parameters)
+
+    @mappable.def_vmap
+    def mapped(size, batched, entries, parameters):
+        def in_front(x, is_mapped):
+            return x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+
+        entries = jax.tree.map(in_front, entries, batched[0])
+        if any(jax.tree.leaves(batched[1])) or any(v.ndim > 1 for v in jax.tree.leaves(parameters)):
+            parameters = jax.tree.map(in_front, parameters, batched[1])
+            # What all calls had in common until now each has for itself.
+            parameters = jax.tree.map(
+                lambda v: jnp.broadcast_to(
+                    v.reshape(size, *[1] * (len(calls) + 2 - v.ndim), *v.shape[1:]),
+                    (size, *calls, v.shape[-1]),
+                ),
+                parameters,
+            )
+        outputs = _mapped_as_rows(run, (size, *calls), entries, parameters)
+        return outputs, jax.tree.map(lambda _: True, outputs)
+
+    return mappable(entries, parameters)
 
 
 def call(

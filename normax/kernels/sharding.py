@@ -15,6 +15,7 @@ import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from normax.kernels import layouts
 from normax.kernels import primitive as pr
 
 Names = tuple[str, ...]
@@ -216,28 +217,31 @@ class _Placed:
 
 @functools.cache
 def _partitioned(kernel, placement):
-    def specs(mesh, operands):
+    def specs(operands):
         shapes = [x.shape for x in operands]
-        given = [x.sharding.spec for x in operands]
-        return placement.specs(placement.mesh_axes(mesh, shapes, given))
+        given, mesh = zip(*(layouts.of(x.sharding, x.ndim) for x in operands), strict=True)
+        mesh = mesh[0]  # all are of the devices of the program
+        return mesh, *placement.specs(placement.mesh_axes(mesh, shapes, given))
 
     def shardings(mesh, specs):
         return [NamedSharding(mesh, spec) for spec in specs]
 
     def partition(mesh, operands, results):
-        del results
-        inputs, outputs, sums = specs(mesh, operands)
+        del mesh, results
+        mesh, inputs, outputs, sums = specs(operands)
         local = functools.partial(placement.joined, kernel, sums)
         return mesh, local, shardings(mesh, outputs), tuple(shardings(mesh, inputs))
 
     def infer(mesh, operands, results):
-        del results
-        return shardings(mesh, specs(mesh, operands)[1])
+        del mesh, results
+        mesh, _, outputs, _ = specs(operands)
+        return shardings(mesh, outputs)
 
     function = custom_partitioning(lambda *operands: kernel(*operands))
     function.def_partition(
         partition,
         infer_sharding_from_operands=infer,
+        decode_shardings=False,
         sharding_rule=placement.rule(),
         # In the order of the rule, or it is refused.
         need_replication_factors=tuple(

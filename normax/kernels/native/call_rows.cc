@@ -58,27 +58,42 @@ ffi::Error backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffe
   const int64_t length = dscale->dimensions().back();
   if (!length || !count_of(*dscale)) return ffi::Error::Success();
   const Cuts cuts(count_of(*dscale) / length, count_of(x) / length, length, threads_of(pool));
-  const int64_t line = 2 * length;
-  const int64_t all = cuts.number() * line;
+  const int64_t line = 2 * length, workers = workers_for(pool, cuts.number());
+  // A call that is one piece is done with its sums when it ends.
+  const bool apart = cuts.pieces == 1;
+  const int64_t all = (apart ? workers : cuts.number()) * line;
   Memory sums = zeros(all), lost = room_for_lost(pair, all);
-  Memory work = room_for(workers_for(pool, cuts.number()) * line);
+  Memory work = room_for(workers * line);
   if (!sums || !lost || !work) return no_memory();
+  const bool is_shared = count_of(scale) == length;
   in_parallel(pool, cuts.number(), [&](int64_t piece, int64_t worker) {
     const int64_t call = cuts.call(piece), first = call * cuts.rows * length;
+    const int64_t place = (apart ? worker : piece) * line;
+    double* found = &sums[place];
+    double* missed = lost.get() + (pair == kF64 ? place : 0);
+    if (apart) {
+      std::fill_n(found, line, 0.0);
+      if (pair == kF64) std::fill_n(missed, line, 0.0);
+    }
     Rows task{};
     task.x = at(x, first);
     task.added = at(dsum, first);
     task.dy = at(dy, first);
-    task.scale = at(scale, call * length);
+    task.scale = at(scale, is_shared ? 0 : call * length);
     task.out = to(*dx, first);
     task.length = length;
     task.epsilon = epsilon;
     task.centered = centered;
     task.past = is_past(*dx, length);
-    kernels().backward[pair](task, cuts.begin(piece), cuts.end(piece), &sums[piece * line],
-                             lost.get() + (pair == kF64 ? piece * line : 0),
+    kernels().backward[pair](task, cuts.begin(piece), cuts.end(piece), found, missed,
                              &work[worker * line]);
+    if (apart) {
+      give_back(pair, found, missed, line);
+      write(found, length, *dscale, call * length);
+      write(found + length, length, *dbias, call * length);
+    }
   });
+  if (apart) return ffi::Error::Success();
   give_back(pair, sums.get(), lost.get(), all);
   add_up(cuts, sums.get(), length, *dscale, *dbias);
   return ffi::Error::Success();
