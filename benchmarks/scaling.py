@@ -148,7 +148,7 @@ def compiled(route: str, devices: int, features: int, target: str = TPU) -> Step
             in_specs=(data, data, whole, whole, whole),
             out_specs=(data, whole, (data, whole, whole)),
         )
-    x = given((8 * devices, 8, 8, features), data, jnp.bfloat16)
+    x = given((8 * devices, 32, 32, features), data, jnp.bfloat16)
     line = given((features,), whole, jnp.float32)
     stats = jax.tree.map(
         lambda v: given(v.shape, whole, v.dtype), normax.RunningStats.create(features)
