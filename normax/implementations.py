@@ -9,6 +9,7 @@ program with those of CPU is exported only if asked to.
 import functools
 import importlib
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -225,11 +226,27 @@ def _by_default(plan, kernel, form, x, *args) -> dict[str, Any]:
 
 
 def _named(plan, form, kernel):
-    """Returns the kernel where it was asked for, and a refusal on every other platform."""
+    """Returns the kernel where it was asked for, and a refusal on every other platform.
+
+    A program that is exported for several platforms, of which that is one or none, has the form on
+    the others, and that is said.
+    """
     refusal = functools.partial(_refuse, plan.implementation)
+    exported = functools.partial(_export, plan.implementation, form)
     platform = NAMED[plan.implementation].platform
-    others = {name: refusal for name in PLATFORMS if name != platform}
+    elsewhere = [name for name in PLATFORMS if name != platform]
+    others = dict.fromkeys(elsewhere, refusal)
+    others |= {f"exported_{name}": exported for name in elsewhere}
     return by_platform(form, sharded=True, **others, **{platform: kernel})
+
+
+def _export(implementation, form, *operands):
+    warnings.warn(
+        f"implementation={implementation!r} is for {NAMED[implementation].platform} alone: "
+        "exported for another platform, the program has XLA's form there",
+        stacklevel=2,
+    )
+    return form(*operands)
 
 
 def _refuse(implementation, *operands):

@@ -180,6 +180,29 @@ def test_the_kernel_is_in_the_program_of_its_platform_and_none_elsewhere(impleme
         jax.jit(f).trace(x).lower(lowering_platforms=(other,))
 
 
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu"])
+@pytest.mark.parametrize("platforms", [("cpu",), ("cpu", "rocm")], ids=str)
+def test_exported_for_other_platforms_it_is_the_form_there(implementation, platforms):
+    """Never in silence."""
+    x = jax.random.normal(jax.random.key(0), (16, 256))
+    scale = jnp.linspace(0.5, 1.5, 256)
+
+    def step(x, scale, implementation):
+        y, pull = jax.vjp(
+            lambda *args: normax.layer_norm(*args, implementation=implementation), x, scale
+        )
+        return y, *pull(jnp.cos(x))
+
+    named = jax.jit(functools.partial(step, implementation=implementation))
+    with pytest.warns(UserWarning, match=f"implementation='{implementation}' is for .* alone"):
+        exported = jax.export.export(named, platforms=platforms)(x, scale)
+    assert "custom_call @mosaic" not in exported.mlir_module()
+    there = jax.export.deserialize(exported.serialize())
+    wanted = jax.jit(functools.partial(step, implementation="xla"))(x, scale)
+    for ours, theirs in zip(there.call(x, scale), wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("call", "reason"),
     [

@@ -45,7 +45,8 @@ def by_platform(
         lowered for devices that are known: not for an `AbstractMesh` alone, and for one mesh.
       **others: functions by platform: "cpu", "cuda", "rocm" or "tpu"; or by a kind of device, where
         it is known when lowered, no partitioner will see the program, and nothing is mapped:
-        "hopper", of "cuda". Each returns what `default` returns: the same tree, shapes and dtypes.
+        "hopper", of "cuda"; or by "exported_cuda" and its like, for a program that is exported.
+        Each returns what `default` returns: the same tree, shapes and dtypes.
 
     Returns:
       A function of the same operands.
@@ -142,7 +143,7 @@ class Mapped:
 def _body(where, branches, used, devices):
     del devices
     branches = dict(branches)
-    names = (name for name in (where.kind, where.platform) if name in branches)
+    names = (name for name in where.names() if name in branches)
     return pr.Partial(branches[next(names, DEFAULT)], (used, where.devices), ())
 
 

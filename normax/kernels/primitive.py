@@ -21,6 +21,7 @@ from jax.sharding import AxisType
 # Kinds of device that a function can be for, and their platforms. A kind is asked for only where no
 # partitioner will see what is lowered: of one device, of axes that are explicit, or all manual.
 KINDS = {"hopper": "cuda"}
+EXPORTED = "exported_"  # before a platform: there, if the program is lowered to be exported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +32,18 @@ class Where:
       platform: its name; None is any.
       kind: of `KINDS`, if it is of one.
       devices: over how many a partitioner may spread the program.
+      exported: whether it is lowered to be exported.
     """
 
     platform: str | None = None
     kind: str | None = None
     devices: int = 1
+    exported: bool = False
+
+    def names(self) -> tuple[str | None, ...]:
+        """Returns what a function for it may be named after, the closest first."""
+        exported = f"{EXPORTED}{self.platform}" if self.exported else None
+        return self.kind, exported, self.platform
 
 
 ANYWHERE = Where()
@@ -133,8 +141,8 @@ def define(name: str, body: Callable[..., Any], platforms: tuple[str, ...] = ())
       name: its name in a jaxpr.
       body: takes a `Where` and the parameters; returns a function that can be hashed. The one for
         `ANYWHERE` also gives the shapes.
-      platforms: those to ask the body for, and kinds of device; a platform's function is traced
-        where it is lowered for that platform, and nowhere else.
+      platforms: those to ask the body for, kinds of device, and names after `EXPORTED`; a
+        platform's function is traced where it is lowered for that platform, and nowhere else.
     """
     primitive = core.Primitive(name)
     primitive.multiple_results = True
@@ -149,7 +157,8 @@ def define(name: str, body: Callable[..., Any], platforms: tuple[str, ...] = ())
         return list(jaxpr.out_avals), jaxpr.effects
 
     def rule(platform, ctx, *args, **params):
-        where = Where(platform, kind(platform, ctx), spread_over(ctx))
+        exported = ctx.module_context.lowering_parameters.for_export
+        where = Where(platform, kind(platform, ctx), spread_over(ctx), exported)
 
         def function(*args):
             outputs = body(where, **params)(*args)
@@ -162,7 +171,8 @@ def define(name: str, body: Callable[..., Any], platforms: tuple[str, ...] = ())
 
     primitive.def_impl(impl)
     primitive.def_effectful_abstract_eval(abstract)
-    for platform in dict.fromkeys([None, *(KINDS.get(name, name) for name in platforms)]):
+    found = (KINDS.get(name, name.removeprefix(EXPORTED)) for name in platforms)
+    for platform in dict.fromkeys([None, *found]):
         mlir.register_lowering(primitive, functools.partial(rule, platform), platform=platform)
     partial_eval.dce_rules[primitive] = _drop_unused
     return primitive

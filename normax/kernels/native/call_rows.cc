@@ -8,6 +8,8 @@
 namespace normax {
 namespace {
 
+constexpr int64_t kRowsOfSums = 16;
+
 ffi::Error run_forward(ffi::ThreadPool& pool, const AnyBuffer& x, const AnyBuffer& residual,
                        const AnyBuffer& scale, const AnyBuffer& bias, const AnyBuffer* sum,
                        const AnyBuffer& y, bool centered, double epsilon) {
@@ -57,7 +59,10 @@ ffi::Error backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffe
   if (count_of(dsum) && dsum.element_type() != x.element_type()) return refused("dtype of ds");
   const int64_t length = dscale->dimensions().back();
   if (!length || !count_of(*dscale)) return ffi::Error::Success();
-  const Cuts cuts(count_of(*dscale) / length, count_of(x) / length, length, threads_of(pool));
+  const int64_t calls = count_of(*dscale) / length, rows = count_of(x) / length;
+  // Each piece has sums of its own, more than a few of its rows: of fewer, one for each thread.
+  const int64_t least = std::clamp<int64_t>(rows / calls / threads_of(pool), 1, kRowsOfSums);
+  const Cuts cuts(calls, rows, length, threads_of(pool), least);
   const int64_t line = 2 * length, workers = workers_for(pool, cuts.number());
   // A call that is one piece is done with its sums when it ends.
   const bool apart = cuts.pieces == 1;
