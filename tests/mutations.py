@@ -137,7 +137,7 @@ MUTATIONS = [
     Mutation("default: in exported programs", "kernels/primitive.py", " or module.lowering_parameters.for_export", "", "test_defaults.py -k which_devices"),
     Mutation("default: where XLA is named", "implementations.py", "if plan.implementation is not None or plan.layout", "if plan.layout", "test_defaults.py -k both_ways"),
     Mutation("gpu: a copy leaves its row", "kernels/mosaic_gpu_rows.py", "min(size, plan.run) for size", "plan.run for size", "test_kernels_gpu.py -k leaves"),
-    Mutation("a kernel falls back", "implementations.py", "others = {name: refusal for name in PLATFORMS if name != platform}", "others = {}", "test_implementations.py -k elsewhere"),
+    Mutation("a kernel falls back", "implementations.py", "others = dict.fromkeys(elsewhere, refusal)", "others = {}", "test_implementations.py -k elsewhere"),
     Mutation("a kernel's scale is not the norm's", "implementations.py", "operands = {name: next(given) if is_there else None for name, is_there in there}", "operands = {name: next(given) if is_there else None for name, is_there in there} | {'scale': None}", "test_implementations.py -k tpu and output"),
     # Running statistics.
     Mutation("momentum swapped", "moments.py", "past = jnp.asarray(momentum, dtype)", "past = 1 - jnp.asarray(momentum, dtype)", STATE),
