@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normax import axes as ax
 from normax.batch import check_trainable, prepare
 from normax.group import split_features
+from normax.kernels.primitive import spread
 from normax.measure import present
 from normax.moments import RunningStats, moments_over, update
 from normax.standardize import reciprocal_deviation, root
@@ -182,9 +183,7 @@ def _larger(spatial, epsilon, dtype, x, var, slope, scale, bias, mask):
     instance = jnp.expand_dims(moments_over("", x, spatial, mask=mask).var, spatial)
     sloped = x if slope is None else x * slope.astype(x.dtype)
     var = var.astype(ax.promote(x.dtype, var.dtype))
-    divisor = jnp.maximum(
-        jnp.broadcast_to(root(var + epsilon), x.shape), sloped + root(instance + epsilon)
-    )
+    divisor = jnp.maximum(spread(root(var + epsilon), x), sloped + root(instance + epsilon))
     # Only without an epsilon is it zero, of equal entries.
     ratio = jnp.where(divisor == 0, 0, x / jnp.where(divisor == 0, 1, divisor))
     return _rescale(ratio, scale, bias, dtype)

@@ -126,6 +126,7 @@ MUTATIONS = [
     Mutation("microbatches: a momentum of the model's own", "merging.py", "                _check_known(module)\n", "", "test_microbatches.py -k model_computes"),
     Mutation("checkpoint: what has no entries", "checkpoint.py", "for name, array in arrays.items() if array.size", "for name, array in arrays.items()", "test_checkpoint.py -k no_entries"),
     Mutation("compare: folders one by one", "experiments/compare.py", "    check_kept(training, options)\n", "", "test_experiments.py -k bad_folder"),
+    Mutation("explicit axes: parameters gathered", "kernels/primitive.py", "placed = sharding if sharding.mesh.explicit_axes else None", "placed = None", "test_meshes.py -k explicit_axes"),
     Mutation("export: refused elsewhere", "implementations.py", "    others |= {f\"exported_{name}\": exported for name in elsewhere}\n", "", "test_implementations.py -k form_there"),
     Mutation("layouts: pieces in any order", "kernels/layouts.py", "return tuple(names) if np.array_equal", "return tuple(names) if True or np.array_equal", "test_sharding.py -k another_order"),
     Mutation("layouts: axes in the order of the mesh", "kernels/layouts.py", "names = sorted(steps, key=lambda name: -steps[name])", "names = sorted(steps)", "test_sharding.py -k terms_of_primes"),

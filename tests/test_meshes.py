@@ -54,12 +54,13 @@ def test_a_step_under_plain_jit_has_two_all_reduces(axis_type, mask, mean):
     x = X - 100 + mean
 
     @jax.jit
-    def f(x, ct, mask):
-        y, vjp, stats = jax.vjp(lambda *a: norm(*a, mask), x, SCALE, BIAS, has_aux=True)
+    def f(x, ct, mask, scale, bias):
+        y, vjp, stats = jax.vjp(lambda *a: norm(*a, mask), x, scale, bias, has_aux=True)
         return y, stats, *vjp(ct)
 
-    put = lambda value: jax.device_put(value, NamedSharding(mesh, P("data")))
-    args = put(x.reshape(-1, 5)), put(CT.reshape(-1, 5)), None if flat is None else put(flat)
+    put = lambda value, *axes: jax.device_put(value, NamedSharding(mesh, P(*axes)))
+    args = put(x.reshape(-1, 5), "data"), put(CT.reshape(-1, 5), "data")
+    args += None if flat is None else put(flat, "data"), put(SCALE), put(BIAS)
     compiled = f.lower(*args).compile()
     text = compiled.as_text()
     assert collectives(text[text.index("\nENTRY ") :]) == {"all-reduce": 2}
@@ -201,3 +202,29 @@ def test_nothing_of_the_size_of_x_crosses_a_shard_map(member):
     found = sent(jax.jit(mapped).lower(x, x, parameters).compile().as_text())
     assert max(found, default=0) < x.size / 2
     assert found or not parameters
+
+
+EXPLICIT = [member for member in MAPPED if not member.name.startswith(("in sync", "ghost"))]
+
+
+@pytest.mark.parametrize("member", EXPLICIT, ids=lambda member: member.name)
+def test_nothing_of_the_size_of_x_crosses_explicit_axes(member):
+    """Where parameters are placed on the mesh, as those of a model are."""
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit,))
+    put = lambda value, spec: jax.device_put(value, NamedSharding(mesh, spec))
+    x, parameters = member.inputs()
+    x = jnp.tile(x, (-(-512 // len(x)), *[1] * (x.ndim - 1)))[:512]
+
+    def step(x, ct, parameters):
+        y, pull = jax.vjp(member.call, x, parameters)
+        return y, pull(ct)
+
+    given = (
+        put(x, P("data")),
+        put(jnp.cos(x), P("data")),
+        jax.tree.map(lambda v: put(v, P()), parameters),
+    )
+    compiled = jax.jit(step).lower(*given).compile()
+    assert max(sent(compiled.as_text()), default=0) < x.size / 2
+    wanted = jax.jit(step)(x, jnp.cos(x), parameters)
+    agree(jax.tree.map(np.asarray, compiled(*given)), wanted)

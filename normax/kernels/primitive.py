@@ -262,9 +262,12 @@ def varying(x: jax.Array, axes: Any) -> jax.Array:
 def spread(x: jax.Array, like: jax.Array) -> jax.Array:
     """Returns `x` broadcast to the shape of another, varying along mesh axes as that does.
 
-    It is made to vary while it is small: that transposes to a sum over devices.
+    It is made to vary while it is small: that transposes to a sum over devices. Where layouts are
+    part of types it is laid out as the other is, or that would be gathered for the sum.
     """
-    return jnp.broadcast_to(varying(x, axes_of(like)), like.shape)
+    x, sharding = varying(x, axes_of(like)), jax.typeof(like).sharding
+    placed = sharding if sharding.mesh.explicit_axes else None
+    return jnp.broadcast_to(x, like.shape, out_sharding=placed)
 
 
 def axes_of(x: Any) -> frozenset[str]:
