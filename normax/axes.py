@@ -186,6 +186,16 @@ def check_rank(name: str, label: str, value: Any, least: int) -> None:
         )
 
 
+def check_not_dealt_out(name: str, label: str, value: jax.Array) -> None:
+    """Refuses rows that are on several devices by their type: nothing scatters over them."""
+    sharding = jax.typeof(value).sharding
+    if not sharding.mesh.empty and sharding.spec[0] is not None:
+        raise ValueError(
+            f"{name}: expected {label} with rows that are not dealt out along explicit mesh axes, "
+            f"got {sharding.spec}; use automatic axes, or shard_map and axis_name"
+        )
+
+
 def to_ids(name: str, label: str, ids: ArrayLike) -> jax.Array:
     """Returns the number of the segment, or domain, that each row belongs to."""
     ids = jnp.asarray(ids)

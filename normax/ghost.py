@@ -98,7 +98,7 @@ def ghost_batch_norm(
     if axis_name is None and size > 1 and math.prod(x.shape[axis] for axis in inner[1:]) == 1:
         number = max(min(number, batch // 2), 1)
     shared = 1 if groups is None else len(groups[0])
-    smallest = x[: max(batch // number, 1)][None]
+    smallest = jax.ShapeDtypeStruct((1, max(batch // number, 1), *x.shape[1:]), x.dtype)
     ax.check_more_than_one_value(name, shared * me.count_entries(each, smallest), x)
     here = _split(x, number)
     y, _ = standardize(
@@ -142,11 +142,12 @@ def _rows(batch, number):
 def _split(x, number):
     """Returns x with its examples in ghost batches, along a new leading axis."""
     if x.shape[0] % number == 0:
+        x = pool.examples_together(x, number)
         spec = jax.typeof(x).sharding.spec
         shape = (number, x.shape[0] // number, *x.shape[1:])
         return pool.reshape(x, shape, (spec[0], None, *spec[1:]))
     rows, _ = _rows(x.shape[0], number)
-    return x[jnp.asarray(rows)]
+    return pool.examples_together(x, 1)[jnp.asarray(rows)]
 
 
 def _split_mask(mask, batch, number, ndim):
@@ -159,6 +160,7 @@ def _split_mask(mask, batch, number, ndim):
     there = jnp.asarray(there).reshape(*there.shape, *[1] * (ndim - 2))
     if mask is None:
         return there
+    mask = pool.examples_together(mask, 1)
     mask = mask[None] if mask.shape[0] == 1 else mask[jnp.asarray(rows)]
     return jnp.where(there, mask, jnp.zeros((), mask.dtype))
 
@@ -169,4 +171,4 @@ def _join(y, x, number):
         return pool.reshape(y, x.shape, jax.typeof(x).sharding.spec)
     _, there = _rows(x.shape[0], number)
     at = np.flatnonzero(there)
-    return y.reshape(-1, *y.shape[2:])[jnp.asarray(at)]
+    return pool.placed_like(y.reshape(-1, *y.shape[2:])[jnp.asarray(at)], x)

@@ -1,5 +1,7 @@
 """Pool statistics over devices: one exchange, exact for unequal counts, any groups."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,22 @@ def placed_like(value, like):
     if ours.spec == theirs.spec or ours.mesh.empty:
         return value
     return jax.sharding.reshard(value, jax.sharding.NamedSharding(ours.mesh, theirs.spec))
+
+
+def examples_together(value, count):
+    """Returns `value` with all examples on each device, unless `count` parts of them are dealt out.
+
+    Where layouts are no part of types that is the partitioner's to see to.
+    """
+    sharding = jax.typeof(value).sharding
+    mesh, (first, *rest) = sharding.mesh, sharding.spec
+    if mesh.empty or first is None:
+        return value
+    names = first if isinstance(first, tuple) else (first,)
+    if count % math.prod(mesh.shape[name] for name in names) == 0:
+        return value
+    spec = jax.sharding.PartitionSpec(None, *rest)
+    return jax.sharding.reshard(value, jax.sharding.NamedSharding(mesh, spec))
 
 
 def reshape(value, shape, spec):

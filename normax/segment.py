@@ -43,7 +43,8 @@ def segment_moments(
       `Moments` of shape `(num_segments, *x.shape[1:])`; with weights the count is their sum.
 
     Raises:
-      ValueError: ids or weights of another shape; `num_segments` below 1.
+      ValueError: ids or weights of another shape; `num_segments` below 1; rows that are dealt out along
+        explicit mesh axes.
       TypeError: integer `x`; ids that are no ints; weights that are no floats.
 
     Example:
@@ -189,7 +190,8 @@ def domain_batch_norm(
       The output, of the shape of `x`, and the new `RunningStats`.
 
     Raises:
-      ValueError: as `batch_norm`; statistics or ids of another shape.
+      ValueError: as `batch_norm`; statistics or ids of another shape; rows that are dealt out along
+        explicit mesh axes.
       TypeError: as `batch_norm`; ids that are no ints; complex `x`.
 
     Where others differ: timm splits the batch by position.
@@ -251,6 +253,7 @@ def _prepare(name, x, ids, number, weights, label="segment_ids"):
     """Returns rows, ids with every absent row in one more segment, and weights."""
     x = ax.to_float_array(name, x)
     ax.check_rank(name, "x", x, 1)
+    ax.check_not_dealt_out(name, "x", x)
     number = ax.to_positive_int(name, "num_segments", number)
     ids = ax.to_ids(name, label, ids).astype(jnp.int32)
     ax.check_shape(name, label, ids.shape, x.shape[:1])

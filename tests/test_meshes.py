@@ -228,3 +228,42 @@ def test_nothing_of_the_size_of_x_crosses_explicit_axes(member):
     assert max(sent(compiled.as_text()), default=0) < x.size / 2
     wanted = jax.jit(step)(x, jnp.cos(x), parameters)
     agree(jax.tree.map(np.asarray, compiled(*given)), wanted)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [5, 8, 32])
+def test_ghosts_on_explicit_axes(size, masked):
+    """Those that devices share, and those that do not come out even, are brought together."""
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit,))
+    put = lambda value: jax.device_put(value, NamedSharding(mesh, P("data")))
+    x, ct = (jax.random.normal(jax.random.key(i), (64, 5)) for i in range(2))
+    mask = jax.random.bernoulli(jax.random.key(2), 0.8, (64, 1)) if masked else None
+
+    @jax.jit
+    def step(x, ct, mask):
+        def call(x):
+            return normax.ghost_batch_norm(
+                x,
+                normax.RunningStats.create(5),
+                SCALE,
+                BIAS,
+                ghost_size=size,
+                use_running_average=False,
+                mask=mask,
+            )
+
+        y, pull, stats = jax.vjp(call, x, has_aux=True)
+        return y, stats, *pull(ct)
+
+    found = step(put(x), put(ct), None if mask is None else put(mask))
+    assert jax.typeof(found[0]).sharding.spec[0] == "data"
+    agree(jax.tree.map(np.asarray, found), step(x, ct, mask))
+
+
+def test_segments_on_explicit_axes_are_refused():
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit,))
+    x = jax.device_put(jnp.ones((16, 3)), NamedSharding(mesh, P("data")))
+    with pytest.raises(
+        ValueError, match=r"segment_norm: expected x .* not dealt out along explicit"
+    ):
+        normax.segment_norm(x, jnp.zeros(16, int), num_segments=2)
