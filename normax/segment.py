@@ -43,8 +43,8 @@ def segment_moments(
       `Moments` of shape `(num_segments, *x.shape[1:])`; with weights the count is their sum.
 
     Raises:
-      ValueError: ids or weights of another shape; `num_segments` below 1; rows that are dealt out along
-        explicit mesh axes.
+      ValueError: ids or weights of another shape; `num_segments` below 1; rows that are dealt out
+        along explicit mesh axes.
       TypeError: integer `x`; ids that are no ints; weights that are no floats.
 
     Example:

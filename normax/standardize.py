@@ -13,6 +13,7 @@ from normax import axes as ax
 from normax import gradient, implementations, rows, units
 from normax import measure as me
 from normax.forms import one_read_is_enough
+from normax.layout import layout_of
 from normax.moments import Moments, to_moments
 from normax.rescale import Plan, alike, rescale, rescaled, rescaled_tangent, standardized
 from normax.rescale import reciprocal_deviation as reciprocal_deviation
@@ -152,7 +153,7 @@ def planned(
     bias = ax.to_parameter(caller, "bias", bias, x, features)
     mask = ax.to_weights(caller, mask, x)
     ax.check_choice(caller, "implementation", implementation, implementations.CHOICES)
-    plan = plan._replace(layout=implementations.layout_of(plan, x, scale, bias))
+    plan = plan._replace(layout=layout_of(plan, x, scale, bias))
     reason = implementations.why_not(plan, x, scale, bias, mask, residual)
     ax.check_available(caller, implementation, reason)
     return plan, x, scale, bias, mask

@@ -26,7 +26,7 @@ ROOMS = [
     ["forms"],
     ["measure"],
     ["moments", "order", "rescale"],
-    ["rows", "defaults"],
+    ["rows", "defaults", "layout"],
     ["implementations"],
     ["gradient"],
     ["standardize"],
