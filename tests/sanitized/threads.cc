@@ -19,10 +19,9 @@ constexpr int64_t kMembers = 8, kRounds = 100;
 template <class T>
 struct Data {
   std::vector<T> x, dy, scale;
-  std::vector<double> zeros, ones, lines;
+  std::vector<double> zeros, ones;
 
   Data() : x(kEntries), dy(kEntries), scale(kWidth, 1), zeros(kWidth), ones(kWidth, 1.0) {
-    lines.assign(kLines * kWidth, 1.0);
     for (int64_t i = 0; i < kEntries; ++i) {
       x[i] = T(i * 2654435761u % 1000) / 500 - 1;
       dy[i] = x[i] * x[i];
@@ -65,6 +64,7 @@ double columns(xla::ffi::ThreadPool pool, int pair, const Data<T>& data, T* out,
   const int64_t line = 2 * kWidth;
   std::vector<double> sums(cuts.number() * line);
   std::vector<double> room(workers_for(pool, cuts.number()) * kFactorLines * kWidth);
+  std::vector<double> lines(kLines * kWidth, 1.0);
   auto part = [&](int64_t piece) {
     Columns task{};
     task.x = data.x.data() + cuts.begin(piece) * kWidth;
@@ -83,7 +83,7 @@ double columns(xla::ffi::ThreadPool pool, int pair, const Data<T>& data, T* out,
     task.out = out + cuts.begin(piece) * kWidth;
     task.past = round % 2;
     if (round % 2 == 0) task.dy = nullptr;
-    baseline::kernels.write_columns[pair](task, lines_in(data.lines.data(), kWidth), kWidth,
+    baseline::kernels.write_columns[pair](task, lines_in(lines.data(), kWidth), kWidth,
                                           &room[worker * kFactorLines * kWidth]);
   });
   double found = 0;
