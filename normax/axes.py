@@ -11,6 +11,7 @@ from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+from jax import core
 from jax.typing import ArrayLike, DTypeLike
 
 from normax.checks import axis_size as axis_size
@@ -183,6 +184,15 @@ def check_rank(name: str, label: str, value: Any, least: int) -> None:
     if jnp.ndim(value) < least:
         raise ValueError(
             f"{name}: expected {label} of rank {least} or more, got shape {jnp.shape(value)}"
+        )
+
+
+def check_known(name: str, label: str, value: Any) -> None:
+    """Refuses what a model computes of its input, where it is needed after the model is called."""
+    if isinstance(value, core.Tracer):
+        raise TypeError(
+            f"{name}: expected {label} to be known before the model is called, or a schedule, "
+            f"where a batch is taken in microbatches, got {value}"
         )
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 from flax.core import meta
-from jax.core import Tracer
 
+from normax import axes as ax
 from normax.bind import BoundLinen, BoundNNX
 from normax.intercept import as_if
 from normax.moments import Moments, RunningStats, update
@@ -131,7 +131,8 @@ class _Linen:
             if module.get_variable("batch_stats", "mean") is before:
                 resting.add(module.path)
             else:
-                _check_known(module)
+                where = "/".join(module.path)
+                ax.check_known("train_step", f"the momentum of {where}", module.momentum)
                 weighs = _weighs(kwargs) or getattr(layers.get(module.path), "weighs", False)
                 layers[module.path] = Layer.of(module.path, module, weighs)
             return out
@@ -241,15 +242,6 @@ def _check_one_mode(paths):
         raise ValueError(
             "train_step: expected each normalizer to be called in training or in inference, not "
             f"both, where a batch is taken in microbatches, got both for {'/'.join(map(str, path))}"
-        )
-
-
-def _check_known(module):
-    if isinstance(module.momentum, Tracer):
-        raise TypeError(
-            "train_step: expected a momentum that is known before the model is called, or a "
-            f"schedule, where a batch is taken in microbatches, got {module.momentum} for "
-            f"{'/'.join(module.path)}"
         )
 
 

@@ -123,7 +123,7 @@ MUTATIONS = [
     Mutation("columns: a device's count", "implementations.py", '"count": me.count_entries(plan.reduction, x)}', '"count": me.count_entries(plan.reduction, x) // 2}', "test_implementations_columns.py -k output and cpu"),
     Mutation("columns: an output that no kernel can write", "kernels/cpu_columns.py", "return cpu.unsupported_dtypes(x, dtype) is None", "return True", "test_kernels_cpu.py -k no_kernel"),
     Mutation("microbatches: a line search with other dropout", "microbatch.py", "        model = bind(params, model_state, jax.random.fold_in(key, i))\n        _, more", "        model = bind(params, model_state, key)\n        _, more", "test_microbatches.py -k same_dropout"),
-    Mutation("microbatches: a momentum of the model's own", "merging.py", "                _check_known(module)\n", "", "test_microbatches.py -k model_computes"),
+    Mutation("microbatches: a momentum of the model's own", "merging.py", "                ax.check_known(\"train_step\", f\"the momentum of {where}\", module.momentum)\n", "", "test_microbatches.py -k model_computes"),
     Mutation("checkpoint: what has no entries", "checkpoint.py", "for name, array in arrays.items() if array.size", "for name, array in arrays.items()", "test_checkpoint.py -k no_entries"),
     Mutation("compare: folders one by one", "experiments/compare.py", "    check_kept(training, options)\n", "", "test_experiments.py -k bad_folder"),
     Mutation("explicit axes: parameters gathered", "kernels/primitive.py", "placed = sharding if sharding.mesh.explicit_axes else None", "placed = None", "test_meshes.py -k explicit_axes"),

@@ -336,7 +336,7 @@ def test_a_momentum_that_the_model_computes_is_refused():
     loss = lambda model, batch, train: optax.l2_loss(model(batch, train=train)).mean()
     state = train.TrainState.create(Model(), optax.sgd(0.1), KEY, X, train=False)
     train.train_step(loss, donate=False)(state, X)
-    with pytest.raises(TypeError, match=r"momentum that is known .* for norm"):
+    with pytest.raises(TypeError, match=r"the momentum of norm to be known"):
         train.train_step(loss, microbatches=2)(state, X)
 
 
