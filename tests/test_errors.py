@@ -32,6 +32,8 @@ POWER = normax.PowerState.create(8)
 DRIFTS = normax.overwrite_drift(optax.sgd(1.0))
 BAD_STATS = STATS._replace(mean=jnp.full(8, jnp.nan))
 BAD_VAR = STATS._replace(var=jnp.full(8, -1.0))
+MESH = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
+DEALT_OUT = jax.device_put(X, jax.NamedSharding(MESH, jax.P("rows")))
 
 
 def train(x, stats=STATS, **options):
@@ -202,6 +204,8 @@ BAD = [
     (lambda: normax.inverse_features(jnp.ones(8, int), SCALING), TypeError, r"inverse_features: expected y of a fl.* got int32"),
     (lambda: normax.inverse_features(X, SCALING, feature_axes=0), ValueError, r"inverse_features: expected scaling.offset.shape == \(4,\)"),
     (lambda: normax.inverse_features(X, SCALING, mask=X[:3] > 0), ValueError, r"inverse_features: expected a mask that broadcasts"),
+    (lambda: normax.segment_norm(DEALT_OUT, IDS, num_segments=2), ValueError, r"segment_norm: expected x with rows that are not dealt out along explicit mesh axes, got P\('rows'"),
+    (lambda: jax.jit(lambda m: normax.axes.check_known("train_step", "the momentum of norm", m))(0.9), TypeError, r"train_step: expected the momentum of norm to be known before the model is called"),
     (lambda: normax.condition_number(jnp.ones((3, 3), int)), TypeError, r"condition_number: expected x of a fl.* got int32"),
     (lambda: normax.condition_number(X, feature_axes=(1, -1)), ValueError, r"condition_number: expected feature_axes without repeats"),
 ]  # fmt: skip
