@@ -52,16 +52,17 @@ def optax_promotes():
         yield
 
 
-@pytest.fixture(params=["cuda", "tpu"])
-def form(request, monkeypatch):
+@pytest.fixture(params=["cuda", "tpu"], scope="module")
+def form(request):
     """Chooses, on CPU too, the form of the formulas that another platform gets."""
     from normax.kernels.dispatch import by_platform
 
     def chosen(default, **others):
         return by_platform(default, cpu=others.get(request.param, default))
 
-    for module in ("forms", "implementations"):
-        monkeypatch.setattr(sys.modules[f"normax.{module}"], "by_platform", chosen)
-    jax.clear_caches()
-    yield request.param
-    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for module in ("forms", "implementations"):
+            monkeypatch.setattr(sys.modules[f"normax.{module}"], "by_platform", chosen)
+        jax.clear_caches()
+        yield request.param
+        jax.clear_caches()

@@ -26,18 +26,19 @@ NORMS = {"layer": normax.layer_norm, "rms": normax.rms_norm}
 SHAPE = (3, 8, 128)
 
 
-@pytest.fixture(params=NAMES)
-def name(request, monkeypatch):
+@pytest.fixture(params=NAMES, scope="module")
+def name(request):
     """Names an implementation that runs here, or a kernel in its interpreter or stead."""
-    if request.param not in ("xla", "cpu"):
-        kernels = implementations.NAMED[request.param]
-        here = kernels._replace(platform="cpu", interpret=True)
-        if request.param == "mosaic_gpu":
-            here = here._replace(rows="row_stand_in", groups="group_stand_in")
-        monkeypatch.setitem(implementations.NAMED, request.param, here)
-    jax.clear_caches()
-    yield request.param
-    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if request.param not in ("xla", "cpu"):
+            kernels = implementations.NAMED[request.param]
+            here = kernels._replace(platform="cpu", interpret=True)
+            if request.param == "mosaic_gpu":
+                here = here._replace(rows="row_stand_in", groups="group_stand_in")
+            monkeypatch.setitem(implementations.NAMED, request.param, here)
+        jax.clear_caches()
+        yield request.param
+        jax.clear_caches()
 
 
 def norm_of(kind, name):

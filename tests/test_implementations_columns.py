@@ -20,17 +20,19 @@ import normax.nnx
 from normax import implementations
 
 BY = "mosaic_tpu"
+OF_ITS_PLATFORM = implementations.NAMED[BY]
 SHAPE = (4, 6, 16)
 
 
-@pytest.fixture(autouse=True)
-def here(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def here():
     """Has the kernels run here, by Pallas' interpreter."""
-    interpreted = implementations.NAMED[BY]._replace(platform="cpu", interpret=True)
-    monkeypatch.setitem(implementations.NAMED, BY, interpreted)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
+    interpreted = OF_ITS_PLATFORM._replace(platform="cpu", interpret=True)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(implementations.NAMED, BY, interpreted)
+        jax.clear_caches()
+        yield
+        jax.clear_caches()
 
 
 @pytest.fixture(params=[BY, NATIVE])
@@ -167,7 +169,7 @@ def test_modules_pass_it_on(module, by):
 
 
 def test_the_kernels_are_in_the_program_of_their_platform(monkeypatch):
-    monkeypatch.undo()
+    monkeypatch.setitem(implementations.NAMED, BY, OF_ITS_PLATFORM)
     x = jax.ShapeDtypeStruct((64, 128, 256), jnp.bfloat16)
     f = lambda x: norm(x, None, None, implementation=BY)[0]
 

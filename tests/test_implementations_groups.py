@@ -26,10 +26,11 @@ NORMS = {
 }
 SHAPE = (4, 3, 5, 32)
 BY = "mosaic_gpu"
+OF_ITS_PLATFORM = implementations.NAMED[BY]
 
 
-@pytest.fixture(autouse=True)
-def here(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def here():
     """Has the kernels run here, by their stand-in."""
     stand_in = {
         "platform": "cpu",
@@ -37,10 +38,11 @@ def here(monkeypatch):
         "groups": "group_stand_in",
         "rows": "row_stand_in",
     }
-    monkeypatch.setitem(implementations.NAMED, BY, implementations.NAMED[BY]._replace(**stand_in))
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(implementations.NAMED, BY, OF_ITS_PLATFORM._replace(**stand_in))
+        jax.clear_caches()
+        yield
+        jax.clear_caches()
 
 
 @pytest.fixture(params=[BY, NATIVE])
@@ -185,7 +187,7 @@ def test_modules_pass_it_on(module):
 
 
 def test_the_kernel_is_in_the_program_of_its_platform_and_none_elsewhere(monkeypatch):
-    monkeypatch.undo()
+    monkeypatch.setitem(implementations.NAMED, BY, OF_ITS_PLATFORM)
     x = jax.ShapeDtypeStruct((8, 16, 16, 128), jnp.bfloat16)
     f = functools.partial(normax.group_norm, num_groups=32, implementation=BY)
 
