@@ -1,5 +1,7 @@
 """Strict JAX for every test: no silent promotion of dtypes or ranks, on eight CPU devices."""
 
+import collections
+import gc
 import os
 import sys
 from importlib.metadata import version
@@ -20,7 +22,33 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Where digits are not the question, the compiler optimizes less.
 jax.config.update("jax_disable_most_optimizations", True)
+# What JAX traces and compiles stays for long: to look through it again and again took a tenth.
+gc.set_threshold(200_000, 20, 100)
 EXACT = {"test_accuracy", "test_laws", "test_moments", "test_onnx", "test_range", "test_torch"}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="of the cases of each test every Nth, from the Ith on, and one at least",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the other parts, which a run of all tests on a second JAX can do without."""
+    part, parts = map(int, config.getoption("part").split("/"))
+    names = [item.nodeid.partition("[")[0] for item in items]
+    sizes, seen = collections.Counter(names), collections.Counter()
+    kept, left = [], []
+    for item, name in zip(items, names, strict=True):
+        first = (part - 1) % min(sizes[name], parts)
+        (kept if seen[name] % parts == first else left).append(item)
+        seen[name] += 1
+    items[:] = kept
+    if left:
+        config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,14 @@
 
 import ast
 import inspect
+import itertools
 import pathlib
 import re
 import subprocess
 import sys
+import types
 
+import conftest
 import pytest
 
 import normax
@@ -117,6 +120,22 @@ def test_shells_have_no_arithmetic(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_is_one_idea(path):
     assert len(path.read_text().splitlines()) <= 400
+
+
+def test_the_parts_of_a_run_are_all_of_its_cases_and_each_has_some_of_every_test():
+    names = ["alone", *(f"few[{i}]" for i in range(2)), *(f"many[{i}]" for i in range(11))]
+    parts = []
+    for part in range(1, 5):
+        items = [types.SimpleNamespace(nodeid=name) for name in names]
+        left = []
+        hook = types.SimpleNamespace(pytest_deselected=lambda items, left=left: left.extend(items))
+        config = types.SimpleNamespace(getoption=lambda _, part=part: f"{part}/4", hook=hook)
+        conftest.pytest_collection_modifyitems(config, items)
+        kept = [item.nodeid for item in items]
+        assert sorted(kept + [item.nodeid for item in left]) == sorted(names)
+        assert {name.partition("[")[0] for name in kept} == {"alone", "few", "many"}
+        parts.append([name for name in kept if name.startswith("many")])
+    assert sorted(itertools.chain(*parts)) == sorted(names[3:])
 
 
 def test_importing_normax_does_not_import_flax():
