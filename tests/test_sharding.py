@@ -1,6 +1,7 @@
 """Kernels keep a batch sharded: nothing is gathered, sums are added up."""
 
 import functools
+import math
 import re
 
 import jax
@@ -198,6 +199,12 @@ def test_an_axis_that_a_reshape_has_split():
     close(compiled(given), (2 * x, x.sum(0)), 1e-6)
 
 
+def mesh_of(sizes, names):
+    devices = jax.devices()[: math.prod(sizes)]
+    axis_types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(sizes, tuple(names), axis_types=axis_types, devices=devices)
+
+
 @pytest.mark.parametrize(
     ("sizes", "spec"),
     [
@@ -208,16 +215,47 @@ def test_an_axis_that_a_reshape_has_split():
         ((2, 4), P(("b", "a"))),
         ((2, 4), P(("a", "b"))),
         ((2, 2, 2), P("c", ("b", "a"))),
+        ((3, 2), P("a")),
+        ((3, 2), P("b", "a")),
+        ((2, 3), P("a")),
+        ((2, 3), P(("b", "a"))),
+        ((6,), P("a")),
     ],
     ids=str,
 )
 def test_a_layout_in_terms_of_primes_is_the_same(sizes, spec):
     names = ("a", "b", "c")[: len(sizes)]
-    mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes))
+    mesh = mesh_of(sizes, names)
     sharding = NamedSharding(mesh, spec)
-    found, primes = layouts.of(sharding, 2)
-    assert set(primes.devices.shape) == {2}
+    (found,), primes = layouts.of([sharding], [2])
+    assert set(primes.devices.shape) <= {2, 3}
     assert NamedSharding(primes, P(*found)).is_equivalent_to(sharding, 2)
+
+
+def test_arrays_have_one_mesh_of_primes():
+    """One in which all have their axes, or most: six devices 2 x 3 for some, 3 x 2 for others."""
+    first, other = mesh_of((2, 3), "ab"), mesh_of((3, 2), "ab")
+    given = [NamedSharding(first, P("a")), NamedSharding(other, P("b")), NamedSharding(other, P())]
+    found, primes = layouts.of(given[1:], [1, 2])
+    assert primes.devices.shape == (3, 2)
+    assert found == [(("prime1",),), ((), ())]
+    found, primes = layouts.of([given[0], given[1], given[1]], [1, 1, 1])
+    assert primes.devices.shape == (3, 2)
+    assert found == [((),), (("prime1",),), (("prime1",),)]
+    found, primes = layouts.of([given[0], given[1], given[0]], [1, 1, 1])
+    assert primes.devices.shape == (2, 3)
+    assert found == [(("prime0",),), ((),), (("prime0",),)]
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (2, 3)], ids=str)
+def test_meshes_of_several_primes_gather_nothing(sizes):
+    mesh = mesh_of(sizes, ("data", "model"))
+    x = jax.device_put(jnp.arange(6.0 * 4 * 8).reshape(6, 4, 8), NamedSharding(mesh, P("data")))
+    twice = sharded(lambda x, s: (s[None, None] * x, x.sum((0, 1))), "... d, d -> ... d, d")
+    compiled = jax.jit(twice).lower(x, jnp.full(8, 2.0)).compile()
+    assert collectives(compiled.as_text())["all-gather"] == 0
+    assert collectives(compiled.as_text())["all-reduce"] == 1
+    close(compiled(x, jnp.full(8, 2.0)), (2 * x, x.sum((0, 1))), 1e-6)
 
 
 def test_pieces_in_another_order_have_no_axes():
@@ -232,11 +270,4 @@ def test_pieces_in_another_order_have_no_axes():
             *rest, one, other = indices
             return {d: indices[d] for d in rest} | {one: indices[other], other: indices[one]}
 
-    assert layouts.of(Exchanged(), 1)[0] == ((),)
-
-
-def test_a_mesh_of_primes():
-    mesh = jax.make_mesh((6,), ("a",), axis_types=(AxisType.Auto,), devices=jax.devices()[:6])
-    found, primes = layouts.of(NamedSharding(mesh, P("a")), 1)
-    assert primes.devices.shape == (2, 3)
-    assert found == (primes.axis_names,)
+    assert layouts.of([Exchanged()], [1])[0] == [((),)]

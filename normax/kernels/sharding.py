@@ -219,8 +219,7 @@ class _Placed:
 def _partitioned(kernel, placement):
     def specs(operands):
         shapes = [x.shape for x in operands]
-        given, mesh = zip(*(layouts.of(x.sharding, x.ndim) for x in operands), strict=True)
-        mesh = mesh[0]  # all are of the devices of the program
+        given, mesh = layouts.of([x.sharding for x in operands], [x.ndim for x in operands])
         return mesh, *placement.specs(placement.mesh_axes(mesh, shapes, given))
 
     def shardings(mesh, specs):
