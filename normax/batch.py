@@ -65,8 +65,9 @@ def batch_norm(
         into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
       implementation: None or "xla", or a kernel by name, features last: "cpu", which also writes
         the output unless there is an activation, or "mosaic_tpu", for the statistics of a batch.
-        One that cannot be had is refused, here or when the program is lowered. At inference nothing
-        is measured, and no kernel is asked for.
+        One that cannot be had is refused, here or when the program is lowered; exported for other
+        platforms, it is "xla" there, with a warning. At inference nothing is measured, and no
+        kernel is asked for.
 
     Returns:
       The output, of the shape of `x`, and the new `RunningStats`, of the dtypes of `stats`. No

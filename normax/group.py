@@ -56,7 +56,8 @@ def group_norm(
         into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
       implementation: None or "xla", or a kernel by name: "cpu", which knows no activation, or
         "mosaic_gpu", which knows those of a few operations, such as SiLU and ReLU. One that cannot
-        be had is refused, here or when the program is lowered.
+        be had is refused, here or when the program is lowered; exported for other platforms, it is
+        "xla" there, with a warning.
 
     Returns:
       An array of the shape of `x`.

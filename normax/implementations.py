@@ -1,7 +1,8 @@
 """Kernels that can be asked for by name, in place of the form that XLA compiles.
 
 A kernel that was asked for is had or refused: where it cannot be, that is said when the program is
-traced or, of the wrong platform, lowered. By default they are taken where they were measured faster
+traced or, of the wrong platform, lowered. Exported for another platform, a program has XLA's form
+there, and a warning says so. By default they are taken where they were measured faster
 than that form: those of rows on a Hopper GPU. Those of other GPUs and of TPU were not timed, and a
 program with those of CPU is exported only if asked to.
 """
@@ -184,9 +185,11 @@ def _named(plan, form, kernel):
 
 
 def _export(implementation, form, *operands):
+    # With the shapes: of warnings that are alike, Python shows the first alone.
     warnings.warn(
         f"implementation={implementation!r} is for {NAMED[implementation].platform} alone: "
-        "exported for another platform, the program has XLA's form there",
+        "exported for another platform, the program has XLA's form there; its operands are "
+        f"{', '.join(f'{x.dtype}{list(x.shape)}' for x in jax.tree.leaves(operands))}",
         stacklevel=2,
     )
     return form(*operands)

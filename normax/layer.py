@@ -46,8 +46,9 @@ def layer_norm(
       activation: function applied to the output, entry by entry, before it is rounded; what goes
         into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
       implementation: "xla", or a kernel by name: "cpu", "mosaic_gpu" or "mosaic_tpu". One that
-        cannot be had is refused, here or when the program is lowered. None is "mosaic_gpu" for rows
-        on a Hopper GPU that it was measured faster for, else "xla".
+        cannot be had is refused, here or when the program is lowered; exported for other platforms,
+        it is "xla" there, with a warning. None is "mosaic_gpu" for rows on a Hopper GPU that it was
+        measured faster for, else "xla".
 
     Returns:
       An array of the shape of `x`.
@@ -125,8 +126,9 @@ def rms_norm(
       activation: function applied to the output, entry by entry, before it is rounded; what goes
         into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
       implementation: "xla", or a kernel by name: "cpu", "mosaic_gpu" or "mosaic_tpu". One that
-        cannot be had is refused, here or when the program is lowered. None is "mosaic_gpu" for rows
-        on a Hopper GPU that it was measured faster for, else "xla".
+        cannot be had is refused, here or when the program is lowered; exported for other platforms,
+        it is "xla" there, with a warning. None is "mosaic_gpu" for rows on a Hopper GPU that it was
+        measured faster for, else "xla".
 
     Returns:
       An array of the shape of `x`.
@@ -204,7 +206,8 @@ def instance_norm(
       activation: function applied to the output, entry by entry, before it is rounded; what goes
         into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
       implementation: None or "xla", or a kernel by name: "cpu" or "mosaic_gpu". One that cannot
-        be had is refused, here or when the program is lowered.
+        be had is refused, here or when the program is lowered; exported for other platforms, it is
+        "xla" there, with a warning.
 
     Returns:
       An array of the shape of `x`. Where no axis is left to reduce each entry is alone, equals

@@ -1019,7 +1019,6 @@ def test_what_another_version_of_normax_left_is_refused(monkeypatch):
 def test_without_the_library_there_are_devices_and_a_reason(tmp_path):
     code = f"""
 import pathlib
-import re
 from normax.kernels import cpu_library
 cpu_library.PATH = pathlib.Path({str(tmp_path / "none.so")!r})
 import jax, jax.numpy as jnp, normax
