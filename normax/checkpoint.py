@@ -113,13 +113,13 @@ class Checkpoints:
             )
         leaves = _leaves("Checkpoints.save", state)
         arrays = {name: _plain("Checkpoints.save", name, leaf) for name, leaf in leaves.items()}
-        about = {name: _about(leaf, arrays[name]) for name, leaf in leaves.items()}
+        told = {name: _about(leaf, arrays[name]) for name, leaf in leaves.items()}
         if not self._has_saved and jax.process_index() == 0:
             # What a process that was killed has left; one that only reads leaves it.
             for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
         self._has_saved = True
-        text = json.dumps({"arrays": about, "position": position})
+        text = json.dumps({"arrays": told, "position": position})
         about = ocp.args.JsonSave({"text": text, "checksum": zlib.crc32(text.encode())})
         # Orbax refuses arrays of no entries, of which their shapes say all.
         filled = {name: array for name, array in arrays.items() if array.size}
@@ -164,10 +164,10 @@ class Checkpoints:
             raise FileNotFoundError(
                 f"{NAME}: expected {wanted} in {self.directory}, which has {list(self.steps())}"
             )
-        about = self._read(step, about=ocp.args.JsonRestore())["about"]
-        about = about if isinstance(about, dict) else {}
-        text = about.get("text")
-        if not isinstance(text, str) or about.get("checksum") != zlib.crc32(text.encode()):
+        read = self._read(step, about=ocp.args.JsonRestore())["about"]
+        read = read if isinstance(read, dict) else {}
+        text = read.get("text")
+        if not isinstance(text, str) or read.get("checksum") != zlib.crc32(text.encode()):
             raise self._damaged(step, "what it says of its arrays is not what was saved")
         about = json.loads(text)
         leaves = _leaves(NAME, like)

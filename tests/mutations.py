@@ -236,7 +236,7 @@ MUTATIONS = [
     Mutation("training: gradients are not looked at", "train.py", 'for v in (metrics["loss"], *jax.tree.leaves(grads))]', 'for v in (metrics["loss"],)]', "test_bad_batches.py -k gradient_alone"),
     Mutation("training: bad batches are not counted", "train.py", "skipped=old.skipped + skipped", "skipped=old.skipped", "test_bad_batches.py -k counted"),
     Mutation("training: no checksums", "checkpoint.py", "not in (None, _checksum(leaf))", "in ()", "test_checkpoint.py -k checksum"),
-    Mutation("training: what is said of arrays is not checked", "checkpoint.py", 'or about.get("checksum") != zlib.crc32(text.encode())', "or False", "test_checkpoint.py -k damaged"),
+    Mutation("training: what is said of arrays is not checked", "checkpoint.py", 'or read.get("checksum") != zlib.crc32(text.encode())', "or False", "test_checkpoint.py -k damaged"),
     Mutation("training: another dtype comes back", "checkpoint.py", "ax.check_like(NAME, name, kept, leaf)", "pass", "test_checkpoint.py -k refused_by_name"),
     Mutation("training: other keys come back", "checkpoint.py", "ax.check_keys(NAME,", "(lambda *_: None)(NAME,", "test_checkpoint.py -k refused_by_name"),
     Mutation("training: the best is not kept", "checkpoint.py", "kept.append(", "list(", "test_checkpoint.py -k last_and_the_best"),

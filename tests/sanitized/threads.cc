@@ -1,155 +1,175 @@
-// Rows, columns and groups on three threads, two calls at once: the same bits each time, and nothing
-// for the thread sanitizer to say. Built and run by run.sh.
+// Every handler that XLA calls, on three threads, two calls at once: the same bits each time, and
+// nothing for the thread sanitizer to say. Built and run by run.sh.
 
+#include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <thread>
-#include <vector>
 
-#include "kernels.h"
-#include "pieces.h"
+#include "runtime.h"
 
-using namespace normax;
+extern "C" {
+XLA_FFI_Handler normax_forward, normax_add_forward, normax_backward;
+XLA_FFI_Handler normax_column_moments, normax_columns_forward, normax_columns_backward,
+    normax_column_gradients;
+XLA_FFI_Handler normax_groups_forward, normax_groups_backward;
+}
 
 namespace {
 
-constexpr int64_t kRows = 3000, kWidth = 64, kEntries = kRows * kWidth;
-constexpr int64_t kMembers = 8, kRounds = 100;
+constexpr int64_t kMembers = 8, kRounds = 30;
 
 template <class T>
 struct Data {
-  std::vector<T> x, dy, scale;
-  std::vector<double> zeros, ones;
+  Array<T> x, dy, scale, none;
 
-  Data() : x(kEntries), dy(kEntries), scale(kWidth, 1), zeros(kWidth), ones(kWidth, 1.0) {
-    for (int64_t i = 0; i < kEntries; ++i) {
+  // Rows of so many calls that were mapped to one, and a scale of each or one for all.
+  Data(int64_t rows, int64_t width, int64_t scales)
+      : x({rows, width}), dy({rows, width}), scale({scales, width}), none({0}) {
+    for (int64_t i = 0; i < x.count(); ++i) {
       x[i] = T(i * 2654435761u % 1000) / 500 - 1;
       dy[i] = x[i] * x[i];
     }
+    for (int64_t i = 0; i < scale.count(); ++i) scale[i] = T(1) + T(i % 7) / 8;
+  }
+};
+
+// The outputs of all handlers of one kind.
+template <class T>
+struct Rows {
+  Array<T> y, sum, added, dx, dscale, dbias;
+
+  Rows(int64_t calls, int64_t rows, int64_t width)
+      : y({rows, width}),
+        sum({rows, width}),
+        added({rows, width}),
+        dx({rows, width}),
+        dscale({calls, width}),
+        dbias({calls, width}) {}
+
+  void run(Runtime& runtime, Data<T>& data) {
+    void *x = data.x.buffer(), *dy = data.dy.buffer();
+    void *scale = data.scale.buffer(), *none = data.none.buffer();
+    runtime.call(normax_forward, {x, scale, none}, {y.buffer()},
+                 {{"centered", 1}, {"epsilon", 1e-5}});
+    runtime.call(normax_add_forward, {x, dy, none, none}, {sum.buffer(), added.buffer()},
+                 {{"centered", 0}, {"epsilon", 1e-5}});
+    runtime.call(normax_backward, {x, scale, dy, none},
+                 {dx.buffer(), dscale.buffer(), dbias.buffer()},
+                 {{"centered", 1}, {"epsilon", 1e-5}});
+  }
+  bool operator==(const Rows& other) const {
+    return y == other.y && sum == other.sum && added == other.added && dx == other.dx &&
+           dscale == other.dscale && dbias == other.dbias;
   }
 };
 
 template <class T>
-struct Memory {  // of lines of cache, for what is written past them
-  T* data = static_cast<T*>(std::aligned_alloc(64, kEntries * sizeof(T)));
-  ~Memory() { std::free(data); }
+struct Columns {
+  Array<T> unit, mean, rest, var, y, dscale, dbias, dx;
+  int64_t rows;
+
+  Columns(int64_t calls, int64_t rows, int64_t width)
+      : unit({calls, width}),
+        mean({calls, width}),
+        rest({calls, width}),
+        var({calls, width}),
+        y({rows, width}),
+        dscale({calls, width}),
+        dbias({calls, width}),
+        dx({rows, width}),
+        rows(rows / calls) {}
+
+  void run(Runtime& runtime, Data<T>& data) {
+    void *x = data.x.buffer(), *dy = data.dy.buffer(), *none = data.none.buffer();
+    void *u = unit.buffer(), *m = mean.buffer(), *r = rest.buffer(), *v = var.buffer();
+    void *ds = dscale.buffer(), *db = dbias.buffer();
+    runtime.call(normax_column_moments, {x}, {u, m, r, v}, {});
+    runtime.call(normax_columns_forward, {x, none, none, u, m, r, v}, {y.buffer()},
+                 {{"epsilon", 1e-5}});
+    runtime.call(normax_column_gradients, {x, dy, u, m, r, v}, {ds, db}, {{"epsilon", 1e-5}});
+    runtime.call(normax_columns_backward, {x, none, dy, u, m, r, v, ds, db}, {dx.buffer()},
+                 {{"count", double(rows)}, {"epsilon", 1e-5}});
+  }
+  bool operator==(const Columns& other) const {
+    return mean == other.mean && rest == other.rest && var == other.var && y == other.y &&
+           dscale == other.dscale && dbias == other.dbias && dx == other.dx;
+  }
 };
 
 template <class T>
-double rows(xla::ffi::ThreadPool pool, int pair, const Data<T>& data, T* out, int64_t round) {
-  const Cuts cuts(1, kRows, kWidth, threads_of(pool));
-  const int64_t line = 2 * kWidth, all = cuts.number() * line;
-  std::vector<double> sums(all), lost(all), work(workers_for(pool, cuts.number()) * line);
-  in_parallel(pool, cuts.number(), [&](int64_t piece, int64_t worker) {
-    Rows task{};
-    task.x = data.x.data();
-    task.dy = data.dy.data();
-    task.out = out;
-    task.scale = data.scale.data();
-    task.length = kWidth;
-    task.epsilon = 1e-5;
-    task.centered = true;
-    task.past = round % 2;
-    baseline::kernels.backward[pair](task, cuts.begin(piece), cuts.end(piece), &sums[piece * line],
-                                     &lost[piece * line], &work[worker * line]);
-  });
-  double found = 0;
-  for (double sum : sums) found += sum;
-  return found;
-}
+struct Groups {
+  Array<T> y, dx, dscale, dbias, x, dy;
 
-template <class T>
-double columns(xla::ffi::ThreadPool pool, int pair, const Data<T>& data, T* out, int64_t round) {
-  const Cuts cuts(1, kRows, kWidth, threads_of(pool));
-  const int64_t line = 2 * kWidth;
-  std::vector<double> sums(cuts.number() * line);
-  std::vector<double> room(workers_for(pool, cuts.number()) * kFactorLines * kWidth);
-  std::vector<double> lines(kLines * kWidth, 1.0);
-  auto part = [&](int64_t piece) {
-    Columns task{};
-    task.x = data.x.data() + cuts.begin(piece) * kWidth;
-    task.dy = data.dy.data() + cuts.begin(piece) * kWidth;
-    task.rows = cuts.end(piece) - cuts.begin(piece);
-    task.stride = kWidth;
-    return task;
-  };
-  in_parallel(pool, cuts.number(), [&](int64_t piece, int64_t) {
-    const About about{data.zeros.data(), data.ones.data(), data.ones.data()};
-    baseline::kernels.sum_columns[pair](part(piece), round % 3 == 0, about, &sums[piece * line],
-                                        kWidth);
-  });
-  in_parallel(pool, cuts.number(), [&](int64_t piece, int64_t worker) {
-    Columns task = part(piece);
-    task.out = out + cuts.begin(piece) * kWidth;
-    task.past = round % 2;
-    if (round % 2 == 0) task.dy = nullptr;
-    baseline::kernels.write_columns[pair](task, lines_in(lines.data(), kWidth), kWidth,
-                                          &room[worker * kFactorLines * kWidth]);
-  });
-  double found = 0;
-  for (double sum : sums) found += sum;
-  return found;
-}
-
-template <class T>
-double groups(xla::ffi::ThreadPool pool, int pair, const Data<T>& data, T* out) {
-  const int64_t count = kWidth / kMembers;
-  std::vector<double> room(workers_for(pool, count) * kGroupLines * kMembers);
-  std::vector<double> sums(2 * kWidth), lost(2 * kWidth);
-  in_parallel(pool, count, [&](int64_t i, int64_t worker) {
-    Groups task{};
-    task.columns.x = data.x.data();
-    task.columns.dy = data.dy.data();
-    task.columns.out = out;
-    task.columns.rows = kRows;
-    task.columns.stride = kWidth;
-    task.scale = data.scale.data();
-    task.members = kMembers;
-    task.epsilon = 1e-5;
-    task.centered = true;
-    baseline::kernels.groups_backward[pair](
-        task, kMembers * i, kMembers * (i + 1), &room[worker * kGroupLines * kMembers],
-        sums.data(), lost.data(), kWidth);
-  });
-  double found = 0;
-  for (double sum : sums) found += sum;
-  return found;
-}
-
-template <class T>
-int rounds(int pair) {
-  xla::ffi::Pool pool(3);
-  const Data<T> data;
-  Memory<T> one, other;
-  for (int64_t round = 0; round < kRounds; ++round) {
-    auto call = [&](T* out) {
-      xla::ffi::ThreadPool threads(pool);
-      double found = rows(threads, pair, data, out, round);
-      found += columns(threads, pair, data, out, round);
-      found += groups(threads, pair, data, out);
-      for (int64_t i = 0; i < kEntries; i += 97) found += out[i];
-      return found;
-    };
-    double here = 0, there = 0;
-    std::thread thread([&] { there = call(other.data); });
-    here = call(one.data);
-    thread.join();
-    if (here != there) {
-      std::printf("round %d: %g and %g\n", int(round), here, there);
-      return 1;
+  Groups(Data<T>& data, int64_t examples, int64_t rows, int64_t width)
+      : y({examples, rows / examples, width / kMembers, kMembers}),
+        dx({examples, rows / examples, width / kMembers, kMembers}),
+        dscale({1, width}),
+        dbias({1, width}),
+        x({examples, rows / examples, width / kMembers, kMembers}),
+        dy({examples, rows / examples, width / kMembers, kMembers}) {
+    for (int64_t i = 0; i < x.count(); ++i) {
+      x[i] = data.x[i];
+      dy[i] = data.dy[i];
     }
-    std::atomic<int64_t> done{0};
-    xla::ffi::ThreadPool threads(pool);
-    in_parallel(threads, 1 + round % 7, [&](int64_t, int64_t) { ++done; });
-    if (done != 1 + round % 7) return 1;
+  }
+
+  void run(Runtime& runtime, Data<T>& data) {
+    void* none = data.none.buffer();
+    runtime.call(normax_groups_forward, {x.buffer(), none, none}, {y.buffer()},
+                 {{"centered", 1}, {"epsilon", 1e-5}});
+    runtime.call(normax_groups_backward, {x.buffer(), none, dy.buffer()},
+                 {dx.buffer(), dscale.buffer(), dbias.buffer()},
+                 {{"centered", 1}, {"epsilon", 1e-5}});
+  }
+  bool operator==(const Groups& other) const {
+    return y == other.y && dx == other.dx && dscale == other.dscale && dbias == other.dbias;
+  }
+};
+
+// Runs two of a kind at once, again and again: all are equal.
+template <class T, class Make>
+int same(Runtime& runtime, Data<T>& data, int64_t rounds, const Make& make) {
+  auto first = make(), one = make(), other = make();
+  first.run(runtime, data);
+  if (first.dx[1] == 0 || first.dscale[1] == 0) return 1;  // something was written
+  for (int64_t round = 0; round < rounds; ++round) {
+    std::thread thread([&] { other.run(runtime, data); });
+    one.run(runtime, data);
+    thread.join();
+    if (!(one == first && other == first)) return 1;
   }
   return 0;
+}
+
+template <class T>
+int all(Runtime& runtime) {
+  int wrong = 0;
+  struct Case {
+    int64_t calls, rows, width, scales, rounds;
+  };
+  // One call in pieces; many calls that are a piece each; few calls in pieces; and what is so large
+  // that it is written past the caches. One scale for all calls, and one for each.
+  for (auto [calls, rows, width, scales, rounds] :
+       {Case{1, 3000, 64, 1, kRounds}, Case{500, 3000, 64, 1, kRounds},
+        Case{500, 3000, 64, 500, kRounds}, Case{3, 6000, 64, 3, kRounds},
+        Case{1, 1 << 15, 64, 1, 2}}) {
+    Data<T> data(rows, width, scales);
+    wrong += same(runtime, data, rounds, [=] { return Rows<T>(calls, rows, width); });
+    wrong += same(runtime, data, rounds, [=] { return Columns<T>(calls, rows, width); });
+    for (int64_t examples : {1, 8, 100}) {
+      if (rows % examples) continue;
+      wrong += same(runtime, data, rounds,
+                    [&] { return Groups<T>(data, examples, rows, width); });
+    }
+  }
+  return wrong;
 }
 
 }  // namespace
 
 int main() {
-  const int wrong = rounds<float>(kF32) + rounds<double>(kF64);
-  std::printf(wrong ? "differ\n" : "the same\n");
-  return wrong;
+  Runtime runtime(3);
+  const int wrong = all<float>(runtime) + all<double>(runtime);
+  std::printf(wrong ? "%d differ\n" : "the same\n", wrong);
+  return wrong != 0;
 }
