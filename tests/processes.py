@@ -3,7 +3,7 @@
     python tests/processes.py PORT PROCESSES NUMBER FOLDER STEPS KILLED_AT
 
 It saves as it goes on, begins with what is saved, and kills itself at a step; 0 is none. The first
-process prints what it ends with.
+process prints what it ends with. A batch that is bad for one of them is skipped by all.
 """
 
 import json
@@ -23,6 +23,7 @@ from normax.experiments import compare, data
 from normax.experiments.network import Network
 
 SIZE = 64
+BAD_AT = 3  # a step of which the last process has an image that is no number
 
 
 def main(port, processes, number, folder, steps, killed_at):
@@ -59,8 +60,11 @@ def main(port, processes, number, folder, steps, killed_at):
             if killed_at and i == killed_at and number == processes - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             index = np.arange(SIZE) + i * SIZE
+            pixels = images.image[index]
+            if i == BAD_AT:
+                pixels[-1] = np.nan
             batch = {
-                "image": images.image[index][mine],
+                "image": pixels[mine],
                 "label": images.label[index][mine],
                 "weight": np.ones(share, np.float32),
             }
@@ -74,7 +78,8 @@ def main(port, processes, number, folder, steps, killed_at):
     if number == 0:
         leaves = jax.tree.leaves((state.params, state.model_state))
         ends = [np.asarray(leaf, np.float64).ravel().tolist() for leaf in leaves]
-        print(json.dumps({"losses": losses, "leaves": ends}), flush=True)
+        found = {"losses": losses, "leaves": ends, "skipped": int(state.skipped)}
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,30 @@ def test_training_goes_on_with_the_same_bits(kind, microbatches, tmp_path):
         again, others = step(again, (X, Y))
     same(again, state)
     same(metrics, others)
+
+
+def test_training_does_not_wait_for_what_is_written(tmp_path, monkeypatch):
+    go, rename = threading.Event(), os.rename
+
+    def held(*paths, **options):
+        assert go.wait(60)
+        return rename(*paths, **options)
+
+    state, loss = create("linen", rate=0.3)
+    step = train.train_step(loss)
+    state, _ = step(state, (X, Y))
+    saved = jax.tree.map(jnp.copy, state)
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(os, "rename", held)  # what ends the writing of a file or folder
+        assert checkpoints.save(1, state)
+        for _ in range(3):
+            state, _ = step(state, (X, Y))
+        assert not (tmp_path / "1").exists()
+        go.set()
+        checkpoints.wait()
+        assert (tmp_path / "1").exists()
+        back, _ = checkpoints.restore(state)
+    same(*(s.replace(key=jax.random.key_data(s.key)) for s in (back, saved)))
 
 
 def test_the_last_and_the_best_are_kept(tmp_path):
