@@ -119,17 +119,22 @@ def _in_a_unit_where_needed(reduction, x, mask, devices=1):
     var = common[-1]
     common = (count, jnp.ones_like(var), *common)
     tiny, wild = var < _smallest_square(var.dtype), ~jnp.isfinite(var)
-    doubtful = jnp.any(tiny | wild)
-    unit = _at_most_once(doubtful, lambda x: _unit(reduction, x, mask), x, common[1])
-    # Entries near one, or larger, have so small a variance only where they are equal.
-    needed = (tiny & (unit < 2.0**-10)) | wild
-    unit = jnp.where(needed, unit, 1)
 
-    @parts.shared
-    def again(reduction, x, mask, n):
-        return _measure_in(unit if unit.ndim == x.ndim else unit[None], reduction, x, mask, n)
+    def doubted(x):
+        unit = _unit(reduction, x, mask)
+        # Entries near one, or larger, have so small a variance only where they are equal.
+        needed = (tiny & (unit < 2.0**-10)) | wild
+        unit = jnp.where(needed, unit, 1)
 
-    return _at_most_once(jnp.any(needed), lambda x: again(reduction, x, mask, devices), x, common)
+        @parts.shared
+        def in_it(part, x, mask, n):
+            return _measure_in(parts.of_part(unit, reduction, part), part, x, mask, n)
+
+        again = functools.partial(in_it, reduction, mask=mask, devices=devices)
+        return _at_most_once(jnp.any(needed), again, x, common)
+
+    # One question within the other: where devices have to agree, they ask only the first.
+    return _at_most_once(jnp.any(tiny | wild), doubted, x, common)
 
 
 def _unit(reduction, x, mask):

@@ -40,12 +40,13 @@ def shared(measure: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(measure)
     def form(reduction, x, mask, devices=1):
-        count = _count(reduction, x, devices)
+        cut, count = _cut_of(reduction, x, devices)
         if count == 1:
             return here(reduction, x, mask)
-        within = reduction._replace(axes=tuple(axis + 1 for axis in reduction.axes))
-        mask = mask if mask is None else _cut(mask, count if mask.shape[0] > 1 else 1)
-        each = here(within, _cut(x, count), mask)
+        within = reduction._replace(axes=tuple(axis + (axis >= cut) for axis in reduction.axes))
+        mask = mask if mask is None else _parted(mask, cut, count if mask.shape[cut] > 1 else 1)
+        each = here(within, _parted(x, cut, count), mask)
+        each = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, cut, 0), each)
         share = jnp.full((count, *[1] * x.ndim), 1 / count, each[-1].dtype)
         found, *measured = together(reduction, pool.lay_out, share, *each)
         return _narrow(found, each[0]), *measured
@@ -53,23 +54,43 @@ def shared(measure: Callable[..., Any]) -> Callable[..., Any]:
     return form
 
 
-def _count(reduction, x, devices):
-    """Returns in how many parts the examples are, none of which two devices share."""
-    if devices == 1 or 0 not in reduction.axes or not x.size:
-        return 1
-    sharding, examples = jax.typeof(x).sharding, x.shape[0]
+def of_part(value: jax.Array, whole: Any, part: Any) -> jax.Array:
+    """Returns what is known of a whole as its parts have it: with their axis.
+
+    Args:
+      value: with the axes that `whole` reduces kept.
+      whole: the reduction that was asked for.
+      part: the one that `measure` was given.
+    """
+    if whole.axes == part.axes:
+        return value
+    return jnp.expand_dims(value, min(set(whole.axes) - set(part.axes)))
+
+
+def _cut_of(reduction, x, devices):
+    """Returns along which axis there are parts, and how many, none of which two devices share.
+
+    Where layouts are part of types it is an axis that is dealt out, else the examples'.
+    """
+    if devices == 1 or not reduction.axes or not x.size:
+        return 0, 1
+    sharding, cut = jax.typeof(x).sharding, 0
     if sharding.mesh.explicit_axes:
-        along = sharding.spec[0]
+        dealt_out = (axis for axis in reduction.axes if sharding.spec[axis] is not None)
+        cut = next(dealt_out, reduction.axes[0])
+        along = sharding.spec[cut]
         along = along if isinstance(along, tuple) else () if along is None else (along,)
         devices = math.prod(sharding.mesh.shape[axis] for axis in along)
-    known = isinstance(examples, int)
-    return devices if known and devices <= MOST and examples % devices == 0 else 1
+    size = x.shape[cut]
+    even = isinstance(size, int) and size % devices == 0
+    return cut, devices if cut in reduction.axes and devices <= MOST and even else 1
 
 
-def _cut(x, count):
-    """Returns an array with an axis of so many parts of the first in front."""
-    along, *rest = jax.typeof(x).sharding.spec
-    return pool.reshape(x, (count, x.shape[0] // count, *x.shape[1:]), (along, None, *rest))
+def _parted(x, cut, count):
+    """Returns an array with an axis of so many parts of another in front of that."""
+    spec, shape = jax.typeof(x).sharding.spec, x.shape
+    shape = (*shape[:cut], count, shape[cut] // count, *shape[cut + 1 :])
+    return pool.reshape(x, shape, (*spec[: cut + 1], None, *spec[cut + 1 :]))
 
 
 def _narrow(count, each):

@@ -129,6 +129,14 @@ def test_stress_rows(kind, n):
     check(row, ct, "float32", only=("layer", "batch", "rms"))
 
 
+@pytest.mark.parametrize("kind", ["outlier", "lognormal"])
+def test_long_rows_and_cotangents_of_one_sign(kind):
+    """One sum of so many numbers that grow it loses digits, whatever a processor adds at once."""
+    n = 2**18 + 1
+    ct = jnp.asarray(np.random.default_rng(2).uniform(size=(1, n)) ** 4, "float32")
+    check(jnp.asarray(stress(n)[kind], "float32")[None], ct, "float32", only=("layer",))
+
+
 @jax.jit
 def layer_norm_and_gradient(x, ct):
     y, vjp = jax.vjp(lambda x: normax.layer_norm(x, epsilon=1e-5), x)

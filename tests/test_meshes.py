@@ -97,6 +97,45 @@ def test_forms_of_other_platforms_exchange_once(axis_type, centered, form, excha
     np.testing.assert_allclose(var * unit**2, wanted, 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("spec", "reduced", "number"),
+    [
+        (P(None, "data"), (0, 1), 2),
+        (P(None, ("data", "model")), (0, 1), 2),
+        (P(None, "data"), (1, 2), 2),
+        (P(None, None, ("data", "model")), (2,), 2),
+        (P("data", None, "model"), (0, 1), 3),
+        (P("data", None, "model"), (2,), 3),
+        (P("model", "data"), (1,), 3),
+    ],
+    ids=str,
+)
+@MASKS
+def test_any_axis_that_is_dealt_out_is_measured_in_parts(spec, reduced, number, mask):
+    """Where layouts are in types; one more of a flag where groups are apart on devices, too."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Explicit,) * 2)
+    x = 1e4 + jax.random.normal(jax.random.key(0), (16, 8, 32))
+    ct = jax.random.normal(jax.random.key(1), x.shape)
+    valid = mask if mask is None else jax.random.bernoulli(jax.random.key(2), 0.7, x.shape)
+
+    @jax.jit
+    def both(x, ct, valid):
+        norm = lambda x: normax.standardize(x, reduction_axes=reduced, mask=valid)[0]
+        y, pull = jax.vjp(norm, x)
+        return y, *pull(ct)
+
+    put = lambda value: jax.device_put(value, NamedSharding(mesh, spec))
+    given = jax.tree.map(put, (x, ct, valid))
+    compiled = both.lower(*given).compile()
+    text = compiled.as_text()
+    assert collectives(text[text.index("\nENTRY ") :]) == {"all-reduce": number}
+    agree(jax.tree.map(np.asarray, compiled(*given)), both(x, ct, valid))
+    # In units of their own, too: each feature in another, and none that a square of it would have.
+    size = 1e-30 * 2.0 ** jnp.arange(32.0)[None, None]
+    found, *_ = compiled(jax.tree.map(put, (x - 1e4) * size), *given[1:])
+    agree(np.asarray(found), both((x - 1e4) * size, ct, valid)[0])
+
+
 @TYPES
 def test_a_batch_that_devices_do_not_divide(axis_type):
     mesh = jax.make_mesh((4, 2), ("data", "model"), (axis_type,) * 2)
