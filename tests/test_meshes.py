@@ -266,7 +266,7 @@ def test_nothing_of_the_size_of_x_crosses_explicit_axes(member):
     compiled = jax.jit(step).lower(*given).compile()
     assert max(sent(compiled.as_text()), default=0) < x.size / 2
     wanted = jax.jit(step)(x, jnp.cos(x), parameters)
-    agree(jax.tree.map(np.asarray, compiled(*given)), wanted)
+    agree(jax.tree.map(np.asarray, compiled(*given)), wanted, units=8)  # long sums of gradients
 
 
 @pytest.mark.parametrize("masked", [False, True])
