@@ -81,9 +81,11 @@ def _cut_of(reduction, x, devices):
         along = sharding.spec[cut]
         along = along if isinstance(along, tuple) else () if along is None else (along,)
         devices = math.prod(sharding.mesh.shape[axis] for axis in along)
-    size = x.shape[cut]
-    even = isinstance(size, int) and size % devices == 0
-    return cut, devices if cut in reduction.axes and devices <= MOST and even else 1
+    if cut not in reduction.axes or not isinstance(x.shape[cut], int):
+        return 0, 1
+    # Over however many of all the devices it is dealt out, they divide both.
+    count = math.gcd(x.shape[cut], devices)
+    return cut, count if count <= MOST else 1
 
 
 def _parted(x, cut, count):
