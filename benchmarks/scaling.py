@@ -19,6 +19,8 @@ import traffic
 import traffic_hlo
 
 SLICES = {4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}
+LARGEST = max(SLICES)  # of more chips there are several, each of so many
+MOST = 256  # as normax.parts has it, which imports JAX before it is told of its platform
 TPU, GPU = TARGETS = "v5e", "h200"
 JIT, SHARD_MAP = "jit", "shard_map"
 ROUTES = JIT, SHARD_MAP
@@ -28,6 +30,9 @@ COLLECTIVES = "all-reduce", "all-gather", "all-to-all", "collective-permute", "r
 # Of a v5e, by J. Austin et al., "How to Scale Your Model", 2025: bytes a second of one link in one
 # direction, seconds of a hop, and bytes a second of a chip's memory.
 LINK, HOP, MEMORY = 4.5e10, 1e-6, 8.1e11
+# Of the network between slices, bytes a second of one chip: 6.4 Tbit/s of a slice of 256, by Google
+# Cloud's page on the v5e. What it takes to begin is not said there.
+NETWORK = 6.4e12 / 8 / 256
 WRAPPED = 16  # chips along an axis from which on the last is a neighbour of the first
 EXAMPLES, PIXELS, ITEMSIZE = 32, 56 * 56, 2  # of a chip, for the time that the norm itself takes
 PASSES = 8  # arrays of the size of x that it reads or writes, forward and backward
@@ -51,14 +56,17 @@ def step(route: str, devices: int, features: int, target: str = TPU) -> Step:
     Under plain jit the partitioner adds up each sum: forward those of the entries and of their
     squares, backward those of dy and of dy xhat. Where a mean is far above a deviation that loses
     digits, and devices lay what they measure about their own means side by side, four numbers of a
-    feature. On GPUs, and with an `axis_name`, they do so at once, which is always enough; backward
-    go the sums for x, and with an `axis_name` those for the parameters beside them.
+    feature; of more than 256 the unit and three sums are taken of all, one after the other. On
+    GPUs, and with an `axis_name`, they do so at once, which is always enough; backward go the sums
+    for x, and with an `axis_name` those for the parameters beside them.
     """
     line = FLOAT * features
     if devices == 1:
         return Step(())
     if route == JIT and target == GPU:
         return Step((4 * line * devices, 2 * line))
+    if route == JIT and devices > MOST:
+        return Step((2 * line, 2 * line), (line,) * 4)
     if route == JIT:
         return Step((2 * line, 2 * line), (4 * line * devices,))
     return Step((4 * line * devices, 4 * line))
@@ -72,10 +80,14 @@ def hops(devices: int) -> int:
 
 
 def seconds(sent: tuple[int, ...], devices: int) -> float:
-    """Returns the least that all-reduces take on a slice, as if nothing else ran."""
-    # A ring sends all but its own part, twice; two axes and two directions share it.
-    moved = 2 * sum(sent) * (devices - 1) / devices
-    return len(sent) * hops(devices) * HOP + moved / (4 * LINK)
+    """Returns the least that all-reduces take on slices, as if nothing else ran."""
+    # A ring sends all but its own part, twice; two axes and two directions share it. Between slices
+    # each chip sends its share of what its slice has reduced.
+    within = min(devices, LARGEST)
+    moved = 2 * sum(sent) * (within - 1) / within
+    slices = devices // within
+    between = 2 * sum(sent) / within * (slices - 1) / slices
+    return len(sent) * hops(within) * HOP + moved / (4 * LINK) + between / NETWORK
 
 
 def own_seconds(features: int) -> float:
@@ -88,7 +100,7 @@ def table() -> str:
     head = "features", "devices", "by", "all-reduces", "KiB", "at least, µs", "own part, µs"
     rows = [head, ("---",) * len(head)]
     for features in (64, 256, 2048):
-        for devices in (1, *SLICES):
+        for devices in (1, *SLICES, 2 * LARGEST, 4 * LARGEST):
             for route in ROUTES:
                 if devices == 1 and route != JIT:
                     continue
@@ -96,7 +108,7 @@ def table() -> str:
                 name = {JIT: "plain jit", SHARD_MAP: "`axis_name`"}[route] if devices > 1 else ""
                 more = f" (+ {len(again)})" if again else ""
                 later = f" (+ {1e6 * seconds(again, devices):.0f})" if again else ""
-                row = features, devices, name, f"{len(sent)}{more}", f"{sum(sent) / 1024:.4g}"
+                row = features, devices, name, f"{len(sent)}{more}", f"{sum(sent) / 1024:.5g}"
                 times = (
                     f"{1e6 * seconds(sent, devices):.0f}{later}",
                     f"{1e6 * own_seconds(features):.0f}",

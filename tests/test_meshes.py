@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from test_sync import BIAS, CT, MASKS, RAGGED, SCALE, N, X, agree, norm, whole
 
 import normax.linen
-from normax import forms, measure, train
+from normax import forms, measure, parts, train
 
 TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 
@@ -134,6 +134,18 @@ def test_any_axis_that_is_dealt_out_is_measured_in_parts(spec, reduced, number, 
     size = 1e-30 * 2.0 ** jnp.arange(32.0)[None, None]
     found, *_ = compiled(jax.tree.map(put, (x - 1e4) * size), *given[1:])
     agree(np.asarray(found), both((x - 1e4) * size, ct, valid)[0])
+
+
+def test_of_more_parts_than_are_laid_side_by_side_each_sum_is_of_all(monkeypatch):
+    monkeypatch.setattr(parts, "MOST", N - 1)
+    mesh = jax.make_mesh((N,), ("data",), (AxisType.Auto,), devices=jax.devices()[:N])
+    reduction = measure.Reduction((0,), True, least=2.0**-60)
+    x = 1e4 + jax.random.normal(jax.random.key(0), (8 * N, 4))
+    given = jax.device_put(x, NamedSharding(mesh, P("data")))
+    form = jax.jit(lambda x: forms._in_a_unit(reduction, x, None, devices=N))
+    text = form.lower(given).compile().as_text()
+    assert collectives(text) == {"all-reduce": 4}
+    agree(jax.tree.map(np.asarray, form(given)), forms._in_a_unit(reduction, x, None))
 
 
 @TYPES

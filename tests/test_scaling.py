@@ -11,6 +11,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 
 import scaling
 
+from normax import parts
+
 ROOT = pathlib.Path(__file__).parents[1]
 TWO = """\
 HloModule jit_f
@@ -56,6 +58,8 @@ def test_one_device_sends_nothing_and_many_send_no_more_by_plain_jit():
     assert few.always == many.always
     few, many = (scaling.step(scaling.SHARD_MAP, devices, 64).always[0] for devices in (4, 256))
     assert many == 64 * few
+    assert parts.MOST == scaling.MOST
+    assert len(scaling.step(scaling.JIT, 2 * scaling.MOST, 64).again) == 4
 
 
 def test_an_all_reduce_takes_its_hops_and_its_bytes():
@@ -64,6 +68,9 @@ def test_an_all_reduce_takes_its_hops_and_its_bytes():
     large = 10**9
     moved = scaling.seconds((large,), 256) - scaling.seconds((0,), 256)
     assert moved == pytest.approx(2 * large * 255 / 256 / (4 * scaling.LINK))
+    # Two slices send, of what each has reduced, a half to each other, twice, all chips at once.
+    between = scaling.seconds((large,), 512) - scaling.seconds((large,), 256)
+    assert between == pytest.approx(large / 256 / scaling.NETWORK)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu to compile")
