@@ -18,6 +18,8 @@ from normax import axes as ax
 from normax.state import leaves_by_path
 
 NAME = "Checkpoints.restore"
+# Of these TensorStore would say so late, while it writes.
+UNKNOWN = {jnp.dtype("uint2"), jnp.dtype("uint4")}
 
 
 class Checkpoints:
@@ -102,7 +104,8 @@ class Checkpoints:
 
         Raises:
           ValueError: metrics without `best`.
-          TypeError: a position that JSON cannot say; an array of a dtype that JAX narrows.
+          TypeError: a position that JSON cannot say; an array of a dtype that JAX narrows, or that
+            TensorStore has not.
         """
         step = int(step)
         if step % self.every or step in self.steps():
@@ -247,11 +250,12 @@ def _plain(caller, name, leaf):
     array = jnp.asarray(leaf)
     given = getattr(leaf, "dtype", array.dtype)
     if array.dtype != given:
-        raise TypeError(
-            f"{caller}: expected {name} of a dtype that JAX keeps, got {given}, of which it would "
-            f"make {array.dtype}"
-        )
-    return jax.random.key_data(array) if _is_key(array) else array
+        why = f"of which JAX would make {array.dtype}"
+    elif given in UNKNOWN:
+        why = "which TensorStore has not"
+    else:
+        return jax.random.key_data(array) if _is_key(array) else array
+    raise TypeError(f"{caller}: expected {name} of a dtype that is kept, got {given}, {why}")
 
 
 def _kind(leaf):

@@ -211,8 +211,10 @@ def test_what_cannot_come_back_is_refused_when_it_is_saved(tmp_path):
         with pytest.raises(ValueError, match="different names"):
             checkpoints.save(1, {"a/b": jnp.zeros(2), "a": {"b": jnp.ones(2)}})
         for value in (np.int64(2**40), np.arange(3.0)):
-            with pytest.raises(TypeError, match=r"n of a dtype that JAX keeps, got .*64"):
+            with pytest.raises(TypeError, match=r"n of a dtype that is kept, got .*64, of which"):
                 checkpoints.save(1, {"n": value})
+        with pytest.raises(TypeError, match=r"got uint4, which TensorStore has not"):
+            checkpoints.save(1, {"n": jnp.ones(3, "uint4")})
         assert checkpoints.steps() == []
 
 
