@@ -353,10 +353,12 @@ def test_the_passes_move_what_they_say():
     np.testing.assert_allclose(total, jnp.sum(x * dy), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("machine", ["cpu", "h100"])
+@pytest.mark.parametrize("machine", ["cpu", "cpu-avx512", "h100"])
 def test_the_readme_has_the_numbers_of_the_results(machine):
     folder = ROOT / "benchmarks" / "results" / machine
     stored = report.load([folder / report.JSON])
     text = (folder / report.TABLE).read_text()
     assert text == report.markdown(stored)
+    if machine == "cpu-avx512":  # of which there is a sentence, and no table
+        return
     assert "\n".join(report.ratios(stored["both"])[2:]).strip() in (ROOT / "README.md").read_text()
