@@ -238,6 +238,8 @@ MUTATIONS = [
     Mutation("training: a bad batch is let in", "train.py", "bad = ~jnp.stack(finite).all()", "bad = jnp.zeros((), bool)", "test_bad_batches.py -k changes_nothing and linen"),
     Mutation("training: gradients are not looked at", "train.py", 'for v in (metrics["loss"], *jax.tree.leaves(grads))]', 'for v in (metrics["loss"],)]', "test_bad_batches.py -k gradient_alone"),
     Mutation("training: bad batches are not counted", "train.py", "skipped=old.skipped + skipped", "skipped=old.skipped", "test_bad_batches.py -k counted"),
+    Mutation("training: the data's position is lost", "checkpoint.py", '"position": position})', '"position": None})', "test_checkpoint.py -k same_bits and linen and 1"),
+    Mutation("a soak that lets bad batches in", "train.py", "bad = ~jnp.stack(finite).all()", "bad = jnp.zeros((), bool)", "test_soak.py"),
     Mutation("training: a save waits", "checkpoint.py", "return self._manager.save(", "return (lambda *a, **k: [self._manager.save(*a, **k), self.wait()][0])(", "test_checkpoint.py -k does_not_wait"),
     Mutation("training: no checksums", "checkpoint.py", "not in (None, _checksum(leaf))", "in ()", "test_checkpoint.py -k checksum"),
     Mutation("training: what is said of arrays is not checked", "checkpoint.py", 'or read.get("checksum") != zlib.crc32(text.encode())', "or False", "test_checkpoint.py -k damaged"),
