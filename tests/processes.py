@@ -1,9 +1,10 @@
 """One of several processes that train the main job's network together: for `test_processes.py`.
 
-    python tests/processes.py PORT PROCESSES NUMBER FOLDER STEPS KILLED_AT
+    python tests/processes.py PORT PROCESSES NUMBER FOLDER STEPS KILLED_AT KILLED
 
-It saves as it goes on, begins with what is saved, and kills itself at a step; 0 is none. The first
-process prints what it ends with. A batch that is bad for one of them is skipped by all.
+It saves as it goes on, begins with what is saved, and kills itself at a step, if it is the one of
+that number; 0 is none. The first process prints what it ends with. A batch that is bad for one of
+them is skipped by all.
 """
 
 import json
@@ -26,7 +27,7 @@ SIZE = 64
 BAD_AT = 3  # a step of which the last process has an image that is no number
 
 
-def main(port, processes, number, folder, steps, killed_at):
+def main(port, processes, number, folder, steps, killed_at, killed):
     if processes > 1:
         jax.distributed.initialize(
             f"127.0.0.1:{port}",
@@ -57,7 +58,7 @@ def main(port, processes, number, folder, steps, killed_at):
             state, _ = checkpoints.restore(state)
         print("from", int(state.step), flush=True)
         for i in range(int(state.step), steps):
-            if killed_at and i == killed_at and number == processes - 1:
+            if killed_at and i == killed_at and number == killed:
                 os.kill(os.getpid(), signal.SIGKILL)
             index = np.arange(SIZE) + i * SIZE
             pixels = images.image[index]
@@ -83,5 +84,5 @@ def main(port, processes, number, folder, steps, killed_at):
 
 
 if __name__ == "__main__":
-    port, processes, number, folder, steps, killed_at = sys.argv[1:]
-    main(int(port), int(processes), int(number), folder, int(steps), int(killed_at))
+    port, processes, number, folder, *rest = sys.argv[1:]
+    main(int(port), int(processes), int(number), folder, *map(int, rest))

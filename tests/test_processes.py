@@ -17,7 +17,7 @@ STEPS = 6
 BOUND = 240  # seconds within which nothing may hang
 
 
-def start(processes, folder, killed_at=0):
+def start(processes, folder, killed_at=0, killed=1):
     """Starts processes of two devices each, which listen on this machine alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -28,7 +28,8 @@ def start(processes, folder, killed_at=0):
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     }
-    before, after = [str(port), str(processes)], [str(folder), str(STEPS), str(killed_at)]
+    before = [str(port), str(processes)]
+    after = [str(folder), str(STEPS), str(killed_at), str(killed)]
     return [
         subprocess.Popen(
             [sys.executable, str(HERE / "processes.py"), *before, str(number), *after],
@@ -80,6 +81,14 @@ def test_processes_train_as_one_does(processes, alone, tmp_path):
     losses = ends(said)["losses"]
     assert np.isnan(losses).tolist() == [i == BAD_AT for i in range(STEPS)]
     near(ends(said), alone)
+
+
+def test_the_first_which_the_others_know_each_other_by_may_be_killed_too(tmp_path):
+    begun = time.monotonic()
+    codes, said = finish(start(2, tmp_path, killed_at=2, killed=0))
+    assert codes[0] == -9
+    assert codes[1] != 0, said
+    assert time.monotonic() - begun < BOUND
 
 
 def test_one_that_is_killed_stops_the_others_and_all_go_on(alone, tmp_path):
