@@ -23,6 +23,7 @@ from normax.kernels.dispatch import by_platform
 @functools.partial(jax.jit, static_argnums=0)
 def measure_here(reduction, x, mask):
     """Returns count, unit, mean, rest and var of this device's entries."""
+    mask = mask if mask is None else pool.placed_along(mask, x)
     if units.needed(x.dtype):
         # A GPU would have to ask the host whether to go on; reading x once more is cheaper there.
         anywhere, where_asked = _in_a_unit, _in_a_unit_where_needed
@@ -120,8 +121,8 @@ def _in_a_unit_where_needed(reduction, x, mask, devices=1):
     common = (count, jnp.ones_like(var), *common)
     tiny, wild = var < _smallest_square(var.dtype), ~jnp.isfinite(var)
 
-    def doubted(x):
-        unit = _unit(reduction, x, mask)
+    def doubted(guarded):
+        unit = _unit(reduction, guarded, mask)
         # Entries near one, or larger, have so small a variance only where they are equal.
         needed = (tiny & (unit < 2.0**-10)) | wild
         unit = jnp.where(needed, unit, 1)
@@ -131,6 +132,7 @@ def _in_a_unit_where_needed(reduction, x, mask, devices=1):
             return _measure_in(parts.of_part(unit, reduction, part), part, x, mask, n)
 
         again = functools.partial(in_it, reduction, mask=mask, devices=devices)
+        # Not what is guarded for this loop: passed on to the next it would be written down.
         return _at_most_once(jnp.any(needed), again, x, common)
 
     # One question within the other: where devices have to agree, they ask only the first.

@@ -81,11 +81,13 @@ def _cut_of(reduction, x, devices):
         along = sharding.spec[cut]
         along = along if isinstance(along, tuple) else () if along is None else (along,)
         devices = math.prod(sharding.mesh.shape[axis] for axis in along)
-    if cut not in reduction.axes or not isinstance(x.shape[cut], int):
+    size, whole = x.shape[cut], math.prod(x.shape[axis] for axis in reduction.axes)
+    # Cut otherwise than it is dealt out, all of it would be sent.
+    if cut not in reduction.axes or not isinstance(size, int) or size % devices or devices > MOST:
         return 0, 1
-    # Over however many of all the devices it is dealt out, they divide both.
-    count = math.gcd(x.shape[cut], devices)
-    return cut, count if count <= MOST else 1
+    # Groups may be as many as rows: what is laid side by side is no more than a device has of x.
+    few = cut == 0 or (isinstance(whole, int) and 4 * devices**2 <= whole)
+    return cut, devices if few else 1
 
 
 def _parted(x, cut, count):
@@ -160,8 +162,15 @@ def _joined(reduction, unit, mean: Any, rest, var, share):
         unit, var = common[0], var * ratio * ratio
     if not reduction.centered:
         return unit, None, None, jnp.sum(share * var, 0)
-    center = settled(jnp.sum(times(mean, share), 0))
-    apart = (mean - center[None]) + rest
-    left = jnp.sum(times(apart, share), 0)
-    apart = apart - left[None]
+    # About the mean of the largest part: where all are equal nothing is left, whatever the shares.
+    largest = jnp.argmax(share, 0, keepdims=True)
+    places = lax.broadcasted_iota(largest.dtype, share.shape, 0)
+    pivot = jnp.sum(jnp.where(places == largest, mean, 0), 0)
+    apart = (mean - pivot[None]) + rest
+    above = jnp.sum(times(apart, share), 0)
+    apart = apart - above[None]
+    lost = jnp.sum(times(apart, share), 0)
+    apart = apart - lost[None]
+    center = settled(pivot + above)
+    left = ((pivot - center) + above) + lost
     return unit, center, left, jnp.sum(share * (var + square(apart)), 0)

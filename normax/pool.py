@@ -72,6 +72,21 @@ def placed_like(value, like):
     return jax.sharding.reshard(value, jax.sharding.NamedSharding(ours.mesh, theirs.spec))
 
 
+def placed_along(value, like):
+    """Returns what broadcasts to `like` dealt out as that is, where layouts are part of types."""
+    ours, theirs = jax.typeof(value).sharding, jax.typeof(like).sharding
+    if theirs.mesh.empty or not theirs.mesh.explicit_axes:
+        return value
+    spec = [
+        axes if size == value.shape[i] else None
+        for i, (axes, size) in enumerate(zip(theirs.spec, like.shape, strict=True))
+    ]
+    spec = jax.sharding.PartitionSpec(*spec)
+    if ours.spec == spec:
+        return value
+    return jax.sharding.reshard(value, jax.sharding.NamedSharding(theirs.mesh, spec))
+
+
 def examples_together(value, count):
     """Returns `value` with all examples on each device, unless `count` parts of them are dealt out.
 

@@ -48,3 +48,13 @@ def test_a_mask_is_kept_as_it_came():
     _, backward = jax.vjp(lambda x: normax.layer_norm(x, mask=mask), x)
     kept = {leaf.unsafe_buffer_pointer(): leaf for leaf in jax.tree.leaves(backward)}
     assert sum(leaf.nbytes for leaf in kept.values()) <= 1.1 * x.nbytes
+
+
+@pytest.mark.parametrize("name", ["layer", "rms", "batch"])
+def test_nothing_of_x_s_size_is_temporary(name):
+    function, _ = NORMS[name]
+    x = jax.ShapeDtypeStruct((4096, 512), jnp.float32)
+    line = jax.ShapeDtypeStruct((512,), jnp.float32)
+    jax.config.update("jax_disable_most_optimizations", False)  # the fixture of all turns it back
+    compiled = jax.jit(function).lower(x, line, line).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 0.25 * x.size * 4

@@ -114,7 +114,7 @@ def test_forms_of_other_platforms_exchange_once(axis_type, centered, form, excha
 def test_any_axis_that_is_dealt_out_is_measured_in_parts(spec, reduced, number, mask):
     """Where layouts are in types; one more of a flag where groups are apart on devices, too."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Explicit,) * 2)
-    x = 1e4 + jax.random.normal(jax.random.key(0), (16, 8, 32))
+    x = 1e4 + jax.random.normal(jax.random.key(0), (8, 64, 256))
     ct = jax.random.normal(jax.random.key(1), x.shape)
     valid = mask if mask is None else jax.random.bernoulli(jax.random.key(2), 0.7, x.shape)
 
@@ -131,7 +131,7 @@ def test_any_axis_that_is_dealt_out_is_measured_in_parts(spec, reduced, number, 
     assert collectives(text[text.index("\nENTRY ") :]) == {"all-reduce": number}
     agree(jax.tree.map(np.asarray, compiled(*given)), both(x, ct, valid))
     # In units of their own, too: each feature in another, and none that a square of it would have.
-    size = 1e-30 * 2.0 ** jnp.arange(32.0)[None, None]
+    size = 1e-30 * 2.0 ** (jnp.arange(256.0) // 8)[None, None]
     found, *_ = compiled(jax.tree.map(put, (x - 1e4) * size), *given[1:])
     agree(np.asarray(found), both((x - 1e4) * size, ct, valid)[0])
 
@@ -153,10 +153,60 @@ def test_a_batch_that_devices_do_not_divide(axis_type):
     mesh = jax.make_mesh((4, 2), ("data", "model"), (axis_type,) * 2)
     x = X[:, :3].reshape(12, 5)
     given = jax.device_put(x, NamedSharding(mesh, P("data")))
-    compiled = jax.jit(lambda x: norm(x, SCALE, BIAS, None)).lower(given).compile()
-    text = compiled.as_text()
-    assert collectives(text[text.index("\nENTRY ") :]) == {"all-reduce": 1}
-    agree(jax.tree.map(np.asarray, compiled(given)), norm(x, SCALE, BIAS, None))
+    y, stats = jax.jit(lambda x: norm(x, SCALE, BIAS, None))(given)
+    expected = norm(x, SCALE, BIAS, None)
+    agree(jax.tree.map(np.asarray, (y, stats)), expected)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:20], lambda x: jnp.concatenate([x, x[:4]])])
+def test_what_devices_do_not_divide_within_a_program_is_not_gathered(change):
+    """There the partitioner deals out what is padded, in parts that nobody else would cut."""
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+    assert len(change(jnp.zeros(24))) % 8
+
+    @jax.jit
+    def step(x, w):
+        loss = lambda w: (norm(change(x) @ w, SCALE, BIAS, None)[0] ** 3).sum()
+        return jax.grad(loss)(w)
+
+    given = jax.device_put(jnp.ones((24, 8, 5)), NamedSharding(mesh, P("data")))
+    text = step.lower(given, jnp.eye(5)).compile().as_text()
+    assert "all-gather" not in collectives(text)
+
+
+def test_many_groups_are_not_laid_side_by_side():
+    """It would be more than is normalized: a sum is sent for each of them, and no more."""
+    mesh = jax.make_mesh((8,), ("model",), (AxisType.Explicit,))
+    x = 1e4 + jax.random.normal(jax.random.key(0), (128, 64))
+    given = jax.device_put(x, NamedSharding(mesh, P(None, "model")))
+    compiled = jax.jit(normax.layer_norm).lower(given).compile()
+    sent = re.findall(r" = \w+\[([\d,]*)\]\S* all-reduce", compiled.as_text())
+    assert sent
+    assert max(math.prod(map(int, shape.split(","))) if shape else 1 for shape in sent) <= 128
+    agree(np.asarray(compiled(given)), normax.layer_norm(x))
+
+
+@TYPES
+@pytest.mark.parametrize("value", [3.3e7, 1.1e30])
+def test_equal_entries_are_equal_on_any_number_of_devices(axis_type, value):
+    """Six devices have shares that no binary number is."""
+    mesh = jax.make_mesh((6,), ("data",), (axis_type,), devices=jax.devices()[:6])
+    mask = jax.random.bernoulli(jax.random.key(0), 0.6, (48, 4)).at[0].set(True)
+    weights = jnp.where(mask, jax.random.uniform(jax.random.key(1), mask.shape) + 0.1, 0)
+    put = lambda v: jax.device_put(v, NamedSharding(mesh, P("data")))
+    x = put(jnp.full((48, 4), value))
+    for given in (None, mask, weights):
+        f = jax.jit(lambda x, m: normax.standardize(x, reduction_axes=0, mask=m, epsilon=1e-5)[0])
+        y = f(x, None if given is None else put(given))
+        np.testing.assert_array_equal(y, jnp.zeros_like(y))
+
+
+def test_a_mask_that_is_whole_is_not_gathered():
+    mesh = jax.make_mesh((N,), ("data",), (AxisType.Explicit,), devices=jax.devices()[:N])
+    x = jax.device_put(jnp.ones((4 * N, 6, 16)), NamedSharding(mesh, P("data")))
+    mask = jax.device_put(jnp.ones(x.shape, bool), NamedSharding(mesh, P()))
+    f = jax.jit(lambda x, m: normax.standardize(x, reduction_axes=(0, 1), mask=m)[0])
+    assert set(collectives(f.lower(x, mask).compile().as_text())) == {"all-reduce"}
 
 
 class Model(nn.Module):
