@@ -23,7 +23,7 @@ from normax.kernels.dispatch import by_platform
 @functools.partial(jax.jit, static_argnums=0)
 def measure_here(reduction, x, mask):
     """Returns count, unit, mean, rest and var of this device's entries."""
-    mask = mask if mask is None else pool.placed_along(mask, x)
+    mask = mask if mask is None else pool.placed_like(mask, x)
     if units.needed(x.dtype):
         # A GPU would have to ask the host whether to go on; reading x once more is cheaper there.
         anywhere, where_asked = _in_a_unit, _in_a_unit_where_needed

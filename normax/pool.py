@@ -65,26 +65,15 @@ def lay_out(*values):
 
 
 def placed_like(value, like):
-    """Returns `value` laid out over the devices as `like` is, where layouts are part of types."""
-    ours, theirs = jax.typeof(value).sharding, jax.typeof(like).sharding
-    if ours.spec == theirs.spec or ours.mesh.empty:
-        return value
-    return jax.sharding.reshard(value, jax.sharding.NamedSharding(ours.mesh, theirs.spec))
-
-
-def placed_along(value, like):
     """Returns what broadcasts to `like` dealt out as that is, where layouts are part of types."""
     ours, theirs = jax.typeof(value).sharding, jax.typeof(like).sharding
-    if theirs.mesh.empty or not theirs.mesh.explicit_axes:
+    axes = zip(theirs.spec, value.shape, like.shape, strict=True)
+    spec = jax.sharding.PartitionSpec(
+        *(name if mine == size else None for name, mine, size in axes)
+    )
+    if ours.spec == spec or ours.mesh.empty:
         return value
-    spec = [
-        axes if size == value.shape[i] else None
-        for i, (axes, size) in enumerate(zip(theirs.spec, like.shape, strict=True))
-    ]
-    spec = jax.sharding.PartitionSpec(*spec)
-    if ours.spec == spec:
-        return value
-    return jax.sharding.reshard(value, jax.sharding.NamedSharding(theirs.mesh, spec))
+    return jax.sharding.reshard(value, jax.sharding.NamedSharding(ours.mesh, spec))
 
 
 def examples_together(value, count):

@@ -138,7 +138,7 @@ MUTATIONS = [
     Mutation("parts: about a mean of means", "parts.py", "jnp.where(places == largest, mean, 0)", "share * mean", "test_meshes.py -k equal_entries"),
     Mutation("parts: cut as nothing is dealt out", "parts.py", "or size % devices or", "or False or", "test_meshes.py -k do_not_divide and not within"),
     Mutation("the guarded array passed on", "forms.py", "jnp.any(needed), again, x, common)", "jnp.any(needed), again, guarded, common)", "test_memory.py -k temporary"),
-    Mutation("masks stay where they are", "forms.py", "pool.placed_along(mask, x)", "mask", "test_meshes.py -k mask_that_is_whole"),
+    Mutation("masks stay where they are", "forms.py", "pool.placed_like(mask, x)", "mask", "test_meshes.py -k mask_that_is_whole"),
     Mutation("parts: as many as divide the batch", "parts.py", "or size % devices or", "or (devices := math.gcd(size, devices)) < 2 or", "test_meshes.py -k within_a"),
     Mutation("parts: of no batch", "parts.py", "return cut, devices if few else 1", "return cut, 1", "test_meshes.py -k two_all_reduces"),
     Mutation("parts: all of one share", "parts.py", "        share = number /", "        share = jnp.ones_like(number) /", "test_meshes.py -k two_all_reduces"),
