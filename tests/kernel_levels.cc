@@ -209,8 +209,7 @@ void check_columns(const Kernels& kernels, int pair, int64_t width, int64_t coun
   dy.fill(0);
   scale.fill(0);
   bias.fill(0);
-  std::vector<double> memory(size_t(kLines * width), 0.0), work(size_t(kFactorLines * width)),
-      ones(size_t(width), 1.0);
+  std::vector<double> memory(size_t(kLines * width), 0.0), ones(size_t(width), 1.0);
   Lines lines = lines_in(memory.data(), width);
   Numbers right[4], sizes[4];
   std::vector<Standard> all;
@@ -250,13 +249,18 @@ void check_columns(const Kernels& kernels, int pair, int64_t width, int64_t coun
     for (int of_dy = 0; of_dy < 2; ++of_dy) {
       std::memset(sums.data(), 0, size_t(16 * width));
       columns.dy = of_dy ? dy.data() : nullptr;
-      const About about{of_dy ? lines.mean : pivots.data(), lines.rstd, ones.data()};
+      // In float32 a mean is what that can hold of it, and the sum is about that.
+      std::vector<double> means(lines.mean, lines.mean + width);
+      for (double& mean : means) mean = exact || wide ? mean : double(float(mean));
+      const About about{of_dy ? means.data() : pivots.data(), lines.rstd, ones.data()};
       kernels.sum_columns[pair](columns, exact, about, static_cast<double*>(sums.data()), width);
       // Sums of terms that cancel: of the size of all of them.
       for (int i = 0; i < 2; ++i) {
-        Numbers wanted = right[2 * of_dy + i];
         for (int64_t c = 0; c < width; ++c) {
-          const Long apart = std::fabs(sums.at(i * width + c) - wanted[size_t(c)]);
+          const Standard& s = all[size_t(c)];
+          Long wanted = right[2 * of_dy + i][size_t(c)];
+          if (of_dy && i) wanted += (s.mean - means[size_t(c)]) * s.rstd * right[2][size_t(c)];
+          const Long apart = std::fabs(sums.at(i * width + c) - wanted);
           ++held;
           const double unit = wide ? 0x1p-52 : exact ? 0x1p-49 : 0x1p-23;
           if (!(apart <= 4 * unit * sizes[2 * of_dy + i][size_t(c)])) {
@@ -274,7 +278,10 @@ void check_columns(const Kernels& kernels, int pair, int64_t width, int64_t coun
     lines.gain[c] = double(scale.at(c) * (wide ? 1 : all[size_t(c)].rstd));
     lines.shift[c] = double(bias.at(c));
   }
-  kernels.write_columns[pair](columns, lines, width, work.data());
+  const int64_t many = rows_as_one(columns, width);
+  std::vector<double> work(size_t(kFactorLines * many * width));
+  bool rough = kernels.make_factors[pair](lines, width, many, false, work.data());
+  kernels.write_columns[pair](columns, many, rough, work.data());
   Numbers right_y, right_dx;
   for (int64_t i = 0; i < count * width; ++i) {
     const size_t c = size_t(i % width);
@@ -292,7 +299,8 @@ void check_columns(const Kernels& kernels, int pair, int64_t width, int64_t coun
   }
   columns.dy = dy.data();
   columns.out = dx.data();
-  kernels.write_columns[pair](columns, lines, width, work.data());
+  rough = kernels.make_factors[pair](lines, width, many, true, work.data());
+  kernels.write_columns[pair](columns, many, rough, work.data());
   hold("columns", pair, width, y, 0, right_y, wide ? 8 : 4);
   hold("columns backward", pair, width, dx, 0, right_dx, wide ? 16 : 8);
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "buffers.h"
@@ -21,7 +22,7 @@ ffi::Error run_columns(ffi::ThreadPool& pool, const AnyBuffer& x, const AnyBuffe
                        const About& about, const Cuts& cuts, int64_t length, Memory& sums) {
   const int pair = pair_of(x, dy ? *dy : x);
   if (pair == kPairs) return refused("dtypes of columns");
-  sums = zeros(cuts.number() * 2 * length);
+  sums = room_for(cuts.number() * 2 * length);
   if (!sums) return no_memory();
   in_parallel(pool, cuts.number(), [&](int64_t piece, int64_t) {
     const int64_t call = cuts.call(piece), begin = cuts.begin(piece);
@@ -31,8 +32,9 @@ ffi::Error run_columns(ffi::ThreadPool& pool, const AnyBuffer& x, const AnyBuffe
     columns.dy = dy ? at(*dy, first) : nullptr;
     columns.rows = cuts.end(piece) - begin;
     columns.stride = length;
-    kernels().sum_columns[pair](columns, exact, about.from(call * length),
-                                &sums[2 * piece * length], length);
+    double* found = &sums[2 * piece * length];
+    std::fill_n(found, 2 * length, 0.0);
+    kernels().sum_columns[pair](columns, exact, about.from(call * length), found, length);
   });
   return ffi::Error::Success();
 }
@@ -229,22 +231,34 @@ ffi::Error column_gradients(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer dy, Any
   for (int64_t i = 0; i < lines && !exact; ++i) {
     exact = !(line.rstd[i] == 0 || fits(line.rstd[i]));
   }
+  // What float32 lacks of a mean is not subtracted from entries, but its share from their sums.
+  for (int64_t i = 0; i < lines && !wide; ++i) {
+    const double mean = double(float(line.mean[i]));
+    line.rest[i] = line.mean[i] - mean;
+    line.mean[i] = mean;
+  }
   const About about{line.mean, line.rstd, line.per_unit};
   for (;;) {
     auto error = run_columns(pool, x, &dy, exact, about, cuts, length, sums);
     if (error.failure()) return error;
-    auto is_number = [](double v) { return std::isfinite(v); };
-    if (exact || std::all_of(&sums[0], &sums[0] + 2 * cuts.number() * length, is_number)) break;
+    bool are_numbers = true;
+    for (int64_t call = 0; call < cuts.batch; ++call) {
+      const double* sum = sums_of_call(cuts, sums.get(), 2 * length, call);
+      for (int64_t i = 0; i < 2 * length; ++i) are_numbers = are_numbers && std::isfinite(sum[i]);
+    }
+    if (exact || are_numbers) break;
     exact = true;
   }
-  for (int64_t piece = 0; piece < cuts.number() && wide; ++piece) {
+  for (int64_t call = 0; call < cuts.batch; ++call) {
+    double* sum = &sums[call * cuts.pieces * 2 * length];
+    const int64_t first = call * length;
     for (int64_t i = 0; i < length; ++i) {
-      const int64_t at = cuts.call(piece) * length + i;
-      double* sum = &sums[2 * piece * length + i];
-      sum[length] -= line.rest[at] * line.rstd[at] * sum[0];
+      const double rest = line.rest[first + i];
+      sum[length + i] -= rest == 0 ? 0 : rest * line.rstd[first + i] * sum[i];
     }
+    write(sum, length, *dbias, first);
+    write(sum + length, length, *dscale, first);
   }
-  add_up(cuts, sums.get(), length, *dbias, *dscale);
   return ffi::Error::Success();
 }
 
@@ -257,9 +271,16 @@ ffi::Error write_columns(ffi::ThreadPool& pool, int pair, const AnyBuffer& x, co
   Memory memory = zeros(kLines * all);
   const Cuts cuts(all / length, count_of(x) / length, length, kWriters * threads_of(pool),
                   kLeastRows);
-  const int64_t room = kFactorLines * length;
-  Memory work = room_for(workers_for(pool, cuts.number()) * room);
+  Columns like{};
+  like.rows = cuts.rows / cuts.pieces;
+  like.stride = length;
+  like.past = is_past(out, length);
+  const int64_t many = rows_as_one(like, length), room = kFactorLines * many * length;
+  const int64_t workers = workers_for(pool, cuts.number());
+  Memory work = room_for(workers * room);
   if (!memory || !work) return no_memory();
+  // The call whose factors a worker has, and whether they are in float32.
+  std::vector<std::pair<int64_t, bool>> has(size_t(workers), {-1, false});
   auto from = [&](int64_t i) { return lines_in(memory.get() + i, all); };
   fill(from(0));
   in_parallel(pool, cuts.number(), [&](int64_t item, int64_t worker) {
@@ -267,14 +288,18 @@ ffi::Error write_columns(ffi::ThreadPool& pool, int pair, const AnyBuffer& x, co
     const int64_t piece = cuts.number() - 1 - item;
     const int64_t call = cuts.call(piece), begin = cuts.begin(piece);
     const int64_t first = (call * cuts.rows + begin) * length;
-    Columns columns{};
+    Columns columns = like;
     columns.x = at(x, first);
     columns.dy = dy ? at(*dy, first) : nullptr;
     columns.out = to(out, first);
     columns.rows = cuts.end(piece) - begin;
-    columns.stride = length;
-    columns.past = is_past(out, length);
-    kernels().write_columns[pair](columns, from(call * length), length, &work[worker * room]);
+    double* factors = &work[worker * room];
+    auto& [whose, rough] = has[size_t(worker)];
+    if (whose != call) {
+      rough = kernels().make_factors[pair](from(call * length), length, many, dy, factors);
+      whose = call;
+    }
+    kernels().write_columns[pair](columns, many, rough, factors);
   });
   return ffi::Error::Success();
 }

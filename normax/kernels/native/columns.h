@@ -5,157 +5,136 @@
 // stay near one unit in the last place.
 template <class T>
 constexpr int64_t kFewRows = sizeof(T) == 2 ? 8 : 4;
-// Columns of them at a time, whose sums stay in a near cache; and how far ahead to ask for more.
-constexpr int64_t kSlice = 1024, kAhead = 256;
+// Columns of them at a time; and bytes of the rows that are summed a few columns after the other,
+// while the next rows are asked for: a near cache holds both.
+constexpr int64_t kSlice = 1024, kBlock = 1 << 16;
 
 enum class Sum { kMoments, kGradients, kBoth };
 template <Sum kSum>
 constexpr int kSums = kSum == Sum::kBoth ? 4 : 2;
 
-// The sums of some vectors of columns: d and d^2, or dy and dy d, or all four. The next rows are
-// asked for: that they come one after the other is more than a processor finds out.
+// Vectors of columns whose sums are kept in registers, as far as there are any.
+template <Sum kSum>
+constexpr int vectors_of = kSum == Sum::kBoth ? 1 : kSum == Sum::kMoments || kBytes < 64 ? 2 : 4;
+
+// The next rows, in the order in which they are asked for.
+struct Next {
+  int64_t from, step;
+};
+
+// The sums of some vectors of columns: d and d^2, or dy and dy d, or all four. With A float those of
+// a few rows are in that, and what they add up to is in double precision.
 template <Sum kSum, class A, int kVectors, class P, class T, class O>
 INLINE void sum_block(const T* x, const O* dy, int64_t first, int64_t rows, int64_t stride,
-                      const About& about, double* sums, int64_t width, double* lost, int count) {
+                      Next next, const About& about, double* sums, int64_t width, double* lost,
+                      int count) {
   constexpr bool moments = kSum != Sum::kGradients, gradients = kSum != Sum::kMoments;
-  constexpr bool in_units = sizeof(T) == 8;
-  constexpr int kLanes = kWidth<A>;
-  V<A> center[kVectors], factor[kVectors], d_sum[kVectors] = {}, squares[kVectors] = {};
-  V<A> t_sum[kVectors] = {}, products[kVectors] = {}, per_unit[kVectors];
+  constexpr bool in_units = sizeof(T) == 8, rough = sizeof(A) == 4;
+  constexpr int kLanes = kWidth<A>, kHalves = rough ? 2 : 1, kOfDy = moments ? 2 : 0;
+  V<A> center[kVectors], factor[kVectors], per_unit[kVectors];
+  V<double> whole[kSums<kSum>][kVectors][kHalves] = {};
   for (int k = 0; k < kVectors; ++k) {
     center[k] = P::template load<A>(about.pivot + k * kLanes, count);
     if constexpr (!moments) factor[k] = P::template load<A>(about.rstd + k * kLanes, count);
     if constexpr (in_units) per_unit[k] = P::template load<A>(about.per_unit + k * kLanes, count);
   }
-  const int64_t ahead = rows * stride;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t at = first + r * stride;
-    __builtin_prefetch(x + at + ahead);
-    if constexpr (gradients) __builtin_prefetch(dy + at + ahead);
+  for (int64_t r = 0; r < rows;) {
+    V<A> few[kSums<kSum>][kVectors] = {};
+    for (const int64_t end = r + kFewRows<T> < rows ? r + kFewRows<T> : rows; r < end; ++r) {
+      const int64_t at = first + r * stride, asked = next.from + r * next.step;
+#pragma GCC unroll 4
+      for (int k = 0; k < kVectors; ++k) {
+        if (k * kLanes * sizeof(T) % 64 == 0) __builtin_prefetch(x + asked + k * kLanes);
+        V<A> d = P::template load<A>(x + at + k * kLanes, count);
+        if constexpr (in_units) d *= per_unit[k];
+        d -= center[k];
+        if constexpr (moments) {
+          few[0][k] += d;
+          few[1][k] = plus_product(few[1][k], d, d);
+        } else {
+          d *= factor[k];
+        }
+        if constexpr (gradients) {
+          if (k * kLanes * sizeof(O) % 64 == 0) __builtin_prefetch(dy + asked + k * kLanes);
+          V<A> t = P::template load<A>(dy + at + k * kLanes, count);
+          few[kOfDy][k] += t;
+          few[kOfDy + 1][k] = plus_product(few[kOfDy + 1][k], d, t);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums<kSum>; ++i) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kVectors; ++k) {
+        if constexpr (rough) {
+          whole[i][k][0] += first_half(few[i][k]);
+          whole[i][k][1] += second_half(few[i][k]);
+        } else {
+          whole[i][k][0] += few[i][k];
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kSums<kSum>; ++i) {
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
-      V<A> d = P::template load<A>(x + at + k * kLanes, count);
-      if constexpr (in_units) d *= per_unit[k];
-      d -= center[k];
-      if constexpr (moments) {
-        d_sum[k] += d;
-        squares[k] = plus_product(squares[k], d, d);
-      } else {
-        d *= factor[k];
-      }
-      if constexpr (gradients) {
-        V<A> t = P::template load<A>(dy + at + k * kLanes, count);
-        t_sum[k] += t;
-        products[k] = plus_product(products[k], d, t);
-      }
-    }
-  }
-  for (int k = 0; k < kVectors; ++k) {
-    auto add = [&](int i, V<A> sum) INLINE_LAMBDA {
       double* line = sums + i * width + k * kLanes;
       if constexpr (in_units) {
-        add_exactly<P>(line, lost + i * kSlice + k * kLanes, sum, count);
+        add_exactly<P>(line, lost + i * kSlice + k * kLanes, whole[i][k][0], count);
       } else {
-        add_to<P>(line, sum, count);
-      }
-    };
-    if constexpr (moments) {
-      add(0, d_sum[k]);
-      add(1, squares[k]);
-    }
-    if constexpr (gradients) {
-      add(moments ? 2 : 0, t_sum[k]);
-      add(moments ? 3 : 1, products[k]);
-    }
-  }
-}
-
-// The same where there is a dy, of a few rows in float32 at a time. Of two arrays more is gained by
-// reading rows from end to end, and keeping the sums of these few beside.
-template <Sum kSum, class T, class O>
-INLINE void sum_roughly(const Columns& columns, int64_t begin, int64_t end, const About& about,
-                        double* sums, int64_t width) {
-  constexpr bool moments = kSum == Sum::kBoth;
-  constexpr int kOfDy = moments ? 2 : 0;
-  auto x = static_cast<const T*>(columns.x);
-  auto dy = static_cast<const O*>(columns.dy);
-  alignas(kBytes) float found[kSums<kSum>][kSlice], high[kSlice], low[kSlice], factor[kSlice];
-  for (int64_t c = begin; c < end; c += kSlice) {
-    const int64_t n = end - c < kSlice ? end - c : kSlice;
-    for (int64_t i = 0; i < n; ++i) {
-      const double center = about.pivot[c - begin + i];
-      high[i] = float(center);
-      low[i] = float(center - high[i]);
-      factor[i] = float(about.rstd[c - begin + i]);
-      for (int k = 0; k < kSums<kSum>; ++k) found[k][i] = 0;
-    }
-    for (int64_t start = 0; start < columns.rows; start += kFewRows<T>) {
-      const int64_t stop = start + kFewRows<T> < columns.rows ? start + kFewRows<T> : columns.rows;
-      for (int64_t r = start; r < stop; ++r) {
-        const int64_t at = r * columns.stride + c;
-        each<float>(0, n, [&](auto place, int half, int64_t i, int count) INLINE_LAMBDA {
-          typedef decltype(place) P;
-          typedef V<float> F;
-          if (half == 0) {
-            __builtin_prefetch(x + at + i + kAhead);
-            __builtin_prefetch(dy + at + i + kAhead);
-          }
-          auto of = [&](const auto* line) INLINE_LAMBDA {
-            return P::template load<float>(line + i, count);
-          };
-          auto sum = [&](int k) INLINE_LAMBDA { return of(found[k]); };
-          auto keep = [&](int k, F v) INLINE_LAMBDA {
-            P::template store<float>(found[k] + i, v, count);
-          };
-          F d = of(x + at) - of(high);
-          if constexpr (moments) {
-            keep(0, sum(0) + d);
-            keep(1, plus_product(sum(1), d, d));
-          } else {
-            // Otherwise the pivot is an entry, which lacks nothing.
-            d = (d - of(low)) * of(factor);
-          }
-          F t = of(dy + at);
-          keep(kOfDy, sum(kOfDy) + t);
-          keep(kOfDy + 1, plus_product(sum(kOfDy + 1), d, t));
-        });
-      }
-      for (int k = 0; k < kSums<kSum>; ++k) {
-        double* line = sums + k * width + c - begin;
-        for (int64_t i = 0; i < n; ++i) {
-          line[i] += found[k][i];
-          found[k][i] = 0;
+        constexpr int half = kWidth<double>;
+        add_to<P>(line, whole[i][k][0], count < half ? count : half);
+        if constexpr (rough) {
+          if (count > half) add_to<P>(line + half, whole[i][k][1], count - half);
         }
       }
     }
   }
 }
 
-// Adds up columns: with A float, where there is no dy, a few rows in that. The pivots are entries
-// then, which lack nothing in float32. Of float64 entries what sums lose goes to lines of kSlice.
+// Rows of a block: of float64, whose sums keep what they lose, those whose sum is not kept exactly.
+template <class T>
+INLINE int64_t rows_of_block(int64_t width) {
+  constexpr int64_t few = kFewRows<T>;
+  if (sizeof(T) == 8) return few;
+  const int64_t rows = kBlock / int64_t(sizeof(T)) / width / few * few;
+  return rows < 2 * few ? 2 * few : rows > 16 * few ? 16 * few : rows;
+}
+
+// Adds up columns: with A float, a few rows in that. Of float64 entries what sums lose goes to
+// lines of kSlice.
 template <Sum kSum, class A, class T, class O>
 INLINE void sum_down(const Columns& columns, int64_t begin, int64_t end, const About& about,
                      double* sums, int64_t width, double* lost = nullptr) {
   constexpr int kLanes = kWidth<A>;
-  constexpr int kVectors = 2 * kWidth<float> / kLanes / (kSum == Sum::kBoth ? 2 : 1);
+  constexpr int kVectors = vectors_of<kSum>;
   auto x = static_cast<const T*>(columns.x);
   auto dy = static_cast<const O*>(columns.dy);
   auto from = [&](int64_t c) INLINE_LAMBDA { return lost ? lost + c : nullptr; };
-  for (int64_t start = 0; start < columns.rows; start += kFewRows<T>) {
-    const int64_t left = columns.rows - start, rows = left < kFewRows<T> ? left : kFewRows<T>;
-    const int64_t first = start * columns.stride, stride = columns.stride;
+  const int64_t stride = columns.stride, block = rows_of_block<T>(end - begin);
+  const bool contiguous = end - begin == stride;
+  for (int64_t start = 0; start < columns.rows; start += block) {
+    const int64_t left = columns.rows - start, rows = left < block ? left : block;
+    const int64_t first = start * stride, after = first + rows * stride;
+    auto next = [&](int64_t c, int64_t lanes) INLINE_LAMBDA {
+      return contiguous ? Next{after + c * rows, lanes} : Next{after + c, stride};
+    };
     int64_t c = begin;
     for (; c + kVectors * kLanes <= end; c += kVectors * kLanes) {
-      sum_block<kSum, A, kVectors, Whole>(x, dy, first + c, rows, stride, about.from(c - begin),
+      sum_block<kSum, A, kVectors, Whole>(x, dy, first + c, rows, stride,
+                                          next(c, kVectors * kLanes), about.from(c - begin),
                                           sums + c - begin, width, from(c - begin), kLanes);
     }
     for (; c + kLanes <= end; c += kLanes) {
-      sum_block<kSum, A, 1, Whole>(x, dy, first + c, rows, stride, about.from(c - begin),
-                                   sums + c - begin, width, from(c - begin), kLanes);
+      sum_block<kSum, A, 1, Whole>(x, dy, first + c, rows, stride, next(c, kLanes),
+                                   about.from(c - begin), sums + c - begin, width,
+                                   from(c - begin), kLanes);
     }
     if (c < end) {
-      sum_block<kSum, A, 1, Part>(x, dy, first + c, rows, stride, about.from(c - begin),
-                                  sums + c - begin, width, from(c - begin), int(end - c));
+      sum_block<kSum, A, 1, Part>(x, dy, first + c, rows, stride, next(c, kLanes),
+                                  about.from(c - begin), sums + c - begin, width,
+                                  from(c - begin), int(end - c));
     }
   }
 }
@@ -163,9 +142,7 @@ INLINE void sum_down(const Columns& columns, int64_t begin, int64_t end, const A
 template <Sum kSum, class A, class T, class O>
 __attribute__((noinline)) void sum_part(const Columns& columns, int64_t begin, int64_t end,
                                         const About& about, double* sums, int64_t width) {
-  if constexpr (sizeof(A) == 4 && kSum != Sum::kMoments) {
-    sum_roughly<kSum, T, O>(columns, begin, end, about, sums, width);
-  } else if constexpr (sizeof(T) == 8) {
+  if constexpr (sizeof(T) == 8) {
     for (int64_t c = begin; c < end; c += kSlice) {
       const int64_t stop = end - c < kSlice ? end : c + kSlice;
       double lost[kSums<kSum> * kSlice] = {};
@@ -181,16 +158,6 @@ __attribute__((noinline)) void sum_part(const Columns& columns, int64_t begin, i
   } else {
     sum_down<kSum, A, T, O>(columns, begin, end, about, sums, width);
   }
-}
-
-// How many rows to take as one: short ones, that are no whole vectors, cost most by their ends.
-INLINE int64_t rows_as_one(const Columns& columns, int64_t width) {
-  const int64_t stride = columns.stride;
-  if (width != stride || stride >= 64) return 1;
-  int64_t many = 16;
-  while (many > 1 && many / 2 * stride % 16 == 0) many /= 2;
-  while (many * stride < 128) many *= 2;
-  return columns.rows >= 4 * many ? many : 1;
 }
 
 template <Sum kSum, class A, class T, class O>
@@ -245,85 +212,98 @@ template <class C>
 struct Factors {
   C *high, *low, *gain, *shift, *rstd, *along, *per_unit, *size;
 
-  // `many` times one after the other, for as many rows.
-  Factors(const Lines& lines, int64_t width, int64_t many, C* work)
-      : high(work),
-        low(high + many * width),
-        gain(low + many * width),
-        shift(gain + many * width),
-        rstd(shift + many * width),
-        along(rstd + many * width),
-        per_unit(along + many * width),
-        size(per_unit + many * width) {
-    for (int64_t i = 0; i < many * width; ++i) {
-      const int64_t c = many == 1 ? i : i % width;
-      high[i] = C(lines.mean[c]);
-      low[i] = C((lines.mean[c] - high[i]) + lines.rest[c]);
-      gain[i] = C(lines.gain[c]);
-      shift[i] = C(lines.shift[c]);
-      rstd[i] = C(lines.rstd[c]);
-      along[i] = C(lines.along[c]);
+  // Those that are in memory for kFactorLines lines of a width.
+  Factors(double* memory, int64_t width) {
+    C* work = static_cast<C*>(static_cast<void*>(memory));
+    C** lines[kFactorLines] = {&high, &low, &gain, &shift, &rstd, &along, &per_unit, &size};
+    for (int64_t i = 0; i < kFactorLines; ++i) *lines[i] = work + i * width;
+  }
+
+  // Makes them, `many` times one after the other, for as many rows.
+  void fill(const Lines& lines, int64_t width, int64_t many) const {
+    for (int64_t i = 0; i < width; ++i) {
+      high[i] = C(lines.mean[i]);
+      low[i] = C((lines.mean[i] - high[i]) + lines.rest[i]);
+      gain[i] = C(lines.gain[i]);
+      shift[i] = C(lines.shift[i]);
+      rstd[i] = C(lines.rstd[i]);
+      along[i] = C(lines.along[i]);
       if constexpr (sizeof(C) == 8) {
-        per_unit[i] = lines.per_unit[c];
-        size[i] = lines.rstd[c] * lines.per_unit[c];
+        per_unit[i] = lines.per_unit[i];
+        size[i] = lines.rstd[i] * lines.per_unit[i];
       }
+    }
+    C* const all[] = {high, low, gain, shift, rstd, along, per_unit, size};
+    for (int k = 0; k < (sizeof(C) == 8 ? 8 : 6); ++k) {
+      for (int64_t i = width; i < many * width; ++i) all[k][i] = all[k][i - width];
     }
   }
 };
 
-template <bool kBackward, class W, class C, class T, class O, class R>
-INLINE void write_row(const Factors<C>& f, int64_t width, const T* x, const O* dy, int64_t at,
-                      R* out) {
+// Some rows at a time, so that factors are read once for all of them.
+template <bool kBackward, int kRows, class W, class C, class T, class O, class R>
+INLINE void write_rows_of(const Factors<C>& f, int64_t width, int64_t stride, const T* x,
+                          const O* dy, R* out) {
   constexpr bool in_units = sizeof(T) == 8;
   each<C, W>(0, width, [&](auto place, int, int64_t c, int count) INLINE_LAMBDA {
     typedef decltype(place) P;
-    V<C> v = P::template load<C>(x + at + c, count);
-    if constexpr (in_units) v *= P::template load<C>(f.per_unit + c, count);
-    v = (v - P::template load<C>(f.high + c, count)) - P::template load<C>(f.low + c, count);
-    const V<C> gain = P::template load<C>(f.gain + c, count);
-    const V<C> shift = P::template load<C>(f.shift + c, count);
-    if constexpr (kBackward) {
-      const V<C> rstd = P::template load<C>(f.rstd + c, count);
-      const V<C> along = P::template load<C>(f.along + c, count);
-      v = (P::template load<C>(dy + at + c, count) * gain - shift) - v * rstd * along;
-      v *= in_units ? P::template load<C>(f.size + c, count) : rstd;
-    } else {
-      if constexpr (in_units) v *= P::template load<C>(f.rstd + c, count);
-      v = v * gain + shift;
+    auto of = [&](const auto* line) INLINE_LAMBDA { return P::template load<C>(line + c, count); };
+    const V<C> high = of(f.high), low = of(f.low), gain = of(f.gain), shift = of(f.shift);
+    V<C> rstd{}, along{};
+    if constexpr (kBackward || in_units) rstd = of(f.rstd);
+    if constexpr (kBackward) along = of(f.along);
+#pragma GCC unroll 4
+    for (int k = 0; k < kRows; ++k) {
+      const int64_t row = k * stride;
+      V<C> v = of(x + row);
+      if constexpr (in_units) v *= of(f.per_unit);
+      v = (v - high) - low;
+      if constexpr (kBackward) {
+        v = (of(dy + row) * gain - shift) - v * rstd * along;
+        v *= in_units ? of(f.size) : rstd;
+      } else {
+        if constexpr (in_units) v *= rstd;
+        v = v * gain + shift;
+      }
+      P::template store<C>(out + row + c, v, count);
     }
-    P::template store<C>(out + at + c, v, count);
   });
 }
 
 template <bool kBackward, class C, class T, class O, class R>
-INLINE void write_rows(const Columns& columns, int64_t begin, int64_t end, const Lines& lines,
-                       R* out, double* work) {
-  const int64_t width = end - begin, many = rows_as_one(columns, width);
-  alignas(kBytes) C room[kFactorLines * kSlice];
-  const Factors<C> factors(lines, width, many,
-                           many == 1 ? static_cast<C*>(static_cast<void*>(work)) : room);
-  auto x = static_cast<const T*>(columns.x);
-  auto dy = static_cast<const O*>(columns.dy);
-  for (int64_t r = 0; r < columns.rows;) {
-    const int64_t at = r * columns.stride + begin;
-    const int64_t joined = r + many <= columns.rows ? many : 1;
-    if (columns.past) {
-      write_row<kBackward, WholePast>(factors, joined * width, x, dy, at, out);
-    } else {
-      write_row<kBackward, Whole>(factors, joined * width, x, dy, at, out);
+__attribute__((noinline)) void write_rows(const Columns& columns, int64_t begin, int64_t width,
+                                          int64_t many, double* work, R* out) {
+  // Several rows in turn, if a vector is a line of cache: parts of lines are slow to write past it.
+  constexpr int kRows = kBytes < 64 ? 1 : 4;
+  const bool several = kBackward || many * width >= 2 * kBytes;
+  const Factors<C> factors(work, many * width);
+  auto x = static_cast<const T*>(columns.x) + begin;
+  auto dy = static_cast<const O*>(columns.dy) + begin;
+  out += begin;
+  auto write_some = [&](auto place, int64_t r, int64_t joined) INLINE_LAMBDA {
+    typedef decltype(place) W;
+    const int64_t at = r * columns.stride, wide = joined * columns.stride;
+    if (several && r + kRows * joined <= columns.rows) {
+      write_rows_of<kBackward, kRows, W>(factors, joined * width, wide, x + at, dy + at, out + at);
+      return r + kRows * joined;
     }
-    r += joined;
+    write_rows_of<kBackward, 1, W>(factors, joined * width, wide, x + at, dy + at, out + at);
+    return r + joined;
+  };
+  for (int64_t r = 0; r < columns.rows;) {
+    const int64_t joined = r + many <= columns.rows ? many : 1;
+    r = columns.past ? write_some(WholePast(), r, joined) : write_some(Whole(), r, joined);
   }
   settle();
 }
 
 template <class C, class T, class O>
-INLINE void write_in(const Columns& columns, int64_t begin, int64_t end, const Lines& lines,
+INLINE void write_in(const Columns& columns, int64_t begin, int64_t width, int64_t many,
                      double* work) {
   if (columns.dy) {
-    write_rows<true, C, T, O>(columns, begin, end, lines, static_cast<T*>(columns.out), work);
+    write_rows<true, C, T, O>(columns, begin, width, many, work, static_cast<T*>(columns.out));
   } else {
-    write_rows<false, C, T, O>(columns, begin, end, lines, static_cast<O*>(columns.out), work);
+    write_rows<false, C, T, O>(columns, begin, width, many, work, static_cast<O*>(columns.out));
   }
 }
 
@@ -335,21 +315,41 @@ INLINE bool lines_fit(const Lines& lines, int64_t width, bool backward) {
   return true;
 }
 
+template <class T, class O>
+bool make_factors(const Lines& lines, int64_t width, int64_t many, bool backward, double* work) {
+  if constexpr (sizeof(T) < 8) {
+    if (lines_fit(lines, width, backward)) {
+      Factors<float>(work, many * width).fill(lines, width, many);
+      return true;
+    }
+  }
+  Factors<double>(work, many * width).fill(lines, width, many);
+  return false;
+}
+
+template <class T, class O>
+INLINE void write_made(const Columns& columns, int64_t begin, int64_t width, int64_t many,
+                       bool rough, double* work) {
+  if constexpr (sizeof(T) < 8) {
+    if (rough) return write_in<float, T, O>(columns, begin, width, many, work);
+  }
+  write_in<double, T, O>(columns, begin, width, many, work);
+}
+
+template <class T, class O>
+void write_columns(const Columns& columns, int64_t many, bool rough, double* work) {
+  write_made<T, O>(columns, 0, columns.stride, many, rough, work);
+}
+
 // Writes columns `begin` to `end`, in float32 where their lines fit.
 template <class T, class O>
 INLINE void write_fitting(const Columns& columns, int64_t begin, int64_t end, const Lines& lines,
                           double* work) {
-  if constexpr (sizeof(T) < 8) {
-    if (lines_fit(lines, end - begin, columns.dy)) {
-      return write_in<float, T, O>(columns, begin, end, lines, work);
-    }
-  }
-  write_in<double, T, O>(columns, begin, end, lines, work);
-}
-
-template <class T, class O>
-void write_columns(const Columns& columns, const Lines& lines, int64_t width, double* work) {
-  write_fitting<T, O>(columns, 0, width, lines, work);
+  const int64_t width = end - begin, many = rows_as_one(columns, width);
+  double room[kFactorLines * kSlice];
+  double* memory = many == 1 ? work : room;
+  const bool rough = make_factors<T, O>(lines, width, many, columns.dy, memory);
+  write_made<T, O>(columns, begin, width, many, rough, memory);
 }
 
 // A number in float32 that is near the mean, of a few entries of a group: of equal ones, theirs.

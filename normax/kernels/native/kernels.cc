@@ -29,8 +29,9 @@ namespace {
   }
 
 const Kernels kernels = {
-    EACH_PAIR(forward),       EACH_PAIR(backward),       EACH_PAIR(sum_columns),
-    EACH_PAIR(write_columns), EACH_PAIR(groups_forward), EACH_PAIR(groups_backward),
+    EACH_PAIR(forward),      EACH_PAIR(backward),      EACH_PAIR(sum_columns),
+    EACH_PAIR(make_factors), EACH_PAIR(write_columns), EACH_PAIR(groups_forward),
+    EACH_PAIR(groups_backward),
 };
 
 }  // namespace LEVEL

@@ -34,6 +34,17 @@ struct Columns {
   bool past;       // as in Rows
 };
 
+// How many rows to take as one: short ones, that are no whole vectors, cost most by their ends.
+static inline __attribute__((always_inline)) int64_t rows_as_one(const Columns& columns,
+                                                                 int64_t width) {
+  const int64_t stride = columns.stride;
+  if (width != stride || stride >= 64) return 1;
+  int64_t many = 16;
+  while (many > 1 && many / 2 * stride % 16 == 0) many /= 2;
+  while (many * stride < 128) many *= 2;
+  return columns.rows >= 4 * many ? many : 1;
+}
+
 // What columns are summed about, a number for each.
 struct About {
   const double *pivot, *rstd;
@@ -77,11 +88,15 @@ struct Kernels {
                            void* work);
   // Adds, for each column, the sums of d and d^2, d being x less its pivot; or, where there is a
   // dy, of dy and dy d times rstd. Of each a line of `width`. If not `exact`, of a few rows in
-  // float32.
+  // float32, in which the pivots are to be numbers.
   void (*sum_columns[kPairs])(const Columns&, bool exact, const About&, double* sums,
                               int64_t width);
-  // Writes the columns, of lines of `width` columns. `work` has room for kFactorLines lines.
-  void (*write_columns[kPairs])(const Columns&, const Lines&, int64_t width, double* work);
+  // Makes what columns are written by: kFactorLines lines for `many` rows of a width, in `work`;
+  // returns whether they are in float32.
+  bool (*make_factors[kPairs])(const Lines&, int64_t width, int64_t many, bool backward,
+                               double* work);
+  // Writes the columns by them, so many rows as one.
+  void (*write_columns[kPairs])(const Columns&, int64_t many, bool rough, double* work);
   // Whole groups of columns from `begin` to `end`; `work` has room for kGroupLines
   // lines of end - begin.
   void (*groups_forward[kPairs])(const Groups&, int64_t begin, int64_t end, double* work);
