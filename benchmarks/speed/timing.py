@@ -17,6 +17,8 @@ class Effort(NamedTuple):
       calls: the most calls in one turn.
       kernel: calls to look at the device's own clock for, or zero.
       queue: whether to wait for the last call of a turn only. A CPU would run several at once.
+      rest: seconds before each turn. Threads of the contestant before may spin on for some
+        milliseconds, on cores that this one is to have.
     """
 
     rounds: int
@@ -24,11 +26,12 @@ class Effort(NamedTuple):
     calls: int
     kernel: int
     queue: bool
+    rest: float = 0.0
 
 
 EFFORTS = {
     "gpu": Effort(rounds=30, sample=0.01, calls=50, kernel=10, queue=True),
-    "cpu": Effort(rounds=15, sample=0.005, calls=50, kernel=0, queue=False),
+    "cpu": Effort(rounds=15, sample=0.005, calls=50, kernel=0, queue=False, rest=0.03),
     "quick": Effort(rounds=3, sample=0.0, calls=1, kernel=0, queue=False),
 }
 
@@ -36,8 +39,7 @@ EFFORTS = {
 def turn(contestant: Contestant, first: int, calls: int, queue: bool) -> float:
     """Returns seconds per call of several calls.
 
-    One more goes before and is not counted: threads of the contestant before may spin on a while,
-    and its own may sleep.
+    One more goes before and is not counted: the contestant's own threads may sleep.
     """
     result = contestant.call(first - 1)
     contestant.wait(result)
@@ -67,12 +69,11 @@ def rounds(contestants: Mapping[str, Contestant], effort: Effort) -> list[dict[s
     names, found = list(contestants), []
     for number in range(effort.rounds):
         shift = number % max(len(names), 1)
-        found.append(
-            {
-                name: 1e3 * turn(contestants[name], number, calls[name], effort.queue)
-                for name in names[shift:] + names[:shift]
-            }
-        )
+        times = {}
+        for name in names[shift:] + names[:shift]:
+            time.sleep(effort.rest)
+            times[name] = 1e3 * turn(contestants[name], number, calls[name], effort.queue)
+        found.append(times)
     return found
 
 
