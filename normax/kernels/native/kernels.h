@@ -133,7 +133,8 @@ static inline __attribute__((always_inline)) bool are_enough_with(double mean, d
                                                                   double products, double n) {
   const bool equal = var == 0 && mean == 0;
   if (!are_enough(mean, var, epsilon) || !(equal || (var > 1e-12 && var < 1e12))) return false;
-  const double of_t = __builtin_fabs(t) / n, of_products = __builtin_fabs(products) / n;
+  const double part = 1 / n;
+  const double of_t = __builtin_fabs(t) * part, of_products = __builtin_fabs(products) * part;
   if (!(of_t < 1e30 && of_products < 1e30)) return false;
   return of_t + of_products == 0 || of_t > 1e-26 || of_products > 1e-30;
 }

@@ -437,9 +437,14 @@ INLINE V<C> filled(double value) {
   return V<C>{} + C(value);
 }
 
-template <class T>
-INLINE double number(const T* p) {
+// A number by itself: what is read as a vector just after it was written waits.
+INLINE double number(const f16* p) {
+#ifdef __F16C__
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(p->bits)));
+#else
   return Part::load<double>(p, 1)[0];
+#endif
 }
+INLINE double number(const bf16* p) { return bits_of<float>(uint32_t(p->bits) << 16); }
 INLINE double number(const float* p) { return *p; }
 INLINE double number(const double* p) { return *p; }

@@ -152,7 +152,9 @@ INLINE double per_unit_of(const double* x, int64_t parts, int64_t apart, int64_t
 
 template <bool kBackward, class T, class O>
 INLINE Row measure(const Rows& rows, const T* x, const O* dy) {
-  const double n = double(rows.length);
+  const double n = double(rows.length), part = 1 / n;
+  // Short rows would wait for divisions; of float64 the last digit is asked for.
+  auto mean_of = [&](double sum) INLINE_LAMBDA { return sizeof(T) == 8 ? sum / n : sum * part; };
   Row row;
   Sums sums;
   auto about = [&](double per_unit) INLINE_LAMBDA {
@@ -160,7 +162,7 @@ INLINE Row measure(const Rows& rows, const T* x, const O* dy) {
     sums = sums_of<kBackward>(rows, x, dy, row.center);
     if (sizeof(T) == 8 && rows.centered) {
       // Of 16 digits all are asked for, so that squares are summed about the mean.
-      row.center.above = sums.d / n;
+      row.center.above = mean_of(sums.d);
       sums = sums_of<kBackward>(rows, x, dy, row.center);
     }
   };
@@ -168,8 +170,8 @@ INLINE Row measure(const Rows& rows, const T* x, const O* dy) {
   if constexpr (sizeof(T) == 2 && sizeof(O) == 2) {
     row.center.pivot = rows.centered ? number(x) : 0;
     sums = rough_sums_of<kBackward>(rows, x, dy, row.center.pivot);
-    const double above = rows.centered ? sums.d / n : 0;
-    const double var = sums.squares / n - above * above;
+    const double above = rows.centered ? mean_of(sums.d) : 0;
+    const double var = mean_of(sums.squares) - above * above;
     enough = kBackward ? are_enough_with(above, var, rows.epsilon, sums.t, sums.products, n)
                        : are_enough(above, var, rows.epsilon);
   }
@@ -179,13 +181,13 @@ INLINE Row measure(const Rows& rows, const T* x, const O* dy) {
       about(per_unit_of(x, 1, 0, rows.length, rows.centered, rows.epsilon));
     }
   }
-  const double mean = rows.centered ? sums.d / n : 0;
-  double var = sums.squares / n - mean * mean;
+  const double mean = rows.centered ? mean_of(sums.d) : 0;
+  double var = mean_of(sums.squares) - mean * mean;
   if (var < 0) var = 0;
   var += rows.epsilon * row.center.per_unit * row.center.per_unit;
   row.rstd = var == 0 ? 0 : 1 / __builtin_sqrt(var);
-  row.mean_t = rows.centered ? sums.t / n : 0;
-  row.along = (sums.products - mean * sums.t) / n * row.rstd;
+  row.mean_t = rows.centered ? mean_of(sums.t) : 0;
+  row.along = mean_of(sums.products - mean * sums.t) * row.rstd;
   row.center.above += mean;
   return row;
 }
