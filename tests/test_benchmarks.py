@@ -118,19 +118,16 @@ def test_contestants_take_turns(monkeypatch):
 
         return Contestant(call, lambda result: None)
 
-    rests = []
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(timing.time, "sleep", lambda s: rests.append((len(order), s)))
-    effort = timing.Effort(rounds=2, sample=6.0, calls=50, kernel=0, queue=True, rest=0.5)
+    effort = timing.Effort(rounds=2, sample=6.0, calls=50, kernel=0, queue=True, warm=4.0)
     found = timing.rounds({"a": who("a", 2.0), "b": who("b", 3.0)}, effort)
     assert found == [{"a": 2000.0, "b": 3000.0}] * 2
-    assert rests == [(4, 0.5), (8, 0.5), (11, 0.5), (14, 0.5)]
     warm, turns = order[:4], order[4:]
     assert warm == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
     # Three calls of a last as long as two of b; the second round begins with b and the next inputs.
-    # A turn begins with a call that is not timed.
-    first = [("a", -1), ("a", 0), ("a", 1), ("a", 2), ("b", -1), ("b", 0), ("b", 1)]
-    second = [("b", 0), ("b", 1), ("b", 2), ("a", 0), ("a", 1), ("a", 2), ("a", 3)]
+    # A turn begins with calls that are not timed, two of a and one of b.
+    first = [("a", -2), ("a", -1), ("a", 0), ("a", 1), ("a", 2), ("b", -1), ("b", 0), ("b", 1)]
+    second = [("b", 0), ("b", 1), ("b", 2), ("a", -1), ("a", 0), ("a", 1), ("a", 2), ("a", 3)]
     assert turns == [*first, *second]
 
 

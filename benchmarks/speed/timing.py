@@ -17,8 +17,8 @@ class Effort(NamedTuple):
       calls: the most calls in one turn.
       kernel: calls to look at the device's own clock for, or zero.
       queue: whether to wait for the last call of a turn only. A CPU would run several at once.
-      rest: seconds before each turn. Threads of the contestant before may spin on for some
-        milliseconds, on cores that this one is to have.
+      warm: seconds that calls before a turn last, at least one. Threads of the contestant before may
+        spin on for some milliseconds, on cores that this one is to have, and its own may sleep.
     """
 
     rounds: int
@@ -26,23 +26,20 @@ class Effort(NamedTuple):
     calls: int
     kernel: int
     queue: bool
-    rest: float = 0.0
+    warm: float = 0.0
 
 
 EFFORTS = {
     "gpu": Effort(rounds=30, sample=0.01, calls=50, kernel=10, queue=True),
-    "cpu": Effort(rounds=15, sample=0.005, calls=50, kernel=0, queue=False, rest=0.03),
+    "cpu": Effort(rounds=15, sample=0.005, calls=50, kernel=0, queue=False, warm=0.01),
     "quick": Effort(rounds=3, sample=0.0, calls=1, kernel=0, queue=False),
 }
 
 
-def turn(contestant: Contestant, first: int, calls: int, queue: bool) -> float:
-    """Returns seconds per call of several calls.
-
-    One more goes before and is not counted: the contestant's own threads may sleep.
-    """
-    result = contestant.call(first - 1)
-    contestant.wait(result)
+def turn(contestant: Contestant, first: int, calls: int, queue: bool, before: int = 1) -> float:
+    """Returns seconds per call of several calls, after some that are not counted."""
+    for i in range(first - before, first):
+        contestant.wait(contestant.call(i))
     start = time.perf_counter()
     for i in range(first, first + calls):
         result = contestant.call(i)
@@ -62,17 +59,18 @@ def rounds(contestants: Mapping[str, Contestant], effort: Effort) -> list[dict[s
     Returns:
       A dict for each round. Each round begins with another contestant.
     """
-    calls = {}
+    calls, before = {}, {}
     for name, contestant in contestants.items():
         once = turn(contestant, 1, 1, effort.queue)
         calls[name] = max(1, min(effort.calls, round(effort.sample / max(once, 1e-9))))
+        before[name] = max(1, min(effort.calls, round(effort.warm / max(once, 1e-9))))
     names, found = list(contestants), []
     for number in range(effort.rounds):
         shift = number % max(len(names), 1)
         times = {}
         for name in names[shift:] + names[:shift]:
-            time.sleep(effort.rest)
-            times[name] = 1e3 * turn(contestants[name], number, calls[name], effort.queue)
+            seconds = turn(contestants[name], number, calls[name], effort.queue, before[name])
+            times[name] = 1e3 * seconds
         found.append(times)
     return found
 
