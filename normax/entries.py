@@ -1,13 +1,15 @@
 """Entries one by one: present or absent, weighed, less their mean, real or complex."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from normax import axes as ax
-from normax import sums
+from normax import sums, units
 
 DIGIT = 2.0**15
 
@@ -46,6 +48,16 @@ def counted(axes, x, mask):
     number = jnp.sum(mask, axes, dtype=jnp.int32, keepdims=True) * repeats
     dtype = ax.real_dtype(ax.compute_dtype(x.dtype))
     return tuple(digit.astype(dtype) for digit in jnp.divmod(number, jnp.int32(DIGIT)))
+
+
+def near_one(mask, sizes, axes) -> Any:
+    """Returns weights that can be multiplied by squares, and their unit, near the largest of some
+    sizes over axes; a mask as it is, and one.
+    """
+    if mask is None or mask.dtype == jnp.bool_:
+        return mask, jnp.ones((), bool)
+    unit = lax.stop_gradient(units.choose(jnp.where(sizes > 0, sizes, 0), axes, 0.0))
+    return mask / unit, unit
 
 
 def at_least_one(count, like):

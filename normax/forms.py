@@ -30,6 +30,8 @@ def measure_here(reduction, x, mask):
     else:
         anywhere = where_asked = _in_no_unit
     forms = {"cpu": where_asked, "tpu": where_asked}
+    if where_asked is _in_a_unit_where_needed:
+        forms["cpu"] = _in_a_unit_where_none_asks
     if one_read_is_enough(reduction, x, mask):
         forms |= {"cuda": _about_samples, "rocm": _about_samples, "tpu": _about_zero}
     partials: dict[str, Any] = {k: functools.partial(f, reduction) for k, f in forms.items()}
@@ -137,6 +139,14 @@ def _in_a_unit_where_needed(reduction, x, mask, devices=1):
 
     # One question within the other: where devices have to agree, they ask only the first.
     return _at_most_once(jnp.any(tiny | wild), doubted, x, common)
+
+
+def _in_a_unit_where_none_asks(reduction, x, mask, devices=1):
+    # Where features are dealt out, too, devices would have to agree on the answer: on CPU one more
+    # read costs less than that.
+    asks = not parts.are_there(reduction, x, devices)
+    form = _in_a_unit_where_needed if asks else _in_a_unit
+    return form(reduction, x, mask, devices)
 
 
 def _unit(reduction, x, mask):

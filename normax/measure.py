@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from normax import axes as ax
 from normax import parts, pool, sums, units
-from normax.entries import DIGIT, at_least_one, over, settled, there, weigh
+from normax.entries import DIGIT, at_least_one, near_one, over, settled, there, weigh
 from normax.entries import inner as inner
 from normax.entries import present as present
 from normax.entries import square as square
@@ -70,10 +69,7 @@ class Measured(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def measure(reduction: Reduction, x: jax.Array, mask: jax.Array | None) -> Measured:
     """Measures `x` over a reduction; the arguments have been through `axes.py`."""
-    mask, weight = _near_one(reduction, mask)
     here = Measured(*measure_here(reduction._replace(axis_name=None, groups=None), x, mask))
-    if here.count is not None and len(here.count) == 1:
-        here = here._replace(count=(here.count[0] * weight,))
     measured = here if reduction.axis_name is None else pooled(reduction, here)
     return as_precise(reduction, measured, x.dtype)
 
@@ -109,7 +105,8 @@ def moment_tangents(reduction, direction, t, measured, mask, dmask=None, length:
     multiplied too; `t` is how the entries move, `dmask` how their weights do.
     """
     n = at_least_one(count_entries(reduction, t, measured), t)
-    mask, weight = _near_one(reduction, mask)
+    # What all weights add up to is known everywhere; for the largest, devices would have to ask.
+    mask, weight = near_one(mask, None if measured.count is None else measured.count[0], ())
     moves = [weigh(t, mask), weigh(inner(direction, t), mask)]
     if dmask is not None:
         unit = 1 if measured.unit is None else measured.unit
@@ -133,8 +130,8 @@ def measured_tangents(measured, dmean, along, dcount=None):
     zeros = jax.tree.map(jnp.zeros_like, measured)
     mean = None if dmean is None else units.divide(dmean, measured.unit)
     count = zeros.count
-    if dcount is not None:  # alike along the axes that the weights are broadcast over
-        count = (lax.slice(dcount, [0] * dcount.ndim, count[0].shape),)
+    if dcount is not None:
+        count = (dcount,)
     return zeros._replace(count=count, mean=mean, var=units.divide(2 * along, measured.unit))
 
 
@@ -154,14 +151,6 @@ def deviation(x, mask, measured, divide=units.divide):
 def _size(reduction, x):
     """Returns how many entries of one device are summarised together."""
     return math.prod(x.shape[axis] for axis in reduction.axes)
-
-
-def _near_one(reduction, mask) -> Any:
-    """Returns weights of a size that can be multiplied by squares, and their unit; else one."""
-    if mask is None or mask.dtype == jnp.bool_:
-        return mask, jnp.ones((), bool)
-    weight = lax.stop_gradient(units.choose(jnp.where(there(mask), mask, 0), reduction.axes, 0.0))
-    return mask / weight, weight
 
 
 def _number(count):

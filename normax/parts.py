@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from normax import pool, units
-from normax.entries import DIGIT, at_least_one, counted, settled, square, times
+from normax.entries import DIGIT, at_least_one, counted, near_one, settled, square, times
 
 # Laid side by side more parts are more to send than the exchanges that they save.
 MOST = 256
@@ -33,10 +33,14 @@ def shared(measure: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def here(reduction, x, mask):
+        mask, weight = near_one(mask, mask, reduction.axes)
         count = None if mask is None else counted(reduction.axes, x, mask)
         size = math.prod(x.shape[axis] for axis in reduction.axes)
         n = at_least_one(size if count is None else _number(*count), x)
-        return count, *measure(reduction, x, mask, n)
+        *measured, var = measure(reduction, x, mask, n)
+        # As wide as the others: devices that have some of the features would have to agree on one.
+        count = jax.tree.map(lambda digit: _like(times(digit, weight), var), count)
+        return count, *measured, var
 
     @functools.wraps(measure)
     def form(reduction, x, mask, devices=1):
@@ -48,10 +52,14 @@ def shared(measure: Callable[..., Any]) -> Callable[..., Any]:
         each = here(within, _parted(x, cut, count), mask)
         each = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, cut, 0), each)
         share = jnp.full((count, *[1] * x.ndim), 1 / count, each[-1].dtype)
-        found, *measured = together(reduction, pool.lay_out, share, *each)
-        return _narrow(found, each[0]), *measured
+        return together(reduction, pool.lay_out, share, *each)
 
     return form
+
+
+def are_there(reduction: Any, x: jax.Array, devices: int) -> bool:
+    """Returns whether what is `shared` measures `x` in parts, on so many devices."""
+    return _cut_of(reduction, x, devices)[1] > 1
 
 
 def of_part(value: jax.Array, whole: Any, part: Any) -> jax.Array:
@@ -97,12 +105,8 @@ def _parted(x, cut, count):
     return pool.reshape(x, shape, (*spec[: cut + 1], None, *spec[cut + 1 :]))
 
 
-def _narrow(count, each):
-    """Returns the count of all as wide as those of each: laid out it is as wide as a mean."""
-    if count is None:
-        return None
-    wide = tuple(axis for axis, size in enumerate(each[0].shape[1:]) if size == 1)
-    return tuple(jnp.max(digit, wide, keepdims=True) for digit in count)
+def _like(row, var):
+    return pool.placed_like(jnp.broadcast_to(row, var.shape), var)
 
 
 def together(reduction, lay_out, share, count, unit, mean, rest, var):
@@ -140,7 +144,7 @@ def _exchanged(lay_out, *leaves) -> list[Any]:
     """Returns what all have of each array, of the shape of the last, in its place; None stays."""
     *_, var = leaves
     rows = [part for leaf in leaves if leaf is not None for part in units.parts(leaf)]
-    rows = [pool.placed_like(jnp.broadcast_to(row, var.shape), var) for row in rows]
+    rows = [_like(row, var) for row in rows]
     given = iter(lay_out(*rows))
 
     def whole(leaf):

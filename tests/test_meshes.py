@@ -73,6 +73,34 @@ def test_a_step_under_plain_jit_has_two_all_reduces(axis_type, mask, mean):
 
 
 @TYPES
+@pytest.mark.parametrize("valid", [None, "mask", "weights"])
+@pytest.mark.parametrize("over", ["model", None])
+def test_weights_and_features_over_a_second_axis_add_none(axis_type, valid, over):
+    """No device asks another what unit its weights, or its features, need."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (axis_type,) * 2)
+    x, ct = (jax.random.normal(jax.random.key(i), (32, 6)) for i in range(2))
+    x = 1e4 + x * 2.0 ** jnp.arange(6.0)[None]
+    if valid is not None:
+        number = jnp.arange(32.0)[:, None]
+        valid = number % 5 < 3 if valid == "mask" else jnp.exp2(-3 * number)  # to 2e-28
+    scale, bias = jnp.linspace(0.5, 2, 6), jnp.linspace(-1, 1, 6)
+    features = scale, bias, normax.RunningStats.create(6)
+
+    @jax.jit
+    def step(x, ct, valid, scale, bias, stats):
+        of = functools.partial(normax.batch_norm, use_running_average=False, mask=valid)
+        y, vjp, stats = jax.vjp(lambda x, *a: of(x, stats, *a), x, scale, bias, has_aux=True)
+        return y, stats, *vjp(ct)
+
+    put = lambda value, *axes: jax.device_put(value, NamedSharding(mesh, P(*axes)))
+    given = put(x, "data", over), put(ct, "data", over)
+    given += valid if valid is None else put(valid, "data"), *put(features, over)
+    compiled = step.lower(*given).compile()
+    assert collectives(compiled.as_text()) == {"all-reduce": 2}
+    agree(jax.tree.map(np.asarray, compiled(*given)), step(x, ct, valid, *features))
+
+
+@TYPES
 @pytest.mark.parametrize("centered", [True, False])
 @pytest.mark.parametrize(
     ("form", "exchanges"),
@@ -97,6 +125,29 @@ def test_forms_of_other_platforms_exchange_once(axis_type, centered, form, excha
     np.testing.assert_allclose(var * unit**2, wanted, 1e-6)
 
 
+@MASKS
+@pytest.mark.parametrize(
+    ("spec", "axes"),
+    [(P("data"), (0, 1)), (P(None, "data"), (1,)), (P("data", None, "model"), (0, 1))],
+    ids=str,
+)
+def test_parts_are_in_a_unit_where_a_tpu_needs_one(spec, axes, mask):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Explicit,) * 2)
+    reduction = measure.Reduction(axes, True, least=2.0**-60)
+    sizes = 10.0 ** jnp.arange(0.0, -32, -8)[None, None]
+    x = jax.random.normal(jax.random.key(0), (8, 64, 4)) * sizes
+    number = jnp.broadcast_to(jnp.arange(64)[:, None], x.shape)
+    valid = number >= 0 if mask is None else number % 3 < 2
+    put = lambda value: jax.device_put(value, NamedSharding(mesh, spec))
+    form = functools.partial(forms._in_a_unit_where_needed, reduction, devices=8)
+    _, unit, mean, rest, var = jax.jit(form)(put(x), put(valid))
+    entries = np.ma.array(np.asarray(x / sizes, np.longdouble), mask=~np.asarray(valid))
+    size, unit = (np.asarray(v, np.longdouble) for v in (sizes, unit))
+    found = np.asarray(mean + rest) * unit / size, np.asarray(var) * (unit / size) ** 2
+    np.testing.assert_allclose(found[0], entries.mean(axes, keepdims=True), rtol=0, atol=2e-7)
+    np.testing.assert_allclose(found[1], entries.var(axes, keepdims=True), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("spec", "reduced", "number"),
     [
@@ -104,15 +155,15 @@ def test_forms_of_other_platforms_exchange_once(axis_type, centered, form, excha
         (P(None, ("data", "model")), (0, 1), 2),
         (P(None, "data"), (1, 2), 2),
         (P(None, None, ("data", "model")), (2,), 2),
-        (P("data", None, "model"), (0, 1), 3),
-        (P("data", None, "model"), (2,), 3),
-        (P("model", "data"), (1,), 3),
+        (P("data", None, "model"), (0, 1), 2),
+        (P("data", None, "model"), (2,), 2),
+        (P("model", "data"), (1,), 2),
     ],
     ids=str,
 )
 @MASKS
 def test_any_axis_that_is_dealt_out_is_measured_in_parts(spec, reduced, number, mask):
-    """Where layouts are in types; one more of a flag where groups are apart on devices, too."""
+    """Where layouts are in types; nor have groups that are apart on devices, too, to agree."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Explicit,) * 2)
     x = 1e4 + jax.random.normal(jax.random.key(0), (8, 64, 256))
     ct = jax.random.normal(jax.random.key(1), x.shape)
