@@ -5,6 +5,7 @@ Of a part that one device has, neither is: only what was measured is exchanged.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -44,13 +45,13 @@ def shared(measure: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(measure)
     def form(reduction, x, mask, devices=1):
-        cut, count = _cut_of(reduction, x, devices)
-        if count == 1:
+        cuts = _cuts_of(reduction, x, devices)
+        if not cuts:
             return here(reduction, x, mask)
-        within = reduction._replace(axes=tuple(axis + (axis >= cut) for axis in reduction.axes))
-        mask = mask if mask is None else _parted(mask, cut, count if mask.shape[cut] > 1 else 1)
-        each = here(within, _parted(x, cut, count), mask)
-        each = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, cut, 0), each)
+        axes = tuple(axis + sum(cut <= axis for cut in cuts) for axis in reduction.axes)
+        each = here(reduction._replace(axes=axes), _parted(x, cuts), _parted(mask, cuts))
+        each = jax.tree.map(functools.partial(_led_by_parts, cuts), each)
+        count = math.prod(cuts.values())
         share = jnp.full((count, *[1] * x.ndim), 1 / count, each[-1].dtype)
         return together(reduction, pool.lay_out, share, *each)
 
@@ -59,50 +60,65 @@ def shared(measure: Callable[..., Any]) -> Callable[..., Any]:
 
 def are_there(reduction: Any, x: jax.Array, devices: int) -> bool:
     """Returns whether what is `shared` measures `x` in parts, on so many devices."""
-    return _cut_of(reduction, x, devices)[1] > 1
+    return bool(_cuts_of(reduction, x, devices))
 
 
 def of_part(value: jax.Array, whole: Any, part: Any) -> jax.Array:
-    """Returns what is known of a whole as its parts have it: with their axis.
+    """Returns what is known of a whole as its parts have it: with their axes.
 
     Args:
       value: with the axes that `whole` reduces kept.
       whole: the reduction that was asked for.
       part: the one that `measure` was given.
     """
-    if whole.axes == part.axes:
-        return value
-    return jnp.expand_dims(value, min(set(whole.axes) - set(part.axes)))
+    shifts = [after - before for before, after in zip(whole.axes, part.axes, strict=True)]
+    cut = [shift > before for before, shift in itertools.pairwise([0, *shifts])]
+    return jnp.expand_dims(value, [axis - 1 for axis in itertools.compress(part.axes, cut)])
 
 
-def _cut_of(reduction, x, devices):
-    """Returns along which axis there are parts, and how many, none of which two devices share.
+def _cuts_of(reduction, x, devices) -> dict[int, int]:
+    """Returns along which axes there are parts, and how many, none of which two devices share.
 
-    Where layouts are part of types it is an axis that is dealt out, else the examples'.
+    Where layouts are part of types they are axes that are dealt out, else the examples'.
     """
     if devices == 1 or not reduction.axes or not x.size:
-        return 0, 1
-    sharding, cut = jax.typeof(x).sharding, 0
+        return {}
+    sharding, cuts = jax.typeof(x).sharding, {0: devices}
     if sharding.mesh.explicit_axes:
-        dealt_out = (axis for axis in reduction.axes if sharding.spec[axis] is not None)
-        cut = next(dealt_out, reduction.axes[0])
-        along = sharding.spec[cut]
-        along = along if isinstance(along, tuple) else () if along is None else (along,)
-        devices = math.prod(sharding.mesh.shape[axis] for axis in along)
-    size, whole = x.shape[cut], math.prod(x.shape[axis] for axis in reduction.axes)
+        cuts = {axis: pool.dealt_out(sharding, axis) for axis in reduction.axes}
+        cuts = {axis: count for axis, count in cuts.items() if count > 1}
     # Cut otherwise than it is dealt out, all of it would be sent.
-    if cut not in reduction.axes or not isinstance(size, int) or size % devices or devices > MOST:
-        return 0, 1
+    for axis, count in cuts.items():
+        size = x.shape[axis]
+        if axis not in reduction.axes or not isinstance(size, int) or size % count:
+            return {}
     # Groups may be as many as rows: what is laid side by side is no more than a device has of x.
-    few = cut == 0 or (isinstance(whole, int) and 4 * devices**2 <= whole)
-    return cut, devices if few else 1
+    count, whole = math.prod(cuts.values()), math.prod(x.shape[axis] for axis in reduction.axes)
+    few = [*cuts] == [0] or (isinstance(whole, int) and 4 * count**2 <= whole)
+    return cuts if few and count <= MOST else {}
 
 
-def _parted(x, cut, count):
-    """Returns an array with an axis of so many parts of another in front of that."""
-    spec, shape = jax.typeof(x).sharding.spec, x.shape
-    shape = (*shape[:cut], count, shape[cut] // count, *shape[cut + 1 :])
-    return pool.reshape(x, shape, (*spec[: cut + 1], None, *spec[cut + 1 :]))
+def _parted(x, cuts):
+    """Returns an array with axes of so many parts of others in front of those; None stays."""
+    for cut, count in sorted(cuts.items(), reverse=True):
+        if x is not None:
+            spec, shape = jax.typeof(x).sharding.spec, x.shape
+            count = count if shape[cut] > 1 else 1
+            shape = (*shape[:cut], count, shape[cut] // count, *shape[cut + 1 :])
+            x = pool.reshape(x, shape, (*spec[: cut + 1], None, *spec[cut + 1 :]))
+    return x
+
+
+def _led_by_parts(cuts, leaf):
+    """Returns an array of all parts along one axis, in front of the others."""
+    places = [cut + before for before, cut in enumerate(cuts)]
+    leaf = jnp.moveaxis(leaf, places, range(len(cuts)))
+    spec, shape = jax.typeof(leaf).sharding.spec, leaf.shape
+    if len(cuts) == 1:
+        return leaf
+    first = tuple(name for entry in spec[: len(cuts)] for name in pool.names_of(entry))
+    count = math.prod(cuts.values())
+    return pool.reshape(leaf, (count, *shape[len(cuts) :]), (first, *spec[len(cuts) :]))
 
 
 def _like(row, var):

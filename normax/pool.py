@@ -82,14 +82,22 @@ def examples_together(value, count):
     Where layouts are no part of types that is the partitioner's to see to.
     """
     sharding = jax.typeof(value).sharding
-    mesh, (first, *rest) = sharding.mesh, sharding.spec
-    if mesh.empty or first is None:
+    if count % dealt_out(sharding, 0) == 0:
         return value
-    names = first if isinstance(first, tuple) else (first,)
-    if count % math.prod(mesh.shape[name] for name in names) == 0:
-        return value
-    spec = jax.sharding.PartitionSpec(None, *rest)
-    return jax.sharding.reshard(value, jax.sharding.NamedSharding(mesh, spec))
+    spec = jax.sharding.PartitionSpec(None, *sharding.spec[1:])
+    return jax.sharding.reshard(value, jax.sharding.NamedSharding(sharding.mesh, spec))
+
+
+def dealt_out(sharding, axis):
+    """Returns among how many devices an axis is dealt out."""
+    return math.prod(sharding.mesh.shape[name] for name in names_of(sharding.spec[axis]))
+
+
+def names_of(entry):
+    """Returns the names of mesh axes in what a spec has of an axis: a name, several, or none."""
+    if entry is None or entry is jax.sharding.PartitionSpec.UNCONSTRAINED:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def reshape(value, shape, spec):

@@ -158,12 +158,18 @@ def test_parts_are_in_a_unit_where_a_tpu_needs_one(spec, axes, mask):
         (P("data", None, "model"), (0, 1), 2),
         (P("data", None, "model"), (2,), 2),
         (P("model", "data"), (1,), 2),
+        (P("data", "model"), (0, 1), 3),
+        (P("data", None, "model"), (0, 2), 3),
+        (P(None, "model", "data"), (0, 1, 2), 3),
     ],
     ids=str,
 )
 @MASKS
 def test_any_axis_that_is_dealt_out_is_measured_in_parts(spec, reduced, number, mask):
-    """Where layouts are in types; nor have groups that are apart on devices, too, to agree."""
+    """Where layouts are in types; nor have groups that are apart on devices, too, to agree.
+
+    What is summed along two axes that are dealt out, backward, XLA sums along one after the other.
+    """
     mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Explicit,) * 2)
     x = 1e4 + jax.random.normal(jax.random.key(0), (8, 64, 256))
     ct = jax.random.normal(jax.random.key(1), x.shape)

@@ -15,6 +15,7 @@ import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from normax import pool
 from normax.kernels import layouts
 from normax.kernels import primitive as pr
 
@@ -152,7 +153,7 @@ class Placement:
         chosen = {}
         for names, shape, spec in zip(self.inputs, shapes, specs, strict=True):
             for name, size, axes in zip(names, shape, spec, strict=False):
-                axes = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+                axes = pool.names_of(axes)
                 taken = set(itertools.chain(*chosen.values()))
                 # A part that is padded would be summed, too.
                 even = size % math.prod(mesh.shape[axis] for axis in axes) == 0
