@@ -1,5 +1,6 @@
 """normax: normalization for JAX and Flax. Pure functions, explicit state."""
 
+from normax import exporting as exporting
 from normax.adaptive import adaln_zero as adaln_zero
 from normax.adaptive import adaptive_instance_norm as adaptive_instance_norm
 from normax.adaptive import film as film

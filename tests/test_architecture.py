@@ -46,6 +46,7 @@ ROOMS = [
         "instance",
     ],
     ["kernel", "operator", "segment", "trees", "population", "conventions", "power"],
+    ["exporting"],
     ["__init__"],
     ["options", "theory"],
     ["linen", "nnx"],

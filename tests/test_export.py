@@ -52,3 +52,23 @@ def test_a_symbolic_batch_size(masked):
         expected = jax.tree.leaves(jax.jit(step)(x, mask, scale, stats))
         for left, right in zip(ours, expected, strict=True):
             np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stored_program_takes_and_returns_states():
+    def step(x, stats, bounds):
+        y, new = normax.batch_norm(x, stats, use_running_average=False)
+        seen = normax.merge_extremes(bounds, normax.extremes(x, axes=0))
+        return y, new, normax.moments(x, axes=0), seen
+
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+    given = x, normax.RunningStats.create(3), normax.extremes(x + 1, axes=0)
+    stored = export.export(jax.jit(step))(*given).serialize()
+    found = export.deserialize(stored).call(*given)
+    assert jax.tree.structure(found) == jax.tree.structure(step(*given))
+    for ours, expected in zip(*map(jax.tree.leaves, (found, step(*given))), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_every_public_state_can_be_stored():
+    public = {value for value in vars(normax).values() if hasattr(value, "_fields")}
+    assert public == set(normax.exporting.STATES)

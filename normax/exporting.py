@@ -1,0 +1,18 @@
+"""States by name, for `jax.export`: programs that take or return them can be stored."""
+
+import contextlib
+
+from jax import export
+
+from normax.features import FeatureScaling
+from normax.moments import Moments, RunningStats
+from normax.order import Extremes
+from normax.power import PowerState
+from normax.weight import SpectralState
+
+STATES = (Extremes, FeatureScaling, Moments, PowerState, RunningStats, SpectralState)
+
+for state in STATES:
+    # Known already where a notebook loads this anew.
+    with contextlib.suppress(ValueError):
+        export.register_namedtuple_serialization(state, serialized_name=f"normax.{state.__name__}")
