@@ -13,6 +13,6 @@ from normax.weight import SpectralState
 STATES = (Extremes, FeatureScaling, Moments, PowerState, RunningStats, SpectralState)
 
 for state in STATES:
-    # Known already where a notebook loads this anew.
+    # Loaded anew in a notebook, only those of the first time are known.
     with contextlib.suppress(ValueError):
         export.register_namedtuple_serialization(state, serialized_name=f"normax.{state.__name__}")

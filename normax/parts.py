@@ -142,6 +142,8 @@ def together(reduction, lay_out, share, count, unit, mean, rest, var):
     *counts, unit, mean, rest, var = _exchanged(lay_out, *digits, unit, mean, rest, var)
     if count is not None:
         number = _number(*counts)
+        if len(counts) == 1:  # of weights, whose sum may be out of range
+            number = number / units.choose(number, (0,), 0.0)
         share = number / at_least_one(jnp.sum(number, 0, keepdims=True), var)
         count = tuple(jnp.sum(digit, 0) for digit in counts)
         if len(count) == 2:

@@ -145,6 +145,7 @@ MUTATIONS = [
     Mutation("parts: features ask for units", "forms.py", "asks = not parts.are_there(reduction, x, devices)", "asks = True", "test_meshes.py -k second_axis"),
     Mutation("parts: a mask is as narrow as it came", "parts.py", "lambda digit: _like(times(digit, weight), var)", "lambda digit: times(digit, weight)", "test_meshes.py -k second_axis"),
     Mutation("parts: weights ask for the largest", "measure.py", "near_one(mask, None if measured.count is None else measured.count[0], ())", "near_one(mask, mask, reduction.axes)", "test_meshes.py -k second_axis"),
+    Mutation("parts: weights add up to infinity", "parts.py", "number = number / units.choose(number, (0,), 0.0)", "pass", "test_meshes.py -k second_axis"),
     Mutation("parts: all of one share", "parts.py", "        share = number /", "        share = jnp.ones_like(number) /", "test_meshes.py -k two_all_reduces"),
     Mutation("parts: the unit of each", "parts.py", "unit, var = common[0], var * ratio * ratio", "unit, var = common[0], var", "test_meshes.py -k exchange_once"),
     Mutation("default: where a partitioner sees it", "kernels/primitive.py", "return kinds == {AxisType.Explicit}", "return True", "test_defaults.py -k partitioner"),

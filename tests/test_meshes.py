@@ -73,7 +73,7 @@ def test_a_step_under_plain_jit_has_two_all_reduces(axis_type, mask, mean):
 
 
 @TYPES
-@pytest.mark.parametrize("valid", [None, "mask", "weights"])
+@pytest.mark.parametrize("valid", [None, "mask", "weights", "large"])
 @pytest.mark.parametrize("over", ["model", None])
 def test_weights_and_features_over_a_second_axis_add_none(axis_type, valid, over):
     """No device asks another what unit its weights, or its features, need."""
@@ -82,7 +82,9 @@ def test_weights_and_features_over_a_second_axis_add_none(axis_type, valid, over
     x = 1e4 + x * 2.0 ** jnp.arange(6.0)[None]
     if valid is not None:
         number = jnp.arange(32.0)[:, None]
-        valid = number % 5 < 3 if valid == "mask" else jnp.exp2(-3 * number)  # to 2e-28
+        # To 2e-28; or what adds up to infinity.
+        weights = {"weights": jnp.exp2(-3 * number), "large": 2e37 + number * 1e35}
+        valid = number % 5 < 3 if valid == "mask" else weights[valid]
     scale, bias = jnp.linspace(0.5, 2, 6), jnp.linspace(-1, 1, 6)
     features = scale, bias, normax.RunningStats.create(6)
 
@@ -189,8 +191,12 @@ def test_any_axis_that_is_dealt_out_is_measured_in_parts(spec, reduced, number, 
     agree(jax.tree.map(np.asarray, compiled(*given)), both(x, ct, valid))
     # In units of their own, too: each feature in another, and none that a square of it would have.
     size = 1e-30 * 2.0 ** (jnp.arange(256.0) // 8)[None, None]
-    found, *_ = compiled(jax.tree.map(put, (x - 1e4) * size), *given[1:])
-    agree(np.asarray(found), both((x - 1e4) * size, ct, valid)[0])
+    form = functools.partial(normax.standardize, reduction_axes=reduced, mask=valid, epsilon=0)
+    small = (x - 1e4) * size
+    with_mask = functools.partial(form, mask=given[2])
+    found, expected = jax.jit(with_mask)(put(small))[0], jax.jit(form)(small)[0]
+    assert np.abs(np.asarray(expected)).max() > 1  # not what an epsilon leaves of it
+    agree(np.asarray(found), expected)
 
 
 def test_of_more_parts_than_are_laid_side_by_side_each_sum_is_of_all(monkeypatch):

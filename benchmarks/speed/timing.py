@@ -17,8 +17,9 @@ class Effort(NamedTuple):
       calls: the most calls in one turn.
       kernel: calls to look at the device's own clock for, or zero.
       queue: whether to wait for the last call of a turn only. A CPU would run several at once.
-      warm: seconds that calls before a turn last, at least one. Threads of the contestant before
-        may spin on for some milliseconds, on cores that this one is to have; its own may sleep.
+      warm: seconds that calls before a turn last, one of them or more, but no more than `calls`.
+        Threads of the contestant before may spin on for some milliseconds, on cores that this one
+        is to have; its own may sleep.
     """
 
     rounds: int

@@ -232,7 +232,7 @@ ffi::Error column_gradients(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer dy, Any
     exact = !(line.rstd[i] == 0 || fits(line.rstd[i]));
   }
   // What float32 lacks of a mean is not subtracted from entries, but its share from their sums.
-  for (int64_t i = 0; i < lines && !wide; ++i) {
+  for (int64_t i = 0; i < lines && !exact; ++i) {
     const double mean = double(float(line.mean[i]));
     line.rest[i] = line.mean[i] - mean;
     line.mean[i] = mean;
@@ -248,13 +248,15 @@ ffi::Error column_gradients(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer dy, Any
     }
     if (exact || are_numbers) break;
     exact = true;
+    for (int64_t i = 0; i < lines; ++i) line.mean[i] += line.rest[i], line.rest[i] = 0;
   }
   for (int64_t call = 0; call < cuts.batch; ++call) {
     double* sum = &sums[call * cuts.pieces * 2 * length];
     const int64_t first = call * length;
     for (int64_t i = 0; i < length; ++i) {
-      const double rest = line.rest[first + i];
-      sum[length + i] -= rest == 0 ? 0 : rest * line.rstd[first + i] * sum[i];
+      // An infinite sum stays what it is.
+      const double share = line.rest[first + i] * line.rstd[first + i] * sum[i];
+      sum[length + i] -= std::isfinite(share) ? share : 0;
     }
     write(sum, length, *dbias, first);
     write(sum + length, length, *dscale, first);

@@ -6,16 +6,18 @@
 template <class T>
 constexpr int64_t kFewRows = sizeof(T) == 2 ? 8 : 4;
 // Columns of them at a time; and bytes of the rows that are summed a few columns after the other,
-// while the next rows are asked for: a near cache holds both.
-constexpr int64_t kSlice = 1024, kBlock = 1 << 16;
+// while the next rows are asked for: a near cache holds both. Where a few rows are more than that,
+// what is asked for is so many columns ahead.
+constexpr int64_t kSlice = 1024, kBlock = 1 << 16, kAhead = 256;
 
 enum class Sum { kMoments, kGradients, kBoth };
 template <Sum kSum>
 constexpr int kSums = kSum == Sum::kBoth ? 4 : 2;
 
 // Vectors of columns whose sums are kept in registers, as far as there are any.
-template <Sum kSum>
-constexpr int vectors_of = kSum == Sum::kBoth ? 1 : kSum == Sum::kMoments || kBytes < 64 ? 2 : 4;
+template <Sum kSum, class A>
+constexpr int vectors_of =
+    kSum == Sum::kBoth ? 1 : kSum == Sum::kMoments ? (sizeof(A) == 4 ? 2 : 4) : kBytes < 64 ? 2 : 4;
 
 // The next rows, in the order in which they are asked for.
 struct Next {
@@ -108,16 +110,18 @@ template <Sum kSum, class A, class T, class O>
 INLINE void sum_down(const Columns& columns, int64_t begin, int64_t end, const About& about,
                      double* sums, int64_t width, double* lost = nullptr) {
   constexpr int kLanes = kWidth<A>;
-  constexpr int kVectors = vectors_of<kSum>;
+  constexpr int kVectors = vectors_of<kSum, A>;
   auto x = static_cast<const T*>(columns.x);
   auto dy = static_cast<const O*>(columns.dy);
   auto from = [&](int64_t c) INLINE_LAMBDA { return lost ? lost + c : nullptr; };
   const int64_t stride = columns.stride, block = rows_of_block<T>(end - begin);
   const bool contiguous = end - begin == stride;
+  const bool long_rows = block * (end - begin) * int64_t(sizeof(T)) > 2 * kBlock;
   for (int64_t start = 0; start < columns.rows; start += block) {
     const int64_t left = columns.rows - start, rows = left < block ? left : block;
     const int64_t first = start * stride, after = first + rows * stride;
     auto next = [&](int64_t c, int64_t lanes) INLINE_LAMBDA {
+      if (long_rows) return Next{first + c + kAhead, stride};
       return contiguous ? Next{after + c * rows, lanes} : Next{after + c, stride};
     };
     int64_t c = begin;
@@ -275,19 +279,21 @@ __attribute__((noinline)) void write_rows(const Columns& columns, int64_t begin,
                                           int64_t many, double* work, R* out) {
   // Several rows in turn, if a vector is a line of cache: parts of lines are slow to write past it.
   constexpr int kRows = kBytes < 64 ? 1 : 4;
-  const bool several = kBackward || many * width >= 2 * kBytes;
+  const bool several = kBackward || many * width >= 128;  // entries
   const Factors<C> factors(work, many * width);
   auto x = static_cast<const T*>(columns.x) + begin;
-  auto dy = static_cast<const O*>(columns.dy) + begin;
+  auto dy = [&](int64_t at) INLINE_LAMBDA {
+    return kBackward ? static_cast<const O*>(columns.dy) + begin + at : nullptr;
+  };
   out += begin;
   auto write_some = [&](auto place, int64_t r, int64_t joined) INLINE_LAMBDA {
     typedef decltype(place) W;
     const int64_t at = r * columns.stride, wide = joined * columns.stride;
     if (several && r + kRows * joined <= columns.rows) {
-      write_rows_of<kBackward, kRows, W>(factors, joined * width, wide, x + at, dy + at, out + at);
+      write_rows_of<kBackward, kRows, W>(factors, joined * width, wide, x + at, dy(at), out + at);
       return r + kRows * joined;
     }
-    write_rows_of<kBackward, 1, W>(factors, joined * width, wide, x + at, dy + at, out + at);
+    write_rows_of<kBackward, 1, W>(factors, joined * width, wide, x + at, dy(at), out + at);
     return r + joined;
   };
   for (int64_t r = 0; r < columns.rows;) {
