@@ -26,12 +26,10 @@ def measure_here(reduction, x, mask):
     mask = mask if mask is None else pool.placed_like(mask, x)
     if units.needed(x.dtype):
         # A GPU would have to ask the host whether to go on; reading x once more is cheaper there.
-        anywhere, where_asked = _in_a_unit, _in_a_unit_where_needed
+        anywhere, on_tpu, on_cpu = _in_a_unit, _in_a_unit_where_needed, _in_a_unit_where_none_asks
     else:
-        anywhere = where_asked = _in_no_unit
-    forms = {"cpu": where_asked, "tpu": where_asked}
-    if where_asked is _in_a_unit_where_needed:
-        forms["cpu"] = _in_a_unit_where_none_asks
+        anywhere = on_tpu = on_cpu = _in_no_unit
+    forms = {"cpu": on_cpu, "tpu": on_tpu}
     if one_read_is_enough(reduction, x, mask):
         forms |= {"cuda": _about_samples, "rocm": _about_samples, "tpu": _about_zero}
     partials: dict[str, Any] = {k: functools.partial(f, reduction) for k, f in forms.items()}

@@ -256,10 +256,6 @@ INLINE V<Few> singles(V<double> v) {
 #endif
 }
 
-// The halves of float32 in double precision.
-INLINE V<double> first_half(V<float> v) { return doubles(first_of(v)); }
-INLINE V<double> second_half(V<float> v) { return doubles(second_of(v)); }
-
 // Entries from and to the type to compute in.
 template <class C>
 struct Memory;
@@ -376,6 +372,10 @@ INLINE V<float> plus_product(V<float> sum, V<float> a, V<float> b) {
   return sum + a * b;
 #endif
 }
+
+// The halves of float32 in double precision.
+INLINE V<double> first_half(V<float> v) { return doubles(first_of(v)); }
+INLINE V<double> second_half(V<float> v) { return doubles(second_of(v)); }
 
 // Adds to a line of sums in double precision.
 template <class P>
