@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from normax import implementations, rows, sums, units
+from normax import implementations, parts, rows, sums, units
 from normax import measure as me
 from normax.kernels.linear import linear
 from normax.rescale import alike, reciprocal_per_unit, rescaled, rescaled_tangent, standardized
@@ -154,6 +154,7 @@ def _whole(plan, shape, total, known, dy, summed=None, found=None):
     """
     known = _measured(plan, known)
     x, scale, _, measured = known
+    total = functools.partial(parts.total, total)
     rstd = reciprocal_per_unit(plan, measured)
     d, dy = _factors(plan, known, dy)
     xhat = (d if measured.rest is None else d - measured.rest) * rstd
@@ -166,7 +167,9 @@ def _whole(plan, shape, total, known, dy, summed=None, found=None):
         ones, along = total(dy, common), total(dy * xhat, common)
     else:
         about_mean, alone = _factors(plan, *summed)
-        ones, along = sums.totals_in_one_read(alone, alone * (about_mean * rstd), common)
+        both = lax.complex(alone, alone * (about_mean * rstd))
+        both = parts.total(sums.total_in_one_read, both, common)
+        ones, along = both.real, both.imag
         along = along if measured.rest is None else along - measured.rest * rstd * ones
     dscale = dbias = None
     if shape is not None:

@@ -111,14 +111,16 @@ def moment_tangents(reduction, direction, t, measured, mask, dmask=None, length:
     if dmask is not None:
         unit = 1 if measured.unit is None else measured.unit
         d = over(direction, jnp.where(jnp.asarray(length) > 0, length, 1))
-        dmask = jnp.where(there(mask), jnp.broadcast_to(dmask, t.shape), 0)
+        dmask = jnp.where(there(mask), parts.spread(dmask, t), 0)
         further = square(d) - measured.var
         moves = [
             moves[0] + times(d, dmask * (unit / weight)),
             moves[1] + further * dmask * (unit * length / (2 * weight)),
             dmask,
         ]
-    mean, along, *count = (sums.total(v, reduction.axes).astype(t.dtype) for v in moves)
+    mean, along, *count = (
+        parts.total(sums.total, v, reduction.axes).astype(t.dtype) for v in moves
+    )
     moves = jnp.stack([*(over(times(v, weight), n) for v in (mean, along)), *count])
     together = pool.sum_over_devices(reduction.axis_name, reduction.groups, moves)
     mean, along, *count = together

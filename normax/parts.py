@@ -16,6 +16,7 @@ from jax import lax
 
 from normax import pool, units
 from normax.entries import DIGIT, at_least_one, counted, near_one, settled, square, times
+from normax.kernels import primitive
 
 # Laid side by side more parts are more to send than the exchanges that they save.
 MOST = 256
@@ -48,8 +49,8 @@ def shared(measure: Callable[..., Any]) -> Callable[..., Any]:
         cuts = _cuts_of(reduction, x, devices)
         if not cuts:
             return here(reduction, x, mask)
-        axes = tuple(axis + sum(cut <= axis for cut in cuts) for axis in reduction.axes)
-        each = here(reduction._replace(axes=axes), _parted(x, cuts), _parted(mask, cuts))
+        within = reduction._replace(axes=_within(cuts, reduction.axes))
+        each = here(within, _parted(x, cuts), _parted(mask, cuts))
         each = jax.tree.map(functools.partial(_led_by_parts, cuts), each)
         count = math.prod(cuts.values())
         share = jnp.full((count, *[1] * x.ndim), 1 / count, each[-1].dtype)
@@ -83,10 +84,15 @@ def _cuts_of(reduction, x, devices) -> dict[int, int]:
     """
     if devices == 1 or not reduction.axes or not x.size:
         return {}
-    sharding, cuts = jax.typeof(x).sharding, {0: devices}
-    if sharding.mesh.explicit_axes:
-        cuts = {axis: pool.dealt_out(sharding, axis) for axis in reduction.axes}
-        cuts = {axis: count for axis, count in cuts.items() if count > 1}
+    mesh, cuts = jax.typeof(x).sharding.mesh, {0: devices}
+    if mesh.explicit_axes:
+        cuts = _dealt_out(x, reduction.axes)
+        # What a partitioner deals out along other axes of the mesh is examples, or none of these.
+        seen = math.prod(mesh.shape[name] for name in mesh.explicit_axes)
+        both, size = cuts.get(0, 1) * (devices // seen), x.shape[0]
+        first = {*cuts} <= {0} <= {*reduction.axes} and both > 1
+        if first and isinstance(size, int) and size % both == 0:
+            cuts = {0: both}
     # Cut otherwise than it is dealt out, all of it would be sent.
     for axis, count in cuts.items():
         size = x.shape[axis]
@@ -96,6 +102,41 @@ def _cuts_of(reduction, x, devices) -> dict[int, int]:
     count, whole = math.prod(cuts.values()), math.prod(x.shape[axis] for axis in reduction.axes)
     few = [*cuts] == [0] or (isinstance(whole, int) and 4 * count**2 <= whole)
     return cuts if few and count <= MOST else {}
+
+
+def _dealt_out(x, axes) -> dict[int, int]:
+    """Returns among how many devices axes are dealt out, where layouts are part of types."""
+    counts = {axis: pool.dealt_out(jax.typeof(x).sharding, axis) for axis in axes}
+    return {axis: count for axis, count in counts.items() if count > 1}
+
+
+def total(add: Callable[..., Any], x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Returns `add(x, axes)`, a sum with the axes kept, in one exchange if several are dealt out.
+
+    Else XLA would exchange what it summed along one of them before it sums along the next.
+    """
+    cuts = _dealt_out(x, axes)
+    if len(cuts) < 2:
+        return add(x, axes)
+    each = add(_parted(x, cuts), _within(cuts, axes))
+    return jnp.sum(_led_by_parts(cuts, each), 0)
+
+
+def spread(value: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns `value` broadcast to the shape of another: what transposes to a `total`."""
+    sizes = enumerate(zip(value.shape, like.shape, strict=True))
+    axes = tuple(axis for axis, (mine, size) in sizes if mine < size)
+    if len(_dealt_out(like, axes)) < 2:
+        return primitive.spread(value, like)
+    value = primitive.varying(pool.placed_like(value, like), primitive.axes_of(like))
+    add = functools.partial(jnp.sum, keepdims=True)
+    summed = functools.partial(total, add, axes=axes)
+    return jax.linear_transpose(summed, jnp.real(like).astype(value.dtype))(value)[0]
+
+
+def _within(cuts, axes):
+    """Returns where axes are once there are axes of parts in front of those that are cut."""
+    return tuple(axis + sum(cut <= axis for cut in cuts) for axis in axes)
 
 
 def _parted(x, cuts):

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from normax import axes as ax
 from normax import measure as me
-from normax import units
-from normax.kernels.primitive import spread
+from normax import parts, units
 
 
 class Plan(NamedTuple):
@@ -87,10 +86,11 @@ def rescaled_tangent(plan, xhat, scale, bias, dxhat, dscale, dbias):
     terms = []
     if dxhat is not None:
         terms.append(dxhat if scale is None else jnp.multiply(*alike(dxhat, scale)))
+    dscale, dbias = (v if v is None else parts.spread(v, xhat) for v in (dscale, dbias))
     if dscale is not None:
         terms.append(jnp.multiply(*alike(xhat, dscale)))
     if dbias is not None:
-        terms.append(spread(dbias, xhat))
+        terms.append(dbias)
     t = functools.reduce(jnp.add, alike(*terms))
     if plan.activation is not None:
         t = jax.jvp(plan.activation, (rescale(xhat, scale, bias),), (t,))[1]

@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
-from normax import gradient, implementations, rows, units
+from normax import gradient, implementations, parts, rows, units
 from normax import measure as me
 from normax.forms import one_read_is_enough
 from normax.layout import layout_of
@@ -266,6 +266,7 @@ def _tangents(plan, x, scale, bias, mask, measured, dx, dscale, dbias, dmask):
             plan.reduction, direction, t, measured, mask, dmask, length
         )
         move = me.measured_tangents(measured, dmean, along / safe, *dcount)
+        dmean, along = (v if v is None else parts.spread(v, t) for v in (dmean, along))
         pt = me.subtract(t, dmean, None, mask)
         dxhat = me.times(pt - me.times(xhat, along), units.divide(rstd, measured.unit))
     return rescaled_tangent(plan, xhat, scale, bias, dxhat, dscale, dbias), move
