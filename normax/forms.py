@@ -140,10 +140,8 @@ def _in_a_unit_where_needed(reduction, x, mask, devices=1):
 
 
 def _in_a_unit_where_none_asks(reduction, x, mask, devices=1):
-    # Where features are dealt out, too, devices would have to agree on the answer: on CPU one more
-    # read costs less than that.
-    asks = not parts.are_there(reduction, x, devices)
-    form = _in_a_unit_where_needed if asks else _in_a_unit
+    # Several devices would have to agree on the answer: that costs more than one more read.
+    form = _in_a_unit_where_needed if devices == 1 else _in_a_unit
     return form(reduction, x, mask, devices)
 
 

@@ -59,11 +59,6 @@ def shared(measure: Callable[..., Any]) -> Callable[..., Any]:
     return form
 
 
-def are_there(reduction: Any, x: jax.Array, devices: int) -> bool:
-    """Returns whether what is `shared` measures `x` in parts, on so many devices."""
-    return bool(_cuts_of(reduction, x, devices))
-
-
 def of_part(value: jax.Array, whole: Any, part: Any) -> jax.Array:
     """Returns what is known of a whole as its parts have it: with their axes.
 

@@ -102,6 +102,30 @@ def test_weights_and_features_over_a_second_axis_add_none(axis_type, valid, over
     agree(jax.tree.map(np.asarray, compiled(*given)), step(x, ct, valid, *features))
 
 
+@TYPES
+@pytest.mark.parametrize("kind", ["layer", "rms", "group"])
+def test_devices_with_groups_of_their_own_agree_on_nothing(axis_type, kind):
+    """All that is sent is the gradient of a scale, here one from outside of the mesh."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (axis_type,) * 2)
+    x, ct = (jax.random.normal(jax.random.key(i), (16, 8, 64)) for i in range(2))
+    norm = {
+        "layer": normax.layer_norm,
+        "rms": normax.rms_norm,
+        "group": functools.partial(normax.group_norm, num_groups=4),
+    }[kind]
+
+    @jax.jit
+    def step(x, ct, scale):
+        y, vjp = jax.vjp(norm, x, scale)
+        return y, *vjp(ct)
+
+    spec = P("data", None, "model" if kind == "group" else None)
+    given = *(jax.device_put(v, NamedSharding(mesh, spec)) for v in (x, ct)), jnp.linspace(1, 2, 64)
+    compiled = step.lower(*given).compile()
+    assert collectives(compiled.as_text()) == {"all-reduce": 1}
+    agree(jax.tree.map(np.asarray, compiled(*given)), step(x, ct, given[-1]))
+
+
 @pytest.mark.parametrize("explicit", ["data", "model"])
 @pytest.mark.parametrize("spec", [P("data"), P("data", "model"), P(("data", "model"))], ids=str)
 @MASKS

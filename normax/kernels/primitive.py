@@ -249,8 +249,9 @@ def typed_as(x: jax.Array, aval: Any) -> jax.Array:
 
 def sharded_as(x: jax.Array, aval: Any) -> jax.Array:
     """Returns `x` sharded over the explicit axes of a type."""
-    same = jax.typeof(x).sharding.spec == aval.sharding.spec
-    return x if same else jax.reshard(x, aval.sharding)
+    ours, theirs = jax.typeof(x).sharding, aval.sharding
+    # What came from outside of a mesh has no layout there.
+    return x if theirs.mesh.empty or ours.spec == theirs.spec else jax.reshard(x, theirs)
 
 
 def varying(x: jax.Array, axes: Any) -> jax.Array:
