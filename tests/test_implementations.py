@@ -1,6 +1,7 @@
 """Every implementation of the norms of rows: one suite for all, kernels run on CPU."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -181,8 +182,14 @@ def test_the_kernel_is_in_the_program_of_its_platform_and_none_elsewhere(impleme
         jax.jit(f).trace(x).lower(lowering_platforms=(other,))
 
 
-@pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu"])
-@pytest.mark.parametrize("platforms", [("cpu",), ("cpu", "rocm")], ids=str)
+@pytest.mark.parametrize(
+    ("implementation", "platforms"),
+    [
+        *itertools.product(["mosaic_gpu", "mosaic_tpu"], [("cpu",), ("cpu", "rocm")]),
+        pytest.param("cpu", ("cuda", "tpu"), marks=NATIVE.marks),
+    ],
+    ids=str,
+)
 def test_exported_for_other_platforms_it_is_the_form_there(implementation, platforms):
     """Never in silence."""
     x = jax.random.normal(jax.random.key(0), (16, 256))
@@ -199,7 +206,10 @@ def test_exported_for_other_platforms_it_is_the_form_there(implementation, platf
         UserWarning, match=rf"='{implementation}' is for .* alone.* float32\[16, 256\]"
     ):
         exported = jax.export.export(named, platforms=platforms)(x, scale)
-    assert "custom_call @mosaic" not in exported.mlir_module()
+    for call in ("mosaic", "normax"):
+        assert f"custom_call @{call}" not in exported.mlir_module()
+    if "cpu" not in platforms:
+        return
     there = jax.export.deserialize(exported.serialize())
     wanted = jax.jit(functools.partial(step, implementation="xla"))(x, scale)
     for ours, theirs in zip(there.call(x, scale), wanted, strict=True):

@@ -122,6 +122,23 @@ def test_mapped(by):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("transform", ["hessian", "scan", "remat"])
+def test_transformed(transform, by):
+    args, ct = arguments(shape=(3, 8, 16))
+
+    def run(name):
+        f = lambda *args: norm(*args, implementation=name)[0]
+        if transform == "hessian":
+            along = lambda t: jnp.sum(jnp.sin(f(args[0] + t[0] + t[1] * args[0] ** 2, *args[1:])))
+            return [jax.hessian(along)(jnp.asarray([0.1, 0.3]))]
+        over = lambda x, *rest: jax.lax.scan(lambda c, x: (c, f(x, *rest)), 0, x)[1]
+        y, pull = jax.vjp(over if transform == "scan" else jax.checkpoint(f), *args)
+        return y, *pull(ct)
+
+    for a, b in zip(run(by), run(None), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
 @needs_library
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_devices_pool_half_precision(dtype):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 import pathlib
 import re
 import shutil
@@ -298,6 +299,48 @@ def test_mapped_over_rows_parameters_are_not_written_out():
     (call,) = re.findall(r"custom-call\((.*?)\), custom_call_target=.normax_forward", text)
     operands = [re.search(rf"{re.escape(name)} = (\S+?)\{{", text)[1] for name in call.split(", ")]
     assert operands == ["f32[256,64]", "f32[64]", "f32[64]"]
+
+
+@needs_library
+@pytest.mark.parametrize("norm", ["batch", "group", "instance"])
+def test_mapped_over_they_are_called_once(norm):
+    x, ct = (jax.random.normal(jax.random.key(i), (4, 3, 10, 8)) for i in range(2))
+    norm = {
+        "batch": lambda x: normax.normalize_batch(x, implementation="cpu")[0],
+        "group": lambda x: normax.group_norm(x, num_groups=2, implementation="cpu"),
+        "instance": lambda x: normax.instance_norm(x, implementation="cpu"),
+    }[norm]
+
+    def step(x, ct):
+        y, pull = jax.vjp(norm, x)
+        return y, *pull(ct)
+
+    mapped = jax.jit(jax.vmap(step)).lower(x, ct).compile().as_text()
+    alone = jax.jit(step).lower(x[0], ct[0]).compile().as_text()
+    assert "while" not in mapped
+    assert mapped.count("custom_call_target") == alone.count("custom_call_target") > 0
+
+
+@needs_library
+def test_columns_and_groups_give_the_same_bits_each_time():
+    x, dy, scale, bias = data((3, 4097, 8, 9), "float32", mean=1, line=(8, 9))
+    rule = {"centered": True, "epsilon": 1e-5}
+
+    @jax.jit
+    def step(x, dy):
+        y = groups.forward_groups(x, scale, bias, **rule)
+        of_groups = y, *groups.backward_groups(x, scale, bias, dy, **rule)
+        x, dy = x.reshape(-1, 72), dy.reshape(-1, 72)
+        moments = columns.column_moments_in_units(x)
+        sums = columns.column_gradients(x, dy, *moments, epsilon=1e-5)
+        dx = columns.backward_columns(
+            x, scale.reshape(-1), dy, *moments, *sums, epsilon=1e-5, count=len(x)
+        )
+        return of_groups, moments, sums, dx
+
+    first = step(x, dy)
+    for _ in range(8):
+        jax.tree.map(np.testing.assert_array_equal, step(x, dy), first)
 
 
 @needs_library
@@ -690,6 +733,21 @@ def test_an_infinite_cotangent_has_an_infinite_sum(dtype, rows, x64):
 
 
 @needs_library
+@pytest.mark.parametrize("members", [2, 64])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_an_infinite_cotangent_in_a_group_has_an_infinite_sum(dtype, members, x64):
+    x, dy, *_ = data((2, 40, 64 // members, members), dtype, mean=3)
+    places = np.arange(64) * 7 % 40
+    line = np.arange(64)
+    dy = dy.reshape(2, 40, 64).at[0, places, line].set(np.inf).reshape(x.shape)
+    _, dscale, dbias = groups.backward_groups(x, None, None, dy, centered=True, epsilon=1e-5)
+    assert np.isposinf(dbias).all()
+    entries = np.asarray(x, np.float64)
+    above = (entries > entries.mean((1, 3), keepdims=True)).reshape(2, 40, 64)[0, places, line]
+    np.testing.assert_array_equal(dscale.reshape(-1), np.where(above, 1, -1) * np.inf)
+
+
+@needs_library
 @pytest.mark.parametrize("width", [1000, 1024])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_outputs_have_the_bits_of_small_ones(dtype, width):
@@ -1008,6 +1066,26 @@ def test_a_program_that_names_them_can_be_stored():
     np.testing.assert_array_equal(jax.export.deserialize(stored).call(x), step(x))
 
 
+@needs_library
+def test_a_stored_program_is_run_by_whoever_imports_normax(tmp_path):
+    """Nothing was traced there that would have loaded the library."""
+    step = jax.jit(functools.partial(normax.layer_norm, implementation="cpu"))
+    named = [jax.export.DisabledSafetyCheck.custom_call("normax_forward")]
+    x = jnp.arange(12.0).reshape(3, 4) ** 2
+    stored = tmp_path / "stored"
+    stored.write_bytes(jax.export.export(step, disabled_checks=named)(x).serialize())
+    program = f"""
+import jax, normax, numpy
+assert not jax._src.xla_bridge.backends_are_initialized()
+x = numpy.arange(12, dtype="float32").reshape(3, 4) ** 2
+step = jax.export.deserialize(bytearray(open({str(stored)!r}, "rb").read()))
+numpy.save({str(tmp_path / "y.npy")!r}, step.call(x))
+"""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), step(x))
+
+
 def test_a_library_that_is_not_there_or_too_new_is_refused(tmp_path):
     runtime = library._version_of_runtime()
     assert runtime is not None
@@ -1036,6 +1114,7 @@ def test_without_the_library_there_are_devices_and_a_reason(tmp_path):
 import pathlib
 from normax.kernels import cpu_library
 cpu_library.PATH = pathlib.Path({str(tmp_path / "none.so")!r})
+cpu_library.unavailable.cache_clear()
 import jax, jax.numpy as jnp, normax
 assert jax.devices() and normax.layer_norm(jnp.ones((2, 3))).shape == (2, 3)
 try:
@@ -1058,6 +1137,20 @@ def test_every_set_of_instructions_that_this_processor_has(tmp_path):
     said = subprocess.run([str(program)], capture_output=True, text=True)
     assert said.returncode == 0, said.stdout
     assert "baseline: 1170888 held, 0 wrong" in said.stdout
+
+
+@needs_library
+@pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("g++"), reason="maps memory as Linux does"
+)
+def test_of_more_than_two_to_the_31_entries_none_is_missed(tmp_path):
+    program, here = tmp_path / "huge", pathlib.Path(__file__).parent
+    sources = [str(here / "huge_arrays.cc"), str(library.PATH), "-isystem", jax.ffi.include_dir()]
+    options = ["-std=c++17", "-O1", f"-Wl,-rpath,{library.PATH.parent}", "-pthread"]
+    subprocess.run(["g++", *sources, *options, "-o", str(program)], check=True)
+    said = subprocess.run([str(program)], capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout
+    assert "all is the same" in said.stdout
 
 
 @needs_library

@@ -8,21 +8,34 @@
 namespace normax {
 namespace {
 
-// Calls task(piece, begin, end, work) for each piece of examples and strip of groups. Memory is
-// read best as it lies, so that there are strips only where threads would have no piece.
+constexpr int64_t kRowsOfSums = 16;  // of a piece, which has sums of its own
+constexpr int64_t kStrip = 8192;     // columns, of which a worker has many lines
+
+// Strips of whole groups. Memory is read best as it lies, so that there are several only where
+// threads would have no piece, or a row is long.
+struct Strips {
+  int64_t width, size, number;
+
+  Strips(const ffi::ThreadPool& pool, const Cuts& cuts, int64_t width, int64_t members)
+      : width(width) {
+    const int64_t groups = width / members, least = std::max<int64_t>(1, kStrip / members);
+    const int64_t wanted = std::max((threads_of(pool) + cuts.number() - 1) / cuts.number(),
+                                    (groups + least - 1) / least);
+    size = (groups + wanted - 1) / wanted * members;
+    number = (width + size - 1) / size;
+  }
+};
+
+// Calls task(piece, begin, end, worker, work) for each piece of examples and strip of columns.
 template <class Task>
-ffi::Error each_strip(ffi::ThreadPool& pool, const Cuts& cuts, const Groups& like, int64_t width,
+ffi::Error each_strip(ffi::ThreadPool& pool, const Cuts& cuts, const Strips& strips,
                       const Task& task) {
-  const int64_t groups = width / like.members;
-  const int64_t wanted = (threads_of(pool) + cuts.number() - 1) / cuts.number();
-  const int64_t strip = (groups + wanted - 1) / wanted * like.members;
-  const int64_t strips = (width + strip - 1) / strip;
-  const int64_t items = cuts.number() * strips, room = kGroupLines * strip;
+  const int64_t items = cuts.number() * strips.number, room = kGroupLines * strips.size;
   Memory work = room_for(workers_for(pool, items) * room);
   if (!work) return no_memory();
   in_parallel(pool, items, [&](int64_t item, int64_t worker) {
-    const int64_t piece = item / strips, begin = item % strips * strip;
-    task(piece, begin, std::min(begin + strip, width), &work[worker * room]);
+    const int64_t piece = item / strips.number, begin = item % strips.number * strips.size;
+    task(piece, begin, std::min(begin + strips.size, strips.width), worker, &work[worker * room]);
   });
   return ffi::Error::Success();
 }
@@ -49,7 +62,7 @@ ffi::Error groups_forward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, An
   const int64_t batch = std::max<int64_t>(1, std::max(count_of(scale), count_of(bias)) / width);
   const Cuts cuts(batch, count_of(x) / (rows * width), rows * width, threads_of(pool));
   const Groups like = groups_of(rows, width, members, epsilon, centered);
-  auto task = [&](int64_t piece, int64_t begin, int64_t end, double* work) {
+  auto task = [&](int64_t piece, int64_t begin, int64_t end, int64_t, double* work) {
     const int64_t call = cuts.call(piece);
     Groups groups = like;
     groups.columns.past = is_past(*y, width, begin, end);
@@ -62,7 +75,7 @@ ffi::Error groups_forward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, An
       kernels().groups_forward[pair](groups, begin, end, work);
     }
   };
-  return each_strip(pool, cuts, like, width, task);
+  return each_strip(pool, cuts, Strips(pool, cuts, width, members), task);
 }
 
 ffi::Error groups_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffer dy,
@@ -75,14 +88,26 @@ ffi::Error groups_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, A
   const int64_t members = shape.back(), width = members * shape[shape.size() - 2];
   const int64_t rows = shape[shape.size() - 3];
   if (!rows || !count_of(*dscale)) return refused("empty groups");
-  const Cuts cuts(count_of(*dscale) / width, count_of(x) / (rows * width), rows * width,
-                  threads_of(pool));
-  const int64_t line = 2 * width, all = cuts.number() * line;
+  const int64_t calls = count_of(*dscale) / width, examples = count_of(x) / (rows * width);
+  const int64_t least = std::clamp<int64_t>(examples / calls / threads_of(pool), 1,
+                                            (kRowsOfSums + rows - 1) / rows);
+  const Cuts cuts(calls, examples, rows * width, threads_of(pool), least);
+  const Strips strips(pool, cuts, width, members);
+  // A call that is one piece is done with the sums of a strip when that ends.
+  const bool apart = cuts.pieces == 1;
+  const int64_t line = 2 * (apart ? strips.size : width);
+  const int64_t all = line * (apart ? workers_for(pool, calls * strips.number) : cuts.number());
   Memory sums = zeros(all), lost = room_for_lost(pair, all);
   if (!sums || !lost) return no_memory();
   const Groups like = groups_of(rows, width, members, epsilon, centered);
-  auto task = [&](int64_t piece, int64_t begin, int64_t end, double* work) {
-    const int64_t call = cuts.call(piece);
+  auto task = [&](int64_t piece, int64_t begin, int64_t end, int64_t worker, double* work) {
+    const int64_t call = cuts.call(piece), place = apart ? worker * line : piece * line + begin;
+    double* found = &sums[place];
+    double* missed = lost.get() + (pair == kF64 ? place : 0);
+    if (apart) {
+      std::fill_n(found, line, 0.0);
+      if (pair == kF64) std::fill_n(missed, line, 0.0);
+    }
     Groups groups = like;
     groups.columns.past = is_past(*dx, width, begin, end);
     groups.scale = at(scale, call * width);
@@ -91,11 +116,15 @@ ffi::Error groups_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, A
       groups.columns.x = at(x, first);
       groups.columns.dy = at(dy, first);
       groups.columns.out = to(*dx, first);
-      kernels().groups_backward[pair](groups, begin, end, work, &sums[piece * line],
-                                      lost.get() + (pair == kF64 ? piece * line : 0), width);
+      kernels().groups_backward[pair](groups, begin, end, work, found, missed, line / 2);
+    }
+    if (apart) {
+      give_back(pair, found, missed, line);
+      write(found, end - begin, *dscale, call * width + begin);
+      write(found + line / 2, end - begin, *dbias, call * width + begin);
     }
   };
-  if (auto error = each_strip(pool, cuts, like, width, task); error.failure()) return error;
+  if (auto error = each_strip(pool, cuts, strips, task); error.failure() || apart) return error;
   give_back(pair, sums.get(), lost.get(), all);
   add_up(cuts, sums.get(), width, *dscale, *dbias);
   return ffi::Error::Success();

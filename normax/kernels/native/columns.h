@@ -416,8 +416,9 @@ INLINE bool measure_groups_in(const Groups& groups, int64_t begin, int64_t end, 
         lines.gain[c] = scale;
         lines.shift[c] = mean_t;
         lines.along[c] = along;
-        // What the gradients of scale and bias are.
-        sums[c] = (sums[3 * width + c] - above * sums[2 * width + c]) * rstd;
+        // What the gradients of scale and bias are; an infinite sum stays what it is.
+        const double share = above * sums[2 * width + c];
+        sums[c] = (sums[3 * width + c] - (__builtin_isfinite(share) ? share : 0)) * rstd;
       } else {
         lines.gain[c] = in_units ? scale : scale * rstd;
         lines.shift[c] = biases ? double(biases[begin + c]) : 0;
@@ -469,17 +470,17 @@ INLINE Lines measure_groups(const Groups& groups, int64_t begin, int64_t end, do
   if constexpr (sizeof(T) == 8) {
     measure_doubles<kSum>(groups, begin, end, sums, width, lines);
   } else {
-    auto start = [&] {
-      auto x = static_cast<const T*>(groups.columns.x);
-      const int64_t members = groups.members;
-      for (int64_t c = begin; c < end; ++c) {
-        lines.mean[c - begin] =
-            groups.centered ? about_the_middle(groups, x, c / members * members) : 0;
-      }
+    auto x = static_cast<const T*>(groups.columns.x);
+    const int64_t members = groups.members;
+    auto middle = [&](int64_t c) INLINE_LAMBDA {
+      return groups.centered ? about_the_middle(groups, x, (begin + c) / members * members) : 0;
     };
-    start();
+    for (int64_t c = 0; c < width; ++c) lines.mean[c] = middle(c);
     if (!measure_groups_in<kSum, float, T, O>(groups, begin, end, sums, width, lines)) {
-      start();
+      // About the mean, as far as it was found: of an infinite dy the sign of d is asked for.
+      for (int64_t c = 0; c < width; ++c) {
+        if (!__builtin_isfinite(lines.mean[c])) lines.mean[c] = middle(c);
+      }
       measure_groups_in<kSum, double, T, O>(groups, begin, end, sums, width, lines);
     }
   }
@@ -500,7 +501,7 @@ void groups_backward(const Groups& groups, int64_t begin, int64_t end, double* w
   const Lines lines = measure_groups<Sum::kBoth, T, O>(groups, begin, end, work, width);
   for (int64_t c = 0; c < width; ++c) {
     for (int64_t i = 0; i < 2; ++i) {
-      const int64_t at = i * apart + begin + c;
+      const int64_t at = i * apart + c;
       if constexpr (sizeof(T) == 8) {
         add_exactly(gradients[at], lost[at], work[2 * i * width + c]);
       } else {

@@ -100,7 +100,7 @@ struct Kernels {
   // Whole groups of columns from `begin` to `end`; `work` has room for kGroupLines
   // lines of end - begin.
   void (*groups_forward[kPairs])(const Groups&, int64_t begin, int64_t end, double* work);
-  // Likewise; adds to dscale and dbias, `width` apart, as rows do.
+  // Likewise; adds to dscale and dbias, from `begin` on, `width` apart, as rows do.
   void (*groups_backward[kPairs])(const Groups&, int64_t begin, int64_t end, double* work,
                                   double* sums, double* lost, int64_t width);
 };

@@ -1,0 +1,184 @@
+// More than 2^31 entries: what the handlers write is what they write of the first 2^24, of which all
+// the others are the same memory again, and what they add up is that so many times.
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "sanitized/runtime.h"
+
+extern "C" {
+XLA_FFI_Handler normax_forward, normax_backward;
+XLA_FFI_Handler normax_column_moments, normax_column_gradients;
+XLA_FFI_Handler normax_columns_forward, normax_columns_backward;
+XLA_FFI_Handler normax_groups_forward, normax_groups_backward;
+}
+
+namespace {
+
+constexpr int64_t kPart = 1 << 24, kTimes = 129;
+static_assert(kPart * kTimes > int64_t(1) << 31);
+
+// Entries of bfloat16, the same part again and again.
+class Again {
+ public:
+  Again() {
+    const size_t bytes = kPart * sizeof(uint16_t);
+    const int file = memfd_create("part", 0);
+    if (file < 0 || ftruncate(file, bytes)) fail("no memory");
+    void* room = mmap(nullptr, bytes * kTimes, PROT_NONE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED) fail("no addresses");
+    for (int64_t i = 0; i < kTimes; ++i) {
+      void* place = static_cast<char*>(room) + i * bytes;
+      if (mmap(place, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0) != place) {
+        fail("no memory");
+      }
+    }
+    close(file);
+    entries_ = static_cast<uint16_t*>(room);
+  }
+
+  void fill(uint64_t state, float shift) {
+    for (int64_t i = 0; i < kPart; ++i) {
+      state = state * 6364136223846793005u + 1442695040888963407u;
+      const float value = float(int64_t(state) >> 40) / float(1 << 22) + shift;
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof bits);
+      entries_[i] = uint16_t(bits >> 16);
+    }
+  }
+  // The first part, which goes.
+  std::vector<uint16_t> take() {
+    std::vector<uint16_t> part(entries_, entries_ + kPart);
+    std::fill_n(entries_, kPart, uint16_t(0));
+    return part;
+  }
+  void* of_shape(const std::vector<int64_t>& shape) {
+    shape_ = shape;
+    buffer_ = {XLA_FFI_Buffer_STRUCT_SIZE, nullptr, XLA_FFI_DataType_BF16, entries_,
+               int64_t(shape_.size()), shape_.data()};
+    return &buffer_;
+  }
+
+  [[noreturn]] static void fail(const char* what) {
+    std::printf("%s\n", what);
+    std::exit(1);
+  }
+
+ private:
+  uint16_t* entries_;
+  std::vector<int64_t> shape_;
+  XLA_FFI_Buffer buffer_;
+};
+
+using Part = std::vector<uint16_t>;
+using Attributes = std::vector<std::pair<std::string, double>>;
+
+// Entries that may differ: those next to a rounding, by sums that were rounded otherwise.
+void same(const char* what, const Part& small, const Part& huge) {
+  int64_t differ = 0;
+  for (int64_t i = 0; i < kPart; ++i) differ += small[size_t(i)] != huge[size_t(i)];
+  std::printf("%s: %ld differ\n", what, long(differ));
+  if (differ > kPart / 100000) Again::fail("too many");
+}
+
+void so_many_times(const char* what, Array<float>& small, Array<float>& huge, double times) {
+  double most = 0, off = 0;
+  for (int64_t i = 0; i < small.count(); ++i) {
+    most = std::max(most, std::fabs(times * small[i]));
+    off = std::max(off, std::fabs(times * small[i] - huge[i]));
+  }
+  std::printf("%s: %g of %g\n", what, off, most);
+  if (!(off <= 1e-6 * most)) Again::fail("too far");
+}
+
+}  // namespace
+
+int main() {
+  Runtime runtime(2);
+  Again x, dy, out;
+  x.fill(1, 0.5f);
+  dy.fill(2, 0);
+  Array<float> no_line({0});
+  XLA_FFI_Buffer no_entries = *static_cast<XLA_FFI_Buffer*>(no_line.buffer());
+  no_entries.dtype = XLA_FFI_DataType_BF16;
+  const Attributes rule{{"centered", 1}, {"epsilon", 1e-5}}, epsilon{{"epsilon", 1e-5}};
+  void* none = no_line.buffer();
+
+  {
+    const int64_t width = 1024;
+    Array<float> scales[2]{Array<float>({width}), Array<float>({width})};
+    Array<float> biases[2]{Array<float>({width}), Array<float>({width})};
+    Part y[2], dx[2];
+    for (int i = 0; i < 2; ++i) {
+      const std::vector<int64_t> shape{kPart / width * (i ? kTimes : 1), width};
+      runtime.call(normax_forward, {x.of_shape(shape), none, none}, {out.of_shape(shape)}, rule);
+      y[i] = out.take();
+      runtime.call(normax_backward, {x.of_shape(shape), none, dy.of_shape(shape), &no_entries},
+                   {out.of_shape(shape), scales[i].buffer(), biases[i].buffer()}, rule);
+      dx[i] = out.take();
+    }
+    same("rows", y[0], y[1]);
+    same("their gradient", dx[0], dx[1]);
+    so_many_times("that of the scale", scales[0], scales[1], kTimes);
+    so_many_times("that of the bias", biases[0], biases[1], kTimes);
+  }
+  {
+    const int64_t width = 64;
+    Array<float> unit({width}), mean({width}), rest({width}), var({width});
+    Array<float> scales[2]{Array<float>({width}), Array<float>({width})};
+    Array<float> biases[2]{Array<float>({width}), Array<float>({width})};
+    Part y[2], dx[2];
+    for (int i = 0; i < 2; ++i) {
+      const int64_t rows = kPart / width * (i ? kTimes : 1);
+      const std::vector<int64_t> shape{rows, width};
+      const std::vector<void*> lines{unit.buffer(), mean.buffer(), rest.buffer(), var.buffer()};
+      auto with = [&](std::vector<void*> first, std::vector<void*> last) {
+        first.insert(first.end(), lines.begin(), lines.end());
+        first.insert(first.end(), last.begin(), last.end());
+        return first;
+      };
+      runtime.call(normax_column_moments, {x.of_shape(shape)}, lines, {});
+      runtime.call(normax_columns_forward, with({x.of_shape(shape), none, none}, {}),
+                   {out.of_shape(shape)}, epsilon);
+      y[i] = out.take();
+      const std::vector<void*> sums{scales[i].buffer(), biases[i].buffer()};
+      runtime.call(normax_column_gradients, with({x.of_shape(shape), dy.of_shape(shape)}, {}),
+                   sums, epsilon);
+      runtime.call(normax_columns_backward,
+                   with({x.of_shape(shape), none, dy.of_shape(shape)}, sums),
+                   {out.of_shape(shape)}, {{"count", double(rows)}, {"epsilon", 1e-5}});
+      dx[i] = out.take();
+    }
+    same("columns", y[0], y[1]);
+    same("their gradient", dx[0], dx[1]);
+    so_many_times("that of the scale", scales[0], scales[1], kTimes);
+    so_many_times("that of the bias", biases[0], biases[1], kTimes);
+  }
+  {
+    const int64_t groups = 4, members = 8;
+    Array<float> scales[2]{Array<float>({groups, members}), Array<float>({groups, members})};
+    Array<float> biases[2]{Array<float>({groups, members}), Array<float>({groups, members})};
+    Part y[2], dx[2];
+    for (int i = 0; i < 2; ++i) {
+      const int64_t rows = kPart / groups / members * (i ? kTimes : 1);
+      const std::vector<int64_t> shape{1, rows, groups, members};
+      runtime.call(normax_groups_forward, {x.of_shape(shape), none, none}, {out.of_shape(shape)},
+                   rule);
+      y[i] = out.take();
+      runtime.call(normax_groups_backward, {x.of_shape(shape), none, dy.of_shape(shape)},
+                   {out.of_shape(shape), scales[i].buffer(), biases[i].buffer()}, rule);
+      dx[i] = out.take();
+    }
+    same("a group", y[0], y[1]);
+    same("its gradient", dx[0], dx[1]);
+    so_many_times("that of the scale", scales[0], scales[1], kTimes);
+    so_many_times("that of the bias", biases[0], biases[1], kTimes);
+  }
+  std::printf("all is the same\n");
+}
