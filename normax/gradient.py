@@ -52,11 +52,11 @@ def forward(plan, known, dx, dscale, dbias):
     rstd, xhat = standardized(plan, x, measured, None)
     t = None
     if dx is not None:
-        t = me.present(dx, None)
+        t, total = me.present(dx, None), functools.partial(parts.total, sums.total)
         n = me.count_entries(plan.reduction, x)
         if plan.reduction.centered:
-            t = t - sums.total(t, plan.reduction.axes) / n
-        t = t - xhat * (sums.total(xhat * t, plan.reduction.axes) / n)
+            t = t - total(t, plan.reduction.axes) / n
+        t = t - xhat * (total(xhat * t, plan.reduction.axes) / n)
         t = t * units.divide(rstd, measured.unit)
     return rescaled_tangent(plan, xhat, scale, bias, t, dscale, dbias)
 

@@ -39,10 +39,10 @@ def shared(measure: Callable[..., Any]) -> Callable[..., Any]:
         count = None if mask is None else counted(reduction.axes, x, mask)
         size = math.prod(x.shape[axis] for axis in reduction.axes)
         n = at_least_one(size if count is None else _number(*count), x)
-        *measured, var = measure(reduction, x, mask, n)
+        unit, *measured, var = measure(reduction, x, mask, n)
         # As wide as the others: devices that have some of the features would have to agree on one.
         count = jax.tree.map(lambda digit: _like(times(digit, weight), var), count)
-        return count, *measured, var
+        return count, unit if unit is None else _like(unit, var), *measured, var
 
     @functools.wraps(measure)
     def form(reduction, x, mask, devices=1):
@@ -120,7 +120,7 @@ def total(add: Callable[..., Any], x: jax.Array, axes: tuple[int, ...]) -> jax.A
 def spread(value: jax.Array, like: jax.Array) -> jax.Array:
     """Returns `value` broadcast to the shape of another: what transposes to a `total`."""
     sizes = enumerate(zip(value.shape, like.shape, strict=True))
-    axes = tuple(axis for axis, (mine, size) in sizes if mine < size)
+    axes = tuple(axis for axis, (mine, size) in sizes if mine != size)
     if len(_dealt_out(like, axes)) < 2:
         return primitive.spread(value, like)
     value = primitive.varying(pool.placed_like(value, like), primitive.axes_of(like))

@@ -86,7 +86,10 @@ def rescaled_tangent(plan, xhat, scale, bias, dxhat, dscale, dbias):
     terms = []
     if dxhat is not None:
         terms.append(dxhat if scale is None else jnp.multiply(*alike(dxhat, scale)))
-    dscale, dbias = (v if v is None else parts.spread(v, xhat) for v in (dscale, dbias))
+    # In the dtype to add up in: that is what spreading them transposes to.
+    dscale, dbias = (
+        v if v is None else parts.spread(alike(v, xhat)[0], xhat) for v in (dscale, dbias)
+    )
     if dscale is not None:
         terms.append(jnp.multiply(*alike(xhat, dscale)))
     if dbias is not None:

@@ -266,7 +266,9 @@ def _tangents(plan, x, scale, bias, mask, measured, dx, dscale, dbias, dmask):
             plan.reduction, direction, t, measured, mask, dmask, length
         )
         move = me.measured_tangents(measured, dmean, along / safe, *dcount)
-        dmean, along = (v if v is None else parts.spread(v, t) for v in (dmean, along))
+        # Of one dtype, so that what spreading them transposes to is one exchange.
+        dmean = dmean if dmean is None else parts.spread(dmean, t)
+        along = jnp.real(parts.spread(along.astype(t.dtype), t))
         pt = me.subtract(t, dmean, None, mask)
         dxhat = me.times(pt - me.times(xhat, along), units.divide(rstd, measured.unit))
     return rescaled_tangent(plan, xhat, scale, bias, dxhat, dscale, dbias), move

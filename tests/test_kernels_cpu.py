@@ -366,6 +366,7 @@ def group_case(x, centered=True):
 
 
 SHAPES = [(3, 20, 4, 8), (2, 7, 3, 5), (5, 1, 6, 9), (2, 33, 11, 1), (1, 4100, 2, 24), (3, 5, 1, 3)]
+SHAPES += [(5, 3, 9, 1000)]  # more columns than are summed at once
 
 
 @needs_library

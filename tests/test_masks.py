@@ -137,3 +137,19 @@ def test_masked_entries_are_bias_at_inference_whatever_the_running_mean():
     np.testing.assert_allclose(y[::2], (exact + np.asarray(bias))[::2], rtol=1e-5)
     (dx,) = vjp(jnp.ones_like(y))
     np.testing.assert_array_equal(dx[1::2], jnp.zeros((2, 2)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_of_narrow_parameters_are_not_added_up_in_their_dtype(dtype):
+    """One rounding, at the end; of each entry it would be a tenth of these sums."""
+    x, ct = (jax.random.normal(jax.random.key(i), (16384, 4)) for i in range(2))
+    scale, bias = jnp.ones(4, dtype), jnp.zeros(4, dtype)
+    mask = jnp.ones((16384, 1), bool)
+    norm = lambda *given: normax.standardize(*given, reduction_axes=0, mask=mask)[0]
+    dscale, dbias = jax.vjp(lambda *lines: norm(x, *lines), scale, bias)[1](ct)
+    entries, ct = (np.asarray(v, np.longdouble) for v in (x, ct))
+    xhat = (entries - entries.mean(0)) / np.sqrt(entries.var(0) + 1e-5)
+    for found, exact in ((dscale, (ct * xhat).sum(0)), (dbias, ct.sum(0))):
+        assert found.dtype == dtype
+        eps = float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(np.asarray(found, np.longdouble), exact, rtol=eps, atol=1e-3)

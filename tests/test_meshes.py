@@ -153,6 +153,31 @@ def test_of_a_mesh_one_axis_may_be_explicit(explicit, spec, mask):
     agree(jax.tree.map(np.asarray, compiled(*given)), step(x, ct, valid))
 
 
+@pytest.mark.parametrize("kind", ["complex", "forward"])
+@pytest.mark.parametrize("spec", [P("data"), P("data", "model")], ids=str)
+@MASKS
+def test_complex_numbers_and_forward_mode_have_two_all_reduces(kind, spec, mask):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Explicit,) * 2)
+    parts = [jax.random.normal(jax.random.key(i), (32, 16, 32)) for i in range(4)]
+    x, ct = parts[:2] if kind == "forward" else map(jax.lax.complex, parts[:2], parts[2:])
+    valid = None if mask is None else jax.random.bernoulli(jax.random.key(4), 0.7, x.shape)
+
+    @jax.jit
+    def step(x, ct, valid):
+        norm = lambda x: normax.standardize(x, reduction_axes=(0, 1), mask=valid)[0]
+        if kind == "forward":
+            return jax.jvp(norm, (x,), (ct,))
+        y, vjp = jax.vjp(norm, x)
+        return y, *vjp(ct)
+
+    given = jax.device_put((x, ct, valid), NamedSharding(mesh, spec))
+    compiled = step.lower(*given).compile()
+    limit = 3 if kind == "complex" and spec != P("data") else 2
+    assert collectives(compiled.as_text())["all-reduce"] <= limit
+    for found, expected in zip(compiled(*given), step(x, ct, valid), strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
+
+
 @TYPES
 @pytest.mark.parametrize("shape", [(16, 1, 1), (16, 8, 1), (1, 1, 4), (1, 1, 1)], ids=str)
 def test_weights_that_broadcast_are_not_laid_out_for_their_gradient(axis_type, shape):
@@ -208,7 +233,12 @@ def test_forms_of_other_platforms_exchange_once(axis_type, centered, form, excha
 @MASKS
 @pytest.mark.parametrize(
     ("spec", "axes"),
-    [(P("data"), (0, 1)), (P(None, "data"), (1,)), (P("data", None, "model"), (0, 1))],
+    [
+        (P("data"), (0, 1)),
+        (P(None, "data"), (1,)),
+        (P("data", None, "model"), (0, 1)),
+        (P("data", "model"), (0, 1)),
+    ],
     ids=str,
 )
 def test_parts_are_in_a_unit_where_a_tpu_needs_one(spec, axes, mask):
