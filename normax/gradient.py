@@ -167,9 +167,8 @@ def _whole(plan, shape, total, known, dy, summed=None, found=None):
         ones, along = total(dy, common), total(dy * xhat, common)
     else:
         about_mean, alone = _factors(plan, *summed)
-        both = lax.complex(alone, alone * (about_mean * rstd))
-        both = parts.total(sums.total_in_one_read, both, common)
-        ones, along = both.real, both.imag
+        once = functools.partial(parts.total, sums.total_in_one_read)
+        ones, along = sums.totals_in_one_read(alone, alone * (about_mean * rstd), common, once)
         along = along if measured.rest is None else along - measured.rest * rstd * ones
     dscale = dbias = None
     if shape is not None:

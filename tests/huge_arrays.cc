@@ -97,6 +97,23 @@ void so_many_times(const char* what, Array<float>& small, Array<float>& huge, do
   if (!(off <= 1e-6 * most)) Again::fail("too far");
 }
 
+// Calls run(times, y, dx, dscale, dbias) for the first part, and for all of them: it fills what it is
+// given by its last four.
+template <class Run>
+void hold(const char* what, const std::vector<int64_t>& line, const Run& run) {
+  Array<float> scales[2]{Array<float>(line), Array<float>(line)};
+  Array<float> biases[2]{Array<float>(line), Array<float>(line)};
+  Part y[2], dx[2];
+  for (int i = 0; i < 2; ++i) {
+    run(i ? kTimes : 1, y[i], dx[i], scales[i].buffer(), biases[i].buffer());
+  }
+  std::printf("of %s\n", what);
+  same("y", y[0], y[1]);
+  same("dx", dx[0], dx[1]);
+  so_many_times("dscale", scales[0], scales[1], kTimes);
+  so_many_times("dbias", biases[0], biases[1], kTimes);
+}
+
 }  // namespace
 
 int main() {
@@ -110,75 +127,44 @@ int main() {
   const Attributes rule{{"centered", 1}, {"epsilon", 1e-5}}, epsilon{{"epsilon", 1e-5}};
   void* none = no_line.buffer();
 
-  {
-    const int64_t width = 1024;
-    Array<float> scales[2]{Array<float>({width}), Array<float>({width})};
-    Array<float> biases[2]{Array<float>({width}), Array<float>({width})};
-    Part y[2], dx[2];
-    for (int i = 0; i < 2; ++i) {
-      const std::vector<int64_t> shape{kPart / width * (i ? kTimes : 1), width};
-      runtime.call(normax_forward, {x.of_shape(shape), none, none}, {out.of_shape(shape)}, rule);
-      y[i] = out.take();
-      runtime.call(normax_backward, {x.of_shape(shape), none, dy.of_shape(shape), &no_entries},
-                   {out.of_shape(shape), scales[i].buffer(), biases[i].buffer()}, rule);
-      dx[i] = out.take();
-    }
-    same("rows", y[0], y[1]);
-    same("their gradient", dx[0], dx[1]);
-    so_many_times("that of the scale", scales[0], scales[1], kTimes);
-    so_many_times("that of the bias", biases[0], biases[1], kTimes);
-  }
-  {
-    const int64_t width = 64;
-    Array<float> unit({width}), mean({width}), rest({width}), var({width});
-    Array<float> scales[2]{Array<float>({width}), Array<float>({width})};
-    Array<float> biases[2]{Array<float>({width}), Array<float>({width})};
-    Part y[2], dx[2];
-    for (int i = 0; i < 2; ++i) {
-      const int64_t rows = kPart / width * (i ? kTimes : 1);
-      const std::vector<int64_t> shape{rows, width};
-      const std::vector<void*> lines{unit.buffer(), mean.buffer(), rest.buffer(), var.buffer()};
-      auto with = [&](std::vector<void*> first, std::vector<void*> last) {
-        first.insert(first.end(), lines.begin(), lines.end());
-        first.insert(first.end(), last.begin(), last.end());
-        return first;
-      };
-      runtime.call(normax_column_moments, {x.of_shape(shape)}, lines, {});
-      runtime.call(normax_columns_forward, with({x.of_shape(shape), none, none}, {}),
-                   {out.of_shape(shape)}, epsilon);
-      y[i] = out.take();
-      const std::vector<void*> sums{scales[i].buffer(), biases[i].buffer()};
-      runtime.call(normax_column_gradients, with({x.of_shape(shape), dy.of_shape(shape)}, {}),
-                   sums, epsilon);
-      runtime.call(normax_columns_backward,
-                   with({x.of_shape(shape), none, dy.of_shape(shape)}, sums),
-                   {out.of_shape(shape)}, {{"count", double(rows)}, {"epsilon", 1e-5}});
-      dx[i] = out.take();
-    }
-    same("columns", y[0], y[1]);
-    same("their gradient", dx[0], dx[1]);
-    so_many_times("that of the scale", scales[0], scales[1], kTimes);
-    so_many_times("that of the bias", biases[0], biases[1], kTimes);
-  }
-  {
-    const int64_t groups = 4, members = 8;
-    Array<float> scales[2]{Array<float>({groups, members}), Array<float>({groups, members})};
-    Array<float> biases[2]{Array<float>({groups, members}), Array<float>({groups, members})};
-    Part y[2], dx[2];
-    for (int i = 0; i < 2; ++i) {
-      const int64_t rows = kPart / groups / members * (i ? kTimes : 1);
-      const std::vector<int64_t> shape{1, rows, groups, members};
-      runtime.call(normax_groups_forward, {x.of_shape(shape), none, none}, {out.of_shape(shape)},
-                   rule);
-      y[i] = out.take();
-      runtime.call(normax_groups_backward, {x.of_shape(shape), none, dy.of_shape(shape)},
-                   {out.of_shape(shape), scales[i].buffer(), biases[i].buffer()}, rule);
-      dx[i] = out.take();
-    }
-    same("a group", y[0], y[1]);
-    same("its gradient", dx[0], dx[1]);
-    so_many_times("that of the scale", scales[0], scales[1], kTimes);
-    so_many_times("that of the bias", biases[0], biases[1], kTimes);
-  }
+  hold("rows", {1024}, [&](int64_t times, Part& y, Part& dx, void* dscale, void* dbias) {
+    const std::vector<int64_t> shape{kPart / 1024 * times, 1024};
+    runtime.call(normax_forward, {x.of_shape(shape), none, none}, {out.of_shape(shape)}, rule);
+    y = out.take();
+    runtime.call(normax_backward, {x.of_shape(shape), none, dy.of_shape(shape), &no_entries},
+                 {out.of_shape(shape), dscale, dbias}, rule);
+    dx = out.take();
+  });
+
+  Array<float> unit({64}), mean({64}), rest({64}), var({64});
+  const std::vector<void*> lines{unit.buffer(), mean.buffer(), rest.buffer(), var.buffer()};
+  auto with = [&](std::vector<void*> first, const std::vector<void*>& last) {
+    first.insert(first.end(), lines.begin(), lines.end());
+    first.insert(first.end(), last.begin(), last.end());
+    return first;
+  };
+  hold("columns", {64}, [&](int64_t times, Part& y, Part& dx, void* dscale, void* dbias) {
+    const std::vector<int64_t> shape{kPart / 64 * times, 64};
+    runtime.call(normax_column_moments, {x.of_shape(shape)}, lines, {});
+    runtime.call(normax_columns_forward, with({x.of_shape(shape), none, none}, {}),
+                 {out.of_shape(shape)}, epsilon);
+    y = out.take();
+    runtime.call(normax_column_gradients, with({x.of_shape(shape), dy.of_shape(shape)}, {}),
+                 {dscale, dbias}, epsilon);
+    runtime.call(normax_columns_backward,
+                 with({x.of_shape(shape), none, dy.of_shape(shape)}, {dscale, dbias}),
+                 {out.of_shape(shape)}, {{"count", double(shape[0])}, {"epsilon", 1e-5}});
+    dx = out.take();
+  });
+
+  hold("groups", {4, 8}, [&](int64_t times, Part& y, Part& dx, void* dscale, void* dbias) {
+    const std::vector<int64_t> shape{1, kPart / 32 * times, 4, 8};
+    runtime.call(normax_groups_forward, {x.of_shape(shape), none, none}, {out.of_shape(shape)},
+                 rule);
+    y = out.take();
+    runtime.call(normax_groups_backward, {x.of_shape(shape), none, dy.of_shape(shape)},
+                 {out.of_shape(shape), dscale, dbias}, rule);
+    dx = out.take();
+  });
   std::printf("all is the same\n");
 }
