@@ -4,7 +4,6 @@
 #define NORMAX_BUFFERS_H_
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -99,15 +98,6 @@ inline Memory room_for(int64_t count) { return Memory(new (std::nothrow) double[
 
 inline Memory zeros(int64_t count) { return Memory(new (std::nothrow) double[count]()); }
 
-// What sums of float64 entries lose, one for each of them; of others nothing is kept.
-inline Memory room_for_lost(int pair, int64_t count) { return zeros(pair == kF64 ? count : 0); }
-
-inline void give_back(int pair, double* sums, const double* lost, int64_t count) {
-  for (int64_t i = 0; i < count && pair == kF64; ++i) {
-    if (std::isfinite(sums[i])) sums[i] += lost[i];
-  }
-}
-
 // Numbers of an array of float32 or float64; of one that is not there, all the same.
 inline void read(const AnyBuffer& from, double otherwise, int64_t count, double* to) {
   if (!from.element_count()) {
@@ -135,15 +125,6 @@ inline double* sums_of_call(const Cuts& cuts, double* sums, int64_t count, int64
     for (int64_t i = 0; i < count; ++i) first[i] += first[piece * count + i];
   }
   return first;
-}
-
-// Writes the sums of the pieces of each call, a line for each output, rounded to its dtype.
-template <class... Outputs>
-void add_up(const Cuts& cuts, double* sums, int64_t length, const Outputs&... outputs) {
-  for (int64_t call = 0; call < cuts.batch; ++call) {
-    const double* line = sums_of_call(cuts, sums, sizeof...(Outputs) * length, call);
-    ((write(line, length, outputs, call * length), line += length), ...);
-  }
 }
 
 }  // namespace normax

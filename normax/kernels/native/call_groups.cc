@@ -4,12 +4,12 @@
 #include <cstdint>
 
 #include "buffers.h"
+#include "sums.h"
 
 namespace normax {
 namespace {
 
-constexpr int64_t kRowsOfSums = 16;  // of a piece, which has sums of its own
-constexpr int64_t kStrip = 8192;     // columns, of which a worker has many lines
+constexpr int64_t kStrip = 8192;  // columns, of which a worker has many lines
 
 // Strips of whole groups. Memory is read best as it lies, so that there are several only where
 // threads would have no piece, or a row is long.
@@ -89,25 +89,16 @@ ffi::Error groups_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, A
   const int64_t rows = shape[shape.size() - 3];
   if (!rows || !count_of(*dscale)) return refused("empty groups");
   const int64_t calls = count_of(*dscale) / width, examples = count_of(x) / (rows * width);
-  const int64_t least = std::clamp<int64_t>(examples / calls / threads_of(pool), 1,
-                                            (kRowsOfSums + rows - 1) / rows);
+  const int64_t least = least_with_sums(examples / calls, rows, threads_of(pool));
   const Cuts cuts(calls, examples, rows * width, threads_of(pool), least);
   const Strips strips(pool, cuts, width, members);
-  // A call that is one piece is done with the sums of a strip when that ends.
-  const bool apart = cuts.pieces == 1;
-  const int64_t line = 2 * (apart ? strips.size : width);
-  const int64_t all = line * (apart ? workers_for(pool, calls * strips.number) : cuts.number());
-  Memory sums = zeros(all), lost = room_for_lost(pair, all);
-  if (!sums || !lost) return no_memory();
+  const int64_t workers = workers_for(pool, cuts.number() * strips.number);
+  GradientSums sums(pair, cuts, width, strips.size, workers);
+  if (!sums.are_there()) return no_memory();
   const Groups like = groups_of(rows, width, members, epsilon, centered);
   auto task = [&](int64_t piece, int64_t begin, int64_t end, int64_t worker, double* work) {
-    const int64_t call = cuts.call(piece), place = apart ? worker * line : piece * line + begin;
-    double* found = &sums[place];
-    double* missed = lost.get() + (pair == kF64 ? place : 0);
-    if (apart) {
-      std::fill_n(found, line, 0.0);
-      if (pair == kF64) std::fill_n(missed, line, 0.0);
-    }
+    const int64_t call = cuts.call(piece);
+    const GradientSums::Lines lines = sums.lines_of(piece, worker, begin);
     Groups groups = like;
     groups.columns.past = is_past(*dx, width, begin, end);
     groups.scale = at(scale, call * width);
@@ -116,17 +107,13 @@ ffi::Error groups_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, A
       groups.columns.x = at(x, first);
       groups.columns.dy = at(dy, first);
       groups.columns.out = to(*dx, first);
-      kernels().groups_backward[pair](groups, begin, end, work, found, missed, line / 2);
+      kernels().groups_backward[pair](groups, begin, end, work, lines.found, lines.lost,
+                                         sums.stride());
     }
-    if (apart) {
-      give_back(pair, found, missed, line);
-      write(found, end - begin, *dscale, call * width + begin);
-      write(found + line / 2, end - begin, *dbias, call * width + begin);
-    }
+    sums.finish(lines, call, begin, end, *dscale, *dbias);
   };
-  if (auto error = each_strip(pool, cuts, strips, task); error.failure() || apart) return error;
-  give_back(pair, sums.get(), lost.get(), all);
-  add_up(cuts, sums.get(), width, *dscale, *dbias);
+  if (auto error = each_strip(pool, cuts, strips, task); error.failure()) return error;
+  sums.finish_all(*dscale, *dbias);
   return ffi::Error::Success();
 }
 

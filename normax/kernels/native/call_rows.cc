@@ -1,14 +1,13 @@
-// What XLA calls for rows: checks, and sums of pieces in a fixed order.
+// What XLA calls for rows: checks, and rows in pieces.
 
 #include <algorithm>
 #include <cstdint>
 
 #include "buffers.h"
+#include "sums.h"
 
 namespace normax {
 namespace {
-
-constexpr int64_t kRowsOfSums = 16;
 
 ffi::Error run_forward(ffi::ThreadPool& pool, const AnyBuffer& x, const AnyBuffer& residual,
                        const AnyBuffer& scale, const AnyBuffer& bias, const AnyBuffer* sum,
@@ -60,26 +59,16 @@ ffi::Error backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffe
   const int64_t length = dscale->dimensions().back();
   if (!length || !count_of(*dscale)) return ffi::Error::Success();
   const int64_t calls = count_of(*dscale) / length, rows = count_of(x) / length;
-  // Each piece has sums of its own, more than a few of its rows: of fewer, one for each thread.
-  const int64_t least = std::clamp<int64_t>(rows / calls / threads_of(pool), 1, kRowsOfSums);
+  const int64_t least = least_with_sums(rows / calls, 1, threads_of(pool));
   const Cuts cuts(calls, rows, length, threads_of(pool), least);
   const int64_t line = 2 * length, workers = workers_for(pool, cuts.number());
-  // A call that is one piece is done with its sums when it ends.
-  const bool apart = cuts.pieces == 1;
-  const int64_t all = (apart ? workers : cuts.number()) * line;
-  Memory sums = zeros(all), lost = room_for_lost(pair, all);
+  GradientSums sums(pair, cuts, length, length, workers);
   Memory work = room_for(workers * line);
-  if (!sums || !lost || !work) return no_memory();
+  if (!sums.are_there() || !work) return no_memory();
   const bool is_shared = count_of(scale) == length;
   in_parallel(pool, cuts.number(), [&](int64_t piece, int64_t worker) {
     const int64_t call = cuts.call(piece), first = call * cuts.rows * length;
-    const int64_t place = (apart ? worker : piece) * line;
-    double* found = &sums[place];
-    double* missed = lost.get() + (pair == kF64 ? place : 0);
-    if (apart) {
-      std::fill_n(found, line, 0.0);
-      if (pair == kF64) std::fill_n(missed, line, 0.0);
-    }
+    const GradientSums::Lines lines = sums.lines_of(piece, worker);
     Rows task{};
     task.x = at(x, first);
     task.added = at(dsum, first);
@@ -90,17 +79,11 @@ ffi::Error backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, AnyBuffe
     task.epsilon = epsilon;
     task.centered = centered;
     task.past = is_past(*dx, length);
-    kernels().backward[pair](task, cuts.begin(piece), cuts.end(piece), found, missed,
+    kernels().backward[pair](task, cuts.begin(piece), cuts.end(piece), lines.found, lines.lost,
                              &work[worker * line]);
-    if (apart) {
-      give_back(pair, found, missed, line);
-      write(found, length, *dscale, call * length);
-      write(found + length, length, *dbias, call * length);
-    }
+    sums.finish(lines, call, 0, length, *dscale, *dbias);
   });
-  if (apart) return ffi::Error::Success();
-  give_back(pair, sums.get(), lost.get(), all);
-  add_up(cuts, sums.get(), length, *dscale, *dbias);
+  sums.finish_all(*dscale, *dbias);
   return ffi::Error::Success();
 }
 
