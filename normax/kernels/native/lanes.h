@@ -296,6 +296,7 @@ struct Memory<double> {
 
 // A place in a line: `count` entries from `at`, a vector or less.
 struct Whole {
+  static constexpr bool is_past = false;
   template <class C, class T>
   static INLINE V<C> load(const T* p, int) {
     return Memory<C>::load(p);
@@ -310,6 +311,7 @@ struct Whole {
   }
 };
 struct WholePast : Whole {
+  static constexpr bool is_past = true;
   template <class C, class T>
   static INLINE void store(T* p, V<C> v, int) {
     write_past(p, Memory<C>::narrow(p, v));
@@ -324,6 +326,7 @@ struct InCache<WholePast> {
   typedef Whole Place;
 };
 struct Part {
+  static constexpr bool is_past = false;
   template <class C, class T>
   static INLINE V<C> load(const T* p, int count) {
     T padded[kWidth<C>] = {};
