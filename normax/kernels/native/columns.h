@@ -24,8 +24,8 @@ struct Next {
   int64_t from, step;
 };
 
-// The sums of some vectors of columns: d and d^2, or dy and dy d, or all four. With A float those of
-// a few rows are in that, and what they add up to is in double precision.
+// The sums of some vectors of columns: d and d^2, or dy and dy d, or all four. With A float those
+// of a few rows are in that, and what they add up to is in double precision.
 template <Sum kSum, class A, int kVectors, class P, class T, class O>
 INLINE void sum_block(const T* x, const O* dy, int64_t first, int64_t rows, int64_t stride,
                       Next next, const About& about, double* sums, int64_t width, double* lost,
@@ -244,17 +244,12 @@ struct Factors {
   }
 };
 
-// Bytes that are read so long before they are written, of arrays that no cache holds: processors look
-// ahead only within a page. Of 16 bits the arithmetic takes longer than the memory.
-constexpr int64_t kBytesAhead = 1 << 13;
-
 // Some rows at a time, so that factors are read once for all of them.
 template <bool kBackward, int kRows, class W, class C, class T, class O, class R>
 INLINE void write_rows_of(const Factors<C>& f, int64_t width, int64_t stride, const T* x,
                           const O* dy, R* out) {
   constexpr bool in_units = sizeof(T) == 8;
-  constexpr int64_t ahead = kBytesAhead / int64_t(sizeof(T)), line = 64 / int64_t(sizeof(T));
-  const int64_t later = (ahead + kRows * width - 1) / (kRows * width) * kRows * stride;
+  const int64_t later = parts_ahead<T>(kRows * width) * kRows * stride;
   each<C, W>(0, width, [&](auto place, int, int64_t c, int count) INLINE_LAMBDA {
     typedef decltype(place) P;
     auto of = [&](const auto* line) INLINE_LAMBDA { return P::template load<C>(line + c, count); };
@@ -264,11 +259,9 @@ INLINE void write_rows_of(const Factors<C>& f, int64_t width, int64_t stride, co
     if constexpr (kBackward) along = of(f.along);
 #pragma GCC unroll 4
     for (int k = 0; k < kRows; ++k) {
-      const int64_t row = k * stride, asked = row + later + c;
-      if (P::is_past && sizeof(T) > 2 && c % line == 0) {
-        __builtin_prefetch(x + asked);
-        if (kBackward) __builtin_prefetch(dy + asked);
-      }
+      const int64_t row = k * stride;
+      ask<P>(x + row, later, c);
+      if (kBackward) ask<P>(dy + row, later, c);
       V<C> v = of(x + row);
       if constexpr (in_units) v *= of(f.per_unit);
       v = (v - high) - low;

@@ -346,6 +346,24 @@ struct Part {
   }
 };
 
+// Arrays that no cache holds are asked for so many bytes before they are computed with: processors
+// look ahead only within a page. Of 16 bits the arithmetic takes longer than the memory.
+constexpr int64_t kBytesAhead = 1 << 13;
+
+// Of so many entries each, how many parts later that is.
+template <class T>
+INLINE int64_t parts_ahead(int64_t entries) {
+  return (kBytesAhead / int64_t(sizeof(T)) + entries - 1) / entries;
+}
+
+// Asks for what lies `later` entries after a vector, once for each line of cache; of none, nothing.
+template <class P, class T>
+INLINE void ask(const T* x, int64_t later, int64_t at) {
+  if constexpr (P::is_past && sizeof(T) > 2) {
+    if (later && at * int64_t(sizeof(T)) % 64 == 0) __builtin_prefetch(x + later + at);
+  }
+}
+
 // Calls body(W or Part, which of two, at, count) for each vector of entries begin to end.
 template <class C, class W = Whole, class Body>
 INLINE void each(int64_t begin, int64_t end, Body body) {

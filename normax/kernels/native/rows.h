@@ -213,14 +213,27 @@ struct Deviation {
   }
 };
 
+// Rows that are asked for while another is written: a near cache has to hold both, and of short
+// ones a processor sees the next by itself.
+constexpr int64_t kLeastAsked = 1 << 10, kMostAsked = 3 << 12;  // bytes
+
+// How many entries after those of a row lie those to ask for, or none.
+template <class T>
+INLINE int64_t later_than(int64_t length) {
+  const int64_t bytes = length * int64_t(sizeof(T));
+  return bytes < kLeastAsked || bytes > kMostAsked ? 0 : parts_ahead<T>(length) * length;
+}
+
 template <class C, class W, class T, class O>
 INLINE void write_forward(const Rows& rows, const Row& row, const T* x, O* y) {
   auto scale = static_cast<const Compute<T>*>(rows.scale);
   auto bias = static_cast<const Compute<T>*>(rows.bias);
   const Deviation<C> deviation(row.center);
   const V<C> rstd = filled<C>(row.rstd);
+  const int64_t later = later_than<T>(rows.length);
   each<C, W>(0, rows.length, [&](auto place, int, int64_t i, int count) INLINE_LAMBDA {
     typedef decltype(place) P;
+    ask<P>(x, later, i);
     V<C> v = deviation.of(place, x + i, count) * rstd;
     if (scale) v *= P::template load<C>(scale + i, count);
     if (bias) v += P::template load<C>(bias + i, count);
@@ -268,9 +281,12 @@ INLINE void write_backward(const Rows& rows, const Row& row, const T* x, const O
   const Deviation<C> deviation(row.center);
   const V<C> rstd = filled<C>(row.rstd), mean_t = filled<C>(row.mean_t);
   const V<C> along = filled<C>(row.along), length = filled<C>(row.rstd * row.center.per_unit);
+  const int64_t later = later_than<T>(rows.length);
   each<C, W>(0, rows.length, [&](auto place, int, int64_t i, int count) INLINE_LAMBDA {
     typedef decltype(place) P;
     typedef typename InCache<P>::Place Near;
+    ask<P>(x, later, i);
+    ask<P>(dy, later, i);
     V<C> xhat = deviation.of(place, x + i, count) * rstd;
     V<C> ct = P::template load<C>(dy + i, count), t = ct;
     if (scale) t *= P::template load<C>(scale + i, count);
