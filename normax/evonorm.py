@@ -9,6 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
+from normax import parts, pool
 from normax.batch import check_trainable, prepare
 from normax.group import split_features
 from normax.kernels.primitive import spread
@@ -86,9 +87,10 @@ def _gated(feature, spatial, groups, epsilon, dtype, x, slope, scale, bias, mask
     reduced = (*(axis + (axis > feature) for axis in spatial), feature + 1)
     grouped = split_features(x, feature, split)
     m = moments_over("", grouped, tuple(sorted(reduced)), mask=split_features(mask, feature, split))
-    var = jnp.broadcast_to(jnp.expand_dims(m.var, sorted(reduced)), grouped.shape).reshape(x.shape)
-    gated = x * jax.nn.sigmoid(x if slope is None else x * slope.astype(x.dtype))
-    return _rescale(gated * reciprocal_deviation(var, epsilon), scale, bias, dtype)
+    rstd = reciprocal_deviation(jnp.expand_dims(m.var, sorted(reduced)), epsilon)
+    gated = x * jax.nn.sigmoid(x if slope is None else x * parts.spread(slope.astype(x.dtype), x))
+    y = split_features(gated, feature, split) * parts.spread(rstd, grouped)
+    return _rescale(pool.reshape(y, x.shape, jax.typeof(x).sharding.spec), scale, bias, dtype)
 
 
 def evonorm_b0(
@@ -197,5 +199,5 @@ def _parameters(name, x, features, slope, scale, bias):
 
 
 def _rescale(y, scale, bias, dtype):
-    y = y if scale is None else y * scale.astype(y.dtype)
-    return (y if bias is None else y + bias.astype(y.dtype)).astype(dtype)
+    y = y if scale is None else y * parts.spread(scale.astype(y.dtype), y)
+    return (y if bias is None else y + parts.spread(bias.astype(y.dtype), y)).astype(dtype)

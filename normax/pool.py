@@ -71,9 +71,11 @@ def placed_like(value, like):
     spec = jax.sharding.PartitionSpec(
         *(name if mine == size else None for name, mine, size in axes)
     )
-    if ours.spec == spec or ours.mesh.empty:
+    # What came from outside of a mesh is brought onto it.
+    mesh = theirs.mesh if ours.mesh.empty else ours.mesh
+    if not mesh.explicit_axes or (ours.mesh, ours.spec) == (mesh, spec):
         return value
-    return jax.sharding.reshard(value, jax.sharding.NamedSharding(ours.mesh, spec))
+    return jax.sharding.reshard(value, jax.sharding.NamedSharding(mesh, spec))
 
 
 def examples_together(value, count):

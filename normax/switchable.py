@@ -9,6 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
 from normax.batch import check_trainable, prepare
+from normax.kernels.primitive import spread
 from normax.measure import times
 from normax.moments import RunningStats, moments_over, update
 from normax.standardize import normalize
@@ -122,5 +123,6 @@ def _mixture(name, label, logits, values, number):
     weights = jax.nn.softmax(logits.astype(ax.compute_dtype(logits.dtype)))
     total = 0.0
     for weight, value in zip(weights, values, strict=True):
-        total = total + times(value, jnp.broadcast_to(weight, value.shape))
+        weight = jnp.reshape(weight, [1] * value.ndim)
+        total = total + times(value, spread(weight, value))
     return total
