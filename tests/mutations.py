@@ -128,6 +128,8 @@ MUTATIONS = [
     Mutation("compare: folders one by one", "experiments/compare.py", "    check_kept(training, options)\n", "", "test_experiments.py -k bad_folder"),
     Mutation("explicit axes: parameters gathered", "kernels/primitive.py", "placed = sharding if sharding.mesh.explicit_axes else None", "placed = None", "test_meshes.py -k explicit_axes"),
     Mutation("export: refused elsewhere", "implementations.py", "    others |= {f\"exported_{name}\": exported for name in elsewhere}\n", "", "test_implementations.py -k form_there"),
+    Mutation("explicit axes: a variance laid out whole", "evonorm.py", "parts.spread(rstd, grouped)", "jnp.broadcast_to(rstd, grouped.shape)", "test_meshes.py -k crosses_explicit and evonorm_s0"),
+    Mutation("explicit axes: a proportion laid out whole", "switchable.py", "spread(weight, value)", "jnp.broadcast_to(weight, value.shape)", "test_meshes.py -k crosses_explicit and switchable"),
     Mutation("parts: of the first axis alone", "parts.py", "for axis in axes}", "for axis in axes[:1]}", "test_meshes.py -k dealt_out_is_measured"),
     Mutation("parts: of one axis", "parts.py", "if count > 1}", "if count > 3}", "test_meshes.py -k dealt_out_is_measured"),
     Mutation("parts: sums along one axis after the other", "parts.py", "    if len(cuts) < 2:", "    if True:", "test_meshes.py -k dealt_out_is_measured"),
