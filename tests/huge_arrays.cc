@@ -1,6 +1,8 @@
-// More than 2^31 entries: what the handlers write is what they write of the first 2^24, of which all
-// the others are the same memory again, and what they add up is that so many times.
+// More than 2^31 entries: what the handlers write is what they write of the first part, of which
+// all the others are the same memory again, and what they add up is that so many times. Parts are no
+// power of two, so that an offset that lost its upper digits is one of other entries.
 
+#include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -20,10 +22,10 @@ XLA_FFI_Handler normax_groups_forward, normax_groups_backward;
 
 namespace {
 
-constexpr int64_t kPart = 1 << 24, kTimes = 129;
-static_assert(kPart * kTimes > int64_t(1) << 31);
+constexpr int64_t kPart = 13 << 20, kTimes = 225, kChunk = 1 << 20;  // entries; the last, bytes
+static_assert(kPart * kTimes > int64_t(1) << 31, "and some pieces begin after 2^32 bytes");
 
-// Entries of bfloat16, the same part again and again.
+// Entries of bfloat16, the same part again and again. It is known which chunks were written.
 class Again {
  public:
   Again() {
@@ -41,6 +43,10 @@ class Again {
     }
     close(file);
     entries_ = static_cast<uint16_t*>(room);
+    struct sigaction action {};
+    action.sa_sigaction = note;
+    action.sa_flags = SA_SIGINFO;
+    sigaction(SIGSEGV, &action, nullptr);
   }
 
   void fill(uint64_t state, float shift) {
@@ -52,11 +58,23 @@ class Again {
       entries_[i] = uint16_t(bits >> 16);
     }
   }
-  // The first part, which goes.
+  // The first part of what was written whole, which goes.
   std::vector<uint16_t> take() {
+    for (char is_written : written_) {
+      if (!is_written) fail("a chunk was not written");
+    }
+    written_.clear();
     std::vector<uint16_t> part(entries_, entries_ + kPart);
     std::fill_n(entries_, kPart, uint16_t(0));
     return part;
+  }
+  void* to_write(const std::vector<int64_t>& shape) {
+    int64_t bytes = sizeof(uint16_t);
+    for (int64_t size : shape) bytes *= size;
+    written_.assign(size_t(bytes / kChunk), 0);
+    mprotect(entries_, size_t(bytes), PROT_NONE);
+    watched = this;
+    return of_shape(shape);
   }
   void* of_shape(const std::vector<int64_t>& shape) {
     shape_ = shape;
@@ -71,6 +89,16 @@ class Again {
   }
 
  private:
+  static void note(int, siginfo_t* info, void*) {
+    char* first = reinterpret_cast<char*>(watched->entries_);
+    const int64_t chunk = (static_cast<char*>(info->si_addr) - first) / kChunk;
+    if (chunk < 0 || chunk >= int64_t(watched->written_.size())) _exit(2);
+    mprotect(first + chunk * kChunk, kChunk, PROT_READ | PROT_WRITE);
+    watched->written_[size_t(chunk)] = 1;
+  }
+
+  static inline Again* watched = nullptr;
+  std::vector<char> written_;
   uint16_t* entries_;
   std::vector<int64_t> shape_;
   XLA_FFI_Buffer buffer_;
@@ -97,8 +125,8 @@ void so_many_times(const char* what, Array<float>& small, Array<float>& huge, do
   if (!(off <= 1e-6 * most)) Again::fail("too far");
 }
 
-// Calls run(times, y, dx, dscale, dbias) for the first part, and for all of them: it fills what it is
-// given by its last four.
+// Calls run(times, y, dx, dscale, dbias) for the first part, and for all of them: it fills what it
+// is given by its last four.
 template <class Run>
 void hold(const char* what, const std::vector<int64_t>& line, const Run& run) {
   Array<float> scales[2]{Array<float>(line), Array<float>(line)};
@@ -129,10 +157,10 @@ int main() {
 
   hold("rows", {1024}, [&](int64_t times, Part& y, Part& dx, void* dscale, void* dbias) {
     const std::vector<int64_t> shape{kPart / 1024 * times, 1024};
-    runtime.call(normax_forward, {x.of_shape(shape), none, none}, {out.of_shape(shape)}, rule);
+    runtime.call(normax_forward, {x.of_shape(shape), none, none}, {out.to_write(shape)}, rule);
     y = out.take();
     runtime.call(normax_backward, {x.of_shape(shape), none, dy.of_shape(shape), &no_entries},
-                 {out.of_shape(shape), dscale, dbias}, rule);
+                 {out.to_write(shape), dscale, dbias}, rule);
     dx = out.take();
   });
 
@@ -147,23 +175,23 @@ int main() {
     const std::vector<int64_t> shape{kPart / 64 * times, 64};
     runtime.call(normax_column_moments, {x.of_shape(shape)}, lines, {});
     runtime.call(normax_columns_forward, with({x.of_shape(shape), none, none}, {}),
-                 {out.of_shape(shape)}, epsilon);
+                 {out.to_write(shape)}, epsilon);
     y = out.take();
     runtime.call(normax_column_gradients, with({x.of_shape(shape), dy.of_shape(shape)}, {}),
                  {dscale, dbias}, epsilon);
     runtime.call(normax_columns_backward,
                  with({x.of_shape(shape), none, dy.of_shape(shape)}, {dscale, dbias}),
-                 {out.of_shape(shape)}, {{"count", double(shape[0])}, {"epsilon", 1e-5}});
+                 {out.to_write(shape)}, {{"count", double(shape[0])}, {"epsilon", 1e-5}});
     dx = out.take();
   });
 
   hold("groups", {4, 8}, [&](int64_t times, Part& y, Part& dx, void* dscale, void* dbias) {
     const std::vector<int64_t> shape{1, kPart / 32 * times, 4, 8};
-    runtime.call(normax_groups_forward, {x.of_shape(shape), none, none}, {out.of_shape(shape)},
+    runtime.call(normax_groups_forward, {x.of_shape(shape), none, none}, {out.to_write(shape)},
                  rule);
     y = out.take();
     runtime.call(normax_groups_backward, {x.of_shape(shape), none, dy.of_shape(shape)},
-                 {out.of_shape(shape), dscale, dbias}, rule);
+                 {out.to_write(shape), dscale, dbias}, rule);
     dx = out.take();
   });
   std::printf("all is the same\n");

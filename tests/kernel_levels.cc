@@ -326,6 +326,7 @@ void check_groups(const Kernels& kernels, int pair, int64_t number, int64_t memb
   groups.members = members;
   groups.epsilon = kEpsilon;
   groups.centered = centered;
+  groups.columns.past = width * kSize[type] % 64 == 0 && width * kSize[kY[pair]] % 64 == 0;
   auto room = static_cast<double*>(work.data());
   kernels.groups_forward[pair](groups, 0, width, room);
   groups.columns.dy = dy.data();

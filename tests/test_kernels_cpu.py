@@ -1,9 +1,11 @@
 """Native kernels on CPU: rows, groups and columns held to long double, and what is refused."""
 
+import ctypes
 import functools
 import itertools
 import os
 import pathlib
+import platform
 import re
 import shutil
 import subprocess
@@ -15,6 +17,8 @@ import numpy as np
 import pytest
 import reference
 from cases import Case
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from test_accuracy import GRID, LIMITS, stress, units
 
 import normax
@@ -341,6 +345,70 @@ def test_columns_and_groups_give_the_same_bits_each_time():
     first = step(x, dy)
     for _ in range(8):
         jax.tree.map(np.testing.assert_array_equal, step(x, dy), first)
+
+
+def batch_norm(x, scale, bias, **options):
+    stats = normax.RunningStats.create(x.shape[-1])
+    return normax.batch_norm(x, stats, scale, bias, use_running_average=False, **options)[0]
+
+
+NORMS = {
+    "layer": normax.layer_norm,
+    "rms": lambda x, scale, bias, **options: normax.rms_norm(x, scale, **options),
+    "group": functools.partial(normax.group_norm, num_groups=4),
+    "instance": normax.instance_norm,
+    "batch": batch_norm,
+}
+
+
+def step_of(norm):
+    """Returns the program of a norm forward and backward, and what it is given."""
+
+    def step(x, dy, *lines):
+        y, pull = jax.vjp(functools.partial(NORMS[norm], implementation="cpu"), x, *lines)
+        return y, *pull(dy)
+
+    x, dy = (jax.random.normal(jax.random.key(i), (16, 6, 64)) for i in range(2))
+    return jax.jit(step), (x, dy, jnp.linspace(0.5, 1.5, 64), jnp.linspace(-1, 1, 64))
+
+
+@needs_library
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("norm", NORMS)
+def test_on_eight_devices_nothing_is_gathered(norm, axis_type):
+    step, (x, dy, *lines) = step_of(norm)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    wanted = step(x, dy, *lines)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((x, dy), NamedSharding(mesh, P("data")))
+        lines = jax.device_put(lines, NamedSharding(mesh, P()))
+        compiled = step.lower(*placed, *lines).compile()
+        found = compiled(*placed, *lines)
+    assert "normax_" in compiled.as_text()
+    assert "all-gather" not in compiled.as_text()
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@needs_library
+@pytest.mark.parametrize("norm", NORMS)
+def test_each_norm_exported_for_other_platforms_is_the_form_there(norm):
+    step, args = step_of(norm)
+    with pytest.warns(UserWarning, match="='cpu' is for .* alone"):
+        exported = jax.export.export(step, platforms=("cuda", "tpu"))(*args)
+    assert "normax_" not in exported.mlir_module()
+
+
+@needs_library
+@pytest.mark.parametrize("norm", NORMS)
+def test_each_norm_keeps_what_its_backward_pass_reads(norm):
+    _, (x, _, *lines) = step_of(norm)
+    f = functools.partial(NORMS[norm], implementation="cpu")
+    pull = jax.jit(lambda *args: jax.vjp(f, *args)[1])(x, *lines)
+    kept = [leaf.size for leaf in jax.tree.leaves(pull)]
+    assert sum(size > 64 for size in kept) == 1  # x
+    # A scale, and of batch norm what was measured.
+    assert sum(kept) <= x.size + (5 if norm == "batch" else 2) * 64
 
 
 @needs_library
@@ -1057,14 +1125,16 @@ def test_what_an_older_build_left_hides_no_library(tmp_path, monkeypatch):
 
 
 @needs_library
-def test_a_program_that_names_them_can_be_stored():
-    step = jax.jit(functools.partial(normax.layer_norm, implementation="cpu"))
-    x = jnp.arange(12.0).reshape(3, 4) ** 2
-    with pytest.raises(ValueError, match="normax_forward"):
-        jax.export.export(step)(x)
-    named = [jax.export.DisabledSafetyCheck.custom_call("normax_forward")]
-    stored = jax.export.export(step, disabled_checks=named)(x).serialize()
-    np.testing.assert_array_equal(jax.export.deserialize(stored).call(x), step(x))
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_program_that_names_them_can_be_stored(norm):
+    step, args = step_of(norm)
+    with pytest.raises(ValueError, match="normax_"):
+        jax.export.export(step)(*args)
+    named = set(re.findall(r"@(normax_\w+)\(", step.lower(*args).as_text()))
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in named]
+    stored = jax.export.export(step, disabled_checks=checks)(*args).serialize()
+    for ours, theirs in zip(jax.export.deserialize(stored).call(*args), step(*args), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @needs_library
@@ -1138,6 +1208,17 @@ def test_every_set_of_instructions_that_this_processor_has(tmp_path):
     said = subprocess.run([str(program)], capture_output=True, text=True)
     assert said.returncode == 0, said.stdout
     assert "baseline: 1170888 held, 0 wrong" in said.stdout
+    if platform.machine() != "x86_64":
+        return
+    # Built without both of the others, as CI does once, it has neither; else it has them all.
+    built = ctypes.CDLL(str(library.PATH))
+    names = [f"_ZN6normax{len(level)}{level}7kernelsE" for level in ("avx2", "avx512")]
+    has = [hasattr(built, name) for name in names]
+    assert any(has) == all(has)
+    flags = pathlib.Path("/proc/cpuinfo").read_text().split()
+    for level, flag in (("avx2", "avx2"), ("avx512", "avx512dq")):
+        held = f"{level}: 1170888 held, 0 wrong" in said.stdout
+        assert held == (flag in flags and all(has))
 
 
 @needs_library

@@ -38,7 +38,7 @@ g++ "${options[@]}" "${address[@]}" -shared "${calls[@]}" "$work/baseline.o" -pt
   preloaded=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libstdc++.so)
   LD_PRELOAD=$preloaded ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$work \
     python -m pytest -q -p no:cacheprovider tests/test_kernels_cpu.py \
-    -k "not 65536 and not instructions and not large"
+    -k "not 65536 and not instructions"
 )
 
 g++ "${options[@]}" -fsanitize=thread -DLEVEL=baseline "-I$here" \

@@ -25,7 +25,7 @@ using Memory = std::unique_ptr<double[]>;
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kBytesPast = 1 << 23;  // from here on an output is written past the caches
 
-inline const Kernels& best_kernels() {
+static inline const Kernels& best_kernels() {
 #ifdef NORMAX_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
@@ -39,7 +39,8 @@ inline const Kernels& best_kernels() {
   return baseline::kernels;
 }
 
-inline const Kernels& kernels() {
+// Not shared by libraries that are loaded beside this one.
+static inline const Kernels& kernels() {
   static const Kernels& best = best_kernels();
   return best;
 }

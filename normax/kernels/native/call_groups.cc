@@ -108,7 +108,7 @@ ffi::Error groups_backward(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer scale, A
       groups.columns.dy = at(dy, first);
       groups.columns.out = to(*dx, first);
       kernels().groups_backward[pair](groups, begin, end, work, lines.found, lines.lost,
-                                         sums.stride());
+                                      sums.stride());
     }
     sums.finish(lines, call, begin, end, *dscale, *dbias);
   };

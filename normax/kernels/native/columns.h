@@ -249,7 +249,10 @@ template <bool kBackward, int kRows, class W, class C, class T, class O, class R
 INLINE void write_rows_of(const Factors<C>& f, int64_t width, int64_t stride, const T* x,
                           const O* dy, R* out) {
   constexpr bool in_units = sizeof(T) == 8;
-  const int64_t later = parts_ahead<T>(kRows * width) * kRows * stride;
+  // Rows that are longer are asked for as they lie.
+  const bool is_long = kRows * width * int64_t(sizeof(T)) > 2 * kBytesAhead;
+  const int64_t later =
+      is_long ? parts_ahead<T>(kRows) : parts_ahead<T>(kRows * width) * kRows * stride;
   each<C, W>(0, width, [&](auto place, int, int64_t c, int count) INLINE_LAMBDA {
     typedef decltype(place) P;
     auto of = [&](const auto* line) INLINE_LAMBDA { return P::template load<C>(line + c, count); };
@@ -260,8 +263,11 @@ INLINE void write_rows_of(const Factors<C>& f, int64_t width, int64_t stride, co
 #pragma GCC unroll 4
     for (int k = 0; k < kRows; ++k) {
       const int64_t row = k * stride;
-      ask<P>(x + row, later, c);
-      if (kBackward) ask<P>(dy + row, later, c);
+      if constexpr (kBackward) {
+        ask<P>(later, c, x + row, dy + row);
+      } else {
+        ask<P>(later, c, x + row);
+      }
       V<C> v = of(x + row);
       if constexpr (in_units) v *= of(f.per_unit);
       v = (v - high) - low;

@@ -347,7 +347,7 @@ struct Part {
 };
 
 // Arrays that no cache holds are asked for so many bytes before they are computed with: processors
-// look ahead only within a page. Of 16 bits the arithmetic takes longer than the memory.
+// look ahead only within a page.
 constexpr int64_t kBytesAhead = 1 << 13;
 
 // Of so many entries each, how many parts later that is.
@@ -356,11 +356,15 @@ INLINE int64_t parts_ahead(int64_t entries) {
   return (kBytesAhead / int64_t(sizeof(T)) + entries - 1) / entries;
 }
 
-// Asks for what lies `later` entries after a vector, once for each line of cache; of none, nothing.
-template <class P, class T>
-INLINE void ask(const T* x, int64_t later, int64_t at) {
+// Asks for what lies `later` entries after a vector of each array, once for a line of cache; if that
+// is none, for nothing. Of 16 bits the arithmetic takes longer than the memory.
+template <class P, class T, class... More>
+INLINE void ask(int64_t later, int64_t at, const T* x, const More*... more) {
   if constexpr (P::is_past && sizeof(T) > 2) {
-    if (later && at * int64_t(sizeof(T)) % 64 == 0) __builtin_prefetch(x + later + at);
+    if (later && at * int64_t(sizeof(T)) % 64 == 0) {
+      __builtin_prefetch(x + later + at);
+      (__builtin_prefetch(more + later + at), ...);
+    }
   }
 }
 

@@ -213,27 +213,29 @@ struct Deviation {
   }
 };
 
-// Rows that are asked for while another is written: a near cache has to hold both, and of short
-// ones a processor sees the next by itself.
-constexpr int64_t kLeastAsked = 1 << 10, kMostAsked = 3 << 12;  // bytes
+// Bytes of a row that is asked for while another is written: of short ones a processor sees the next
+// by itself; and those of one of all arrays, for a near cache has to hold both.
+constexpr int64_t kLeastAsked = 1 << 10, kMostAsked = 5 << 12;
 
-// How many entries after those of a row lie those to ask for, or none.
+// How many entries after those of a row lie those to ask for, of so many arrays; or none.
 template <class T>
-INLINE int64_t later_than(int64_t length) {
+INLINE int64_t later_than(int64_t length, int64_t arrays) {
   const int64_t bytes = length * int64_t(sizeof(T));
-  return bytes < kLeastAsked || bytes > kMostAsked ? 0 : parts_ahead<T>(length) * length;
+  const bool asks = bytes >= kLeastAsked && arrays * bytes <= kMostAsked;
+  return asks ? parts_ahead<T>(length) * length : 0;
 }
 
 template <class C, class W, class T, class O>
-INLINE void write_forward(const Rows& rows, const Row& row, const T* x, O* y) {
+INLINE void write_forward(const Rows& rows, const Row& row, const T* x, const T* given,
+                          const T* added, O* y) {
   auto scale = static_cast<const Compute<T>*>(rows.scale);
   auto bias = static_cast<const Compute<T>*>(rows.bias);
   const Deviation<C> deviation(row.center);
   const V<C> rstd = filled<C>(row.rstd);
-  const int64_t later = later_than<T>(rows.length);
+  const int64_t later = later_than<T>(rows.length, added ? 2 : 1);
   each<C, W>(0, rows.length, [&](auto place, int, int64_t i, int count) INLINE_LAMBDA {
     typedef decltype(place) P;
-    ask<P>(x, later, i);
+    ask<P>(later, i, given, added ? added : given);
     V<C> v = deviation.of(place, x + i, count) * rstd;
     if (scale) v *= P::template load<C>(scale + i, count);
     if (bias) v += P::template load<C>(bias + i, count);
@@ -255,20 +257,21 @@ template <class T, class O>
 void forward(const Rows& rows, int64_t begin, int64_t end) {
   const int64_t n = rows.length;
   for (int64_t r = begin; r < end; ++r) {
-    auto x = static_cast<const T*>(rows.x) + r * n;
+    auto given = static_cast<const T*>(rows.x) + r * n, x = given;
+    auto added = rows.added ? static_cast<const T*>(rows.added) + r * n : nullptr;
     auto y = static_cast<O*>(rows.out) + r * n;
-    if (rows.added) {
+    if (added) {
       auto sum = static_cast<T*>(rows.sum) + r * n;
-      add(n, x, static_cast<const T*>(rows.added) + r * n, sum);
+      add(n, x, added, sum);
       x = sum;  // rounded: what is normalized is what the backward pass will read
     }
     const Row row = measure<false>(rows, x, y);
     if (!fits(row.rstd)) {
-      write_forward<double, Whole>(rows, row, x, y);
+      write_forward<double, Whole>(rows, row, x, given, added, y);
     } else if (rows.past) {
-      write_forward<Compute<T>, WholePast>(rows, row, x, y);
+      write_forward<Compute<T>, WholePast>(rows, row, x, given, added, y);
     } else {
-      write_forward<Compute<T>, Whole>(rows, row, x, y);
+      write_forward<Compute<T>, Whole>(rows, row, x, given, added, y);
     }
   }
   settle();
@@ -281,12 +284,11 @@ INLINE void write_backward(const Rows& rows, const Row& row, const T* x, const O
   const Deviation<C> deviation(row.center);
   const V<C> rstd = filled<C>(row.rstd), mean_t = filled<C>(row.mean_t);
   const V<C> along = filled<C>(row.along), length = filled<C>(row.rstd * row.center.per_unit);
-  const int64_t later = later_than<T>(rows.length);
+  const int64_t later = later_than<T>(rows.length, added ? 3 : 2);
   each<C, W>(0, rows.length, [&](auto place, int, int64_t i, int count) INLINE_LAMBDA {
     typedef decltype(place) P;
     typedef typename InCache<P>::Place Near;
-    ask<P>(x, later, i);
-    ask<P>(dy, later, i);
+    ask<P>(later, i, x, dy);
     V<C> xhat = deviation.of(place, x + i, count) * rstd;
     V<C> ct = P::template load<C>(dy + i, count), t = ct;
     if (scale) t *= P::template load<C>(scale + i, count);
