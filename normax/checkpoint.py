@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from normax import axes as ax
+from normax.checksum import checksum
 from normax.state import leaves_by_path
 
 NAME = "Checkpoints.restore"
@@ -37,7 +38,8 @@ class Checkpoints:
       mode: "min", or "max" where the most of `best` is the best.
 
     Raises:
-      ValueError: `every` or `keep` below 1, `mode` another word.
+      ValueError: `every` or `keep` below 1, `mode` another word; metrics in the folder that cannot
+        be read.
 
     Example:
       >>> import tempfile, jax.numpy as jnp
@@ -77,6 +79,7 @@ class Checkpoints:
                 )
             )
         self.directory, self.best, self.mode = pathlib.Path(directory).absolute(), best, mode
+        _check_metrics(self.directory)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -86,6 +89,7 @@ class Checkpoints:
             ),
         )
         self._has_saved = False
+        self._at: int | None = None  # the step of what was restored
 
     def save(
         self, step: int, state: Any, *, position: Any = None, metrics: dict[str, Any] | None = None
@@ -93,7 +97,7 @@ class Checkpoints:
         """Saves, if it is time to: what is written is copied at once, and written meanwhile.
 
         Args:
-          step: number of steps taken; one that is saved already is not saved again: `delete` it.
+          step: number of steps taken; the last one is not saved again.
           state: a pytree of arrays, such as a `TrainState`, which may be donated afterwards.
           position: where the data is, and whatever else is no array: what JSON can say, in which
             a tuple is a list.
@@ -103,13 +107,19 @@ class Checkpoints:
           Whether it is saved.
 
         Raises:
-          ValueError: metrics without `best`.
+          ValueError: metrics without `best`; a step before the last, or the last where an earlier
+            one was restored: those that are later are to be deleted first.
           TypeError: a position that JSON cannot say; an array of a dtype that JAX narrows, or that
             TensorStore has not.
         """
-        step = int(step)
-        if step % self.every or step in self.steps():
+        step, last = int(step), max(self.steps(), default=-1)
+        if step % self.every or step == last == (last if self._at is None else self._at):
             return False
+        if step <= last:
+            raise ValueError(
+                f"Checkpoints.save: expected a step after the last, {last}, or the later ones "
+                f"deleted, got {step}"
+            )
         if self.best is not None and self.best not in (metrics or {}):
             raise ValueError(
                 f"Checkpoints.save: expected metrics with {self.best!r}, got {metrics!r}"
@@ -121,8 +131,10 @@ class Checkpoints:
             # What a process that was killed has left; one that only reads leaves it.
             for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
-        self._has_saved = True
-        text = json.dumps({"arrays": told, "position": position})
+        self._has_saved, self._at = True, None
+        if metrics is not None:
+            metrics = {name: float(value) for name, value in metrics.items()}
+        text = json.dumps({"arrays": told, "position": position, "metrics": metrics})
         about = ocp.args.JsonSave({"text": text, "checksum": zlib.crc32(text.encode())})
         # Orbax refuses arrays of no entries, of which their shapes say all.
         filled = {name: array for name, array in arrays.items() if array.size}
@@ -130,8 +142,8 @@ class Checkpoints:
         return self._manager.save(
             step,
             args=ocp.args.Composite(about=about, **items),
-            metrics=None if metrics is None else {name: float(v) for name, v in metrics.items()},
-            force=True,  # orbax alone takes none before the last, if that is a bad one
+            metrics=metrics,
+            force=True,  # orbax alone takes none before one that is not there any more
         )
 
     def steps(self) -> Sequence[int]:
@@ -162,7 +174,7 @@ class Checkpoints:
         """
         self.wait()
         step = self._manager.latest_step() if step is None else step
-        if step not in self.steps():
+        if step is None or step not in self.steps():
             wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
             raise FileNotFoundError(
                 f"{NAME}: expected {wanted} in {self.directory}, which has {list(self.steps())}"
@@ -173,6 +185,9 @@ class Checkpoints:
         if not isinstance(text, str) or read.get("checksum") != zlib.crc32(text.encode()):
             raise self._damaged(step, "what it says of its arrays is not what was saved")
         about = json.loads(text)
+        kept = None if self.best is None else self._manager.metrics(step)
+        if kept is not None and json.dumps(kept) != json.dumps(about["metrics"]):
+            raise self._damaged(step, f"its metrics are {kept}, and were {about['metrics']}")
         leaves = _leaves(NAME, like)
         wanted = {name: _plain(NAME, name, leaf) for name, leaf in leaves.items()}
         ax.check_keys(NAME, f"the checkpoint of step {step}", about["arrays"], wanted)
@@ -194,9 +209,10 @@ class Checkpoints:
         if places:
             arrays |= self._read(step, arrays=ocp.args.StandardRestore(places))["arrays"]
         for name, leaf in arrays.items():
-            if about["arrays"][name]["checksum"] not in (None, _checksum(leaf)):
+            if about["arrays"][name]["checksum"] != checksum(leaf):
                 raise self._damaged(step, f"{name} is not what was saved")
         found = [_as(arrays[name], leaf) for name, leaf in leaves.items()]
+        self._at = step
         return jax.tree.unflatten(jax.tree.structure(like), found), about["position"]
 
     def wait(self) -> None:
@@ -216,8 +232,8 @@ class Checkpoints:
         self.close()
 
     def _metric(self, metrics):
-        """Returns the metric that tells which is best; what is no number is not."""
-        value = float(metrics[self.best])
+        """Returns the metric that tells which is best; what is no number, or not there, is not."""
+        value = float((metrics or {}).get(self.best, math.nan))
         worst = math.inf if self.mode == "min" else -math.inf
         return worst if math.isnan(value) else value
 
@@ -235,6 +251,18 @@ class Checkpoints:
             f"{NAME}: expected the checkpoint of step {step} in {self.directory} as it was "
             f"written, but {why}; {list(self.steps())} are there"
         )
+
+
+def _check_metrics(directory):
+    """Holds the metrics of a folder to be such: orbax reads them all to begin with."""
+    for file in sorted(directory.glob("*/metrics/metrics")):
+        try:
+            json.loads(file.read_bytes())
+        except ValueError as error:
+            raise ValueError(
+                f"Checkpoints: expected {file} as it was written, but it cannot be read ({error}); "
+                "without that step's folder the others are there"
+            ) from error
 
 
 def _leaves(caller, tree):
@@ -268,18 +296,13 @@ def _is_key(leaf):
 
 
 def _about(leaf, array):
-    """Returns what is said of a leaf; this process has no checksum of what others hold."""
+    """Returns what is said of a leaf."""
     return {
         "shape": array.shape,
         "dtype": array.dtype.name,
         "key": _kind(leaf),
-        "checksum": _checksum(array),
+        "checksum": checksum(array),
     }
-
-
-def _checksum(leaf):
-    at_hand = leaf.is_fully_addressable or leaf.is_fully_replicated
-    return zlib.crc32(np.ascontiguousarray(leaf).tobytes()) if at_hand else None
 
 
 def _as(new, old):

@@ -12,7 +12,6 @@ from normax import axes as ax
 from normax import parts, pool
 from normax.batch import check_trainable, prepare
 from normax.group import split_features
-from normax.kernels.primitive import spread
 from normax.measure import present
 from normax.moments import RunningStats, moments_over, update
 from normax.standardize import reciprocal_deviation, root
@@ -88,7 +87,7 @@ def _gated(feature, spatial, groups, epsilon, dtype, x, slope, scale, bias, mask
     grouped = split_features(x, feature, split)
     m = moments_over("", grouped, tuple(sorted(reduced)), mask=split_features(mask, feature, split))
     rstd = reciprocal_deviation(jnp.expand_dims(m.var, sorted(reduced)), epsilon)
-    gated = x * jax.nn.sigmoid(x if slope is None else x * parts.spread(slope.astype(x.dtype), x))
+    gated = x * jax.nn.sigmoid(x if slope is None else x * _spread(slope, x))
     y = split_features(gated, feature, split) * parts.spread(rstd, grouped)
     return _rescale(pool.reshape(y, x.shape, jax.typeof(x).sharding.spec), scale, bias, dtype)
 
@@ -183,9 +182,9 @@ def evonorm_b0(
 def _larger(spatial, epsilon, dtype, x, var, slope, scale, bias, mask):
     x = present(x, mask)
     instance = jnp.expand_dims(moments_over("", x, spatial, mask=mask).var, spatial)
-    sloped = x if slope is None else x * slope.astype(x.dtype)
+    sloped = x if slope is None else x * _spread(slope, x)
     var = var.astype(ax.promote(x.dtype, var.dtype))
-    divisor = jnp.maximum(spread(root(var + epsilon), x), sloped + root(instance + epsilon))
+    divisor = jnp.maximum(parts.spread(root(var + epsilon), x), sloped + root(instance + epsilon))
     # Only without an epsilon is it zero, of equal entries.
     ratio = jnp.where(divisor == 0, 0, x / jnp.where(divisor == 0, 1, divisor))
     return _rescale(ratio, scale, bias, dtype)
@@ -199,5 +198,9 @@ def _parameters(name, x, features, slope, scale, bias):
 
 
 def _rescale(y, scale, bias, dtype):
-    y = y if scale is None else y * parts.spread(scale.astype(y.dtype), y)
-    return (y if bias is None else y + parts.spread(bias.astype(y.dtype), y)).astype(dtype)
+    y = y if scale is None else y * _spread(scale, y)
+    return (y if bias is None else y + _spread(bias, y)).astype(dtype)
+
+
+def _spread(parameter, like):
+    return parts.spread(parameter.astype(like.dtype), like)

@@ -121,9 +121,10 @@ def spread(value: jax.Array, like: jax.Array) -> jax.Array:
     """Returns `value` broadcast to the shape of another: what transposes to a `total`."""
     sizes = enumerate(zip(value.shape, like.shape, strict=True))
     axes = tuple(axis for axis, (mine, size) in sizes if mine != size)
+    value = pool.placed_like(value, like)
     if len(_dealt_out(like, axes)) < 2:
         return primitive.spread(value, like)
-    value = primitive.varying(pool.placed_like(value, like), primitive.axes_of(like))
+    value = primitive.varying(value, primitive.axes_of(like))
     add = functools.partial(jnp.sum, keepdims=True)
     summed = functools.partial(total, add, axes=axes)
     return jax.linear_transpose(summed, jnp.real(like).astype(value.dtype))(value)[0]

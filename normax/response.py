@@ -11,9 +11,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
 from normax import units
-from normax.kernels.primitive import spread
 from normax.measure import present, square
 from normax.moments import moments_over
+from normax.parts import spread
 from normax.standardize import normalize, root, standardize
 
 

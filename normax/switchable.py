@@ -9,9 +9,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
 from normax.batch import check_trainable, prepare
-from normax.kernels.primitive import spread
 from normax.measure import times
 from normax.moments import RunningStats, moments_over, update
+from normax.parts import spread
 from normax.standardize import normalize
 
 

@@ -184,12 +184,14 @@ def train_step(
       microbatches: how many parts a batch is taken in, one after the other, to need the memory of
         one. Gradients, loss and metrics are averaged, as those of a mean over examples are. The
         statistics of the parts are merged, and move the running ones once, as those of the whole
-        would but for the rounding of their means; each part is normalized by its own.
+        would but for the rounding of their means; each part is normalized by its own. A normalizer
+        that is called twice moves once, too, by all that it saw.
         Normalizers whose statistics do not merge (`BatchRenorm`, `PowerNorm`, Flax's own) move with
         each part.
       nonfinite: "skip" leaves the state as it was, but for `step` and `skipped`, where the loss or
-        a gradient is not finite, and adds "skipped" to the metrics, 1 or 0; on several devices or
-        hosts all do the same. "keep" lets them in, or leaves them to the optimizer.
+        a gradient is not finite, or a parameter or a number of the model's state would be no more,
+        and adds "skipped" to the metrics, 1 or 0; on several devices or hosts all do the same.
+        "keep" lets them in, or leaves them to the optimizer.
       donate: let the new state take the memory of the old one, which is then gone.
 
     A batch with NaN leaves the running statistics but makes the gradients NaN, and with them the
@@ -286,14 +288,24 @@ def train_step(
 
 
 def _unless_finite(old, new, grads, metrics):
-    """Returns the new state, or the old one if the loss or a gradient is not finite."""
+    """Returns the new state, or the old one if something of the step is not finite."""
     if "skipped" in metrics:
         raise ValueError("loss: expected metrics without 'skipped', which is added")
     finite = [jnp.isfinite(v).all() for v in (metrics["loss"], *jax.tree.leaves(grads))]
+    # Optimizers may keep an inf of their own.
+    before, after = ((state.params, state.model_state) for state in (old, new))
+    finite += jax.tree.leaves(jax.tree.map(_stays_finite, before, after))
     bad = ~jnp.stack(finite).all()
     state = jax.tree.map(lambda a, b: jnp.where(bad, a, b), old, new)
     skipped = bad.astype(jnp.int32)
     return state.replace(skipped=old.skipped + skipped), {**metrics, "skipped": skipped}
+
+
+def _stays_finite(before, after):
+    """Returns whether no entry was finite and is no more; None of what are no such numbers."""
+    if not jnp.issubdtype(jnp.result_type(after), jnp.inexact):
+        return None
+    return (jnp.isfinite(after) | ~jnp.isfinite(before)).all()
 
 
 def _state_after(model, before):

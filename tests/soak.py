@@ -74,7 +74,7 @@ def work(folder, steps, seed):
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
     state = train.TrainState.create(Model(), tx, jax.random.key(seed), x, mask, train=False)
     step = train.train_step(loss, nonfinite="skip")
-    memory = []
+    memory, alive = [], []
     with Checkpoints(folder, every=EVERY, keep=2) as checkpoints:
         if checkpoints.steps():
             state, _ = checkpoints.restore(state)
@@ -86,7 +86,9 @@ def work(folder, steps, seed):
                 print("at", i, flush=True)
             checkpoints.save(i + 1, state)
             if i % 100 == 0 or not memory:
+                checkpoints.wait()  # which holds arrays until it has written them
                 memory.append(resident())
+                alive.append(len(jax.live_arrays()))
     floats = [v for v in jax.tree.leaves(state) if jnp.issubdtype(v.dtype, jnp.floating)]
     plain = jax.tree.leaves(state.replace(key=jax.random.key_data(state.key)))
     found = {
@@ -94,6 +96,7 @@ def work(folder, steps, seed):
         "finite": all(bool(jnp.isfinite(v).all()) for v in floats),
         "compiled": list(compiled.values()),
         "memory": memory,
+        "alive": alive,
         "bits": zlib.crc32(b"".join(np.asarray(v).tobytes() for v in plain)),
     }
     print(json.dumps(found), flush=True)
@@ -142,6 +145,7 @@ def hold(found, steps, seed):
         assert one["finite"]
         assert set(one["compiled"]) <= {1}, one["compiled"]
     assert whole["bits"] == killed["bits"]
+    assert len(set(whole["alive"][1:])) <= 1, whole["alive"]
     memory = whole["memory"][2:]  # all shapes are compiled by then
     allowed = GROWTH + OF_A_SAVE * steps / EVERY
     assert not memory or memory[-1] - memory[0] < allowed, (allowed, memory)

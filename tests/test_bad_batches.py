@@ -1,5 +1,6 @@
 """A loss or gradient that is not finite: what is skipped, what is counted, and by whom."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +49,49 @@ def test_a_gradient_alone_may_be_bad():
     assert float(metrics["loss"]) == 0
     assert int(new.skipped) == 1
     same(new, state)
+
+
+@pytest.mark.parametrize("rate", [0.1, 1e38])
+def test_a_statistic_or_parameter_that_would_leave_the_range_is_skipped(rate):
+    """The loss and its gradients are finite."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            largest = self.variable("batch_stats", "largest", jnp.zeros, ())
+            unused = self.variable("batch_stats", "unused", jnp.full, (), jnp.inf)
+            if train:
+                largest.value, unused.value = 1e30 * x.max(), unused.value + 1
+            return nn.Dense(1)(x)
+
+    state = train.TrainState.create(Model(), optax.sgd(rate), jax.random.key(0), X, train=False)
+    loss = lambda model, batch, train: (model(batch, train=train) ** 2).mean()
+    step = train.train_step(loss, nonfinite="skip", donate=False)
+    x = jnp.full_like(X, 1e10 if rate < 1 else 1e3)
+    new, metrics = step(state, x)
+    assert np.isfinite(metrics["loss"])
+    assert int(new.skipped) == 1
+    same(new, state)
+    new, _ = step(state, X * 1e-3)
+    assert int(new.skipped) == 0
+
+
+def test_it_is_looked_at_before_the_optimizer():
+    """Which might hide it."""
+    tx = optax.chain(optax.zero_nans(), optax.clip(1.0), optax.sgd(0.1))
+    state, _ = create("linen", tx)
+    loss = lambda model, batch, train: jnp.sqrt(jnp.abs(model(batch[0], train=train) * 0).sum())
+    _, metrics = train.train_step(loss, nonfinite="skip", donate=False)(state, (X, Y))
+    assert int(metrics["skipped"]) == 1
+
+
+def test_gradients_are_those_of_a_loss_that_is_not_scaled():
+    state, loss = create("linen", optax.sgd(0.1))
+    whole, scaled = (
+        train.train_step(loss, loss_scale=scale, donate=False)(state, (X, Y))[0].params
+        for scale in (1.0, 1024.0)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole, scaled)
 
 
 def test_clipping_and_a_scaled_loss_compose_with_it():

@@ -1,5 +1,6 @@
 """Checkpoints: training goes on with the same bits; what is damaged or another is refused."""
 
+import math
 import os
 import pathlib
 import shutil
@@ -113,6 +114,30 @@ def test_the_last_and_the_best_are_kept(tmp_path):
             checkpoints.save(i, {"w": jnp.zeros(2)}, metrics={"accuracy": value})
         checkpoints.wait()
         assert checkpoints.steps() == [2, 3]
+
+
+def test_metrics_that_are_damaged_are_named(tmp_path):
+    state, options = {"w": jnp.ones(2)}, {"keep": 3, "best": "loss"}
+    with Checkpoints(tmp_path, **options) as checkpoints:
+        for step, loss in enumerate([math.nan, 1.0, 2.0], start=1):
+            checkpoints.save(step, state, metrics={"loss": loss, "other": 1.0})
+        assert checkpoints.best_step() == 2
+        checkpoints.restore(state, 1)
+    with Checkpoints(tmp_path, best="accuracy") as checkpoints:  # which none has
+        assert checkpoints.steps() == [1, 2, 3]
+    file = tmp_path / "3" / "metrics" / "metrics"
+    sound = file.read_text()
+    file.write_text(sound.replace("2.0", "0.5"))
+    with Checkpoints(tmp_path, **options) as checkpoints:
+        assert checkpoints.best_step() == 3
+        with pytest.raises(ValueError, match=r"step 3 .* its metrics are .*0\.5.* were .*2\.0"):
+            checkpoints.restore(state, 3)
+    file.write_text(sound[:5])
+    with pytest.raises(ValueError, match=r"expected .*3/metrics/metrics as it was written"):
+        Checkpoints(tmp_path, **options)
+    shutil.rmtree(tmp_path / "3")
+    with Checkpoints(tmp_path, **options) as checkpoints:
+        assert checkpoints.best_step() == 2
 
 
 def test_arrays_come_back_where_they_are_to_be(tmp_path):
@@ -245,10 +270,13 @@ def test_an_older_one_is_gone_on_with(tmp_path):
         for step in (10, 20, 30):
             checkpoints.save(step, {"w": jnp.full(2, step)})
         checkpoints.restore({"w": jnp.zeros(2, jnp.int32)}, 20)
-        assert not checkpoints.save(30, {"w": jnp.zeros(2, jnp.int32)})
+        for step in (10, 25, 30):
+            with pytest.raises(ValueError, match=f"after the last, 30, or .* deleted, got {step}"):
+                checkpoints.save(step, {"w": jnp.zeros(2, jnp.int32)})
         checkpoints.delete(30)
         assert checkpoints.save(25, {"w": jnp.full(2, 25)})
         assert checkpoints.save(30, {"w": jnp.full(2, 31)})
+        assert not checkpoints.save(30, {"w": jnp.full(2, 32)})
         found, _ = checkpoints.restore({"w": jnp.zeros(2, jnp.int32)})
         np.testing.assert_array_equal(found["w"], 31)
 

@@ -514,6 +514,24 @@ def test_nothing_of_the_size_of_x_crosses_explicit_axes(member, spec):
     agree(jax.tree.map(np.asarray, compiled(*given)), wanted, units=8)  # long sums of gradients
 
 
+@pytest.mark.parametrize("member", EXPLICIT, ids=lambda member: member.name)
+def test_parameters_may_be_dealt_out_where_x_is_not(member):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Explicit,) * 2)
+    put = lambda value, spec: jax.device_put(value, NamedSharding(mesh, spec))
+    x, parameters = member.inputs()
+    x = jnp.tile(x, (4, *[1] * (x.ndim - 1)))
+    spec_of = lambda v: P("model") if v.ndim and v.shape[0] % 2 == 0 else P()
+    placed = {name: put(v, spec_of(v)) for name, v in parameters.items()}
+
+    @jax.jit
+    def step(x, parameters):
+        y, pull = jax.vjp(member.call, x, parameters)
+        return y, pull(jnp.cos(y))
+
+    found = step(put(x, P("data")), placed)
+    agree(jax.tree.map(np.asarray, found), step(x, parameters), units=64)  # sums of gradients
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("size", [5, 8, 32])
 def test_ghosts_on_explicit_axes(size, masked):

@@ -18,6 +18,7 @@ def test_a_training_that_is_killed_and_fed_badly():
         "compiled": [1, 2, 1],
         "bits": 0,
         "memory": [0, 0, 100, 150, 200, 250],
+        "alive": [26, 74, 75, 76],
     }.items():
         broken = copy.deepcopy(found)
         broken[0][name] = value
