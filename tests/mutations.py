@@ -267,7 +267,7 @@ MUTATIONS = [
     Mutation("training: what was not finite is looked at", "train.py", "(jnp.isfinite(after) | ~jnp.isfinite(before))", "jnp.isfinite(after)", "test_bad_batches.py -k leave_the_range"),
     Mutation("training: gradients stay scaled", "train.py", "grad / loss_scale, grads", "grad, grads", "test_bad_batches.py -k not_scaled"),
     Mutation("training: bad batches are not counted", "train.py", "skipped=old.skipped + skipped", "skipped=old.skipped", "test_bad_batches.py -k counted"),
-    Mutation("training: the data's position is lost", "checkpoint.py", '"position": position})', '"position": None})', "test_checkpoint.py -k same_bits and linen and 1"),
+    Mutation("training: the data's position is lost", "checkpoint.py", '"position": position, "metrics": metrics})', '"position": None, "metrics": metrics})', "test_checkpoint.py -k same_bits and linen and 1"),
     Mutation("a soak that lets bad batches in", "train.py", "bad = ~jnp.stack(finite).all()", "bad = jnp.zeros((), bool)", "test_soak.py"),
     Mutation("training: a save waits", "checkpoint.py", "return self._manager.save(", "return (lambda *a, **k: [self._manager.save(*a, **k), self.wait()][0])(", "test_checkpoint.py -k does_not_wait"),
     Mutation("training: saved beside what is later", "checkpoint.py", "        if step <= last:", "        if False:", "test_checkpoint.py -k older_one"),
