@@ -39,7 +39,8 @@ class Checkpoints:
 
     Raises:
       ValueError: `every` or `keep` below 1, `mode` another word; metrics in the folder that cannot
-        be read.
+        be read, or, where the best is chosen by them, are not those that were saved.
+      NotADirectoryError: `directory` is a file.
 
     Example:
       >>> import tempfile, jax.numpy as jnp
@@ -79,6 +80,8 @@ class Checkpoints:
                 )
             )
         self.directory, self.best, self.mode = pathlib.Path(directory).absolute(), best, mode
+        if self.directory.is_file():
+            raise NotADirectoryError(f"Checkpoints: expected a folder, got the file {directory}")
         _check_metrics(self.directory)
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -88,11 +91,19 @@ class Checkpoints:
                 best_mode=mode,
             ),
         )
+        if best is not None:
+            self._hold_metrics()
         self._has_saved = False
         self._at: int | None = None  # the step of what was restored
 
     def save(
-        self, step: int, state: Any, *, position: Any = None, metrics: dict[str, Any] | None = None
+        self,
+        step: int,
+        state: Any,
+        *,
+        position: Any = None,
+        metrics: dict[str, Any] | None = None,
+        force: bool = False,
     ) -> bool:
         """Saves, if it is time to: what is written is copied at once, and written meanwhile.
 
@@ -102,6 +113,7 @@ class Checkpoints:
           position: where the data is, and whatever else is no array: what JSON can say, in which
             a tuple is a list.
           metrics: of this state, by name, `best` among them.
+          force: take a step that `every` does not divide, such as the last of a training.
 
         Returns:
           Whether it is saved.
@@ -113,7 +125,8 @@ class Checkpoints:
             TensorStore has not.
         """
         step, last = int(step), max(self.steps(), default=-1)
-        if step % self.every or step == last == (last if self._at is None else self._at):
+        is_time = force or step % self.every == 0
+        if not is_time or step == last == (last if self._at is None else self._at):
             return False
         if step <= last:
             raise ValueError(
@@ -143,7 +156,7 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(about=about, **items),
             metrics=metrics,
-            force=True,  # orbax alone takes none before one that is not there any more
+            force=True,  # by itself orbax takes none that is before one that was deleted
         )
 
     def steps(self) -> Sequence[int]:
@@ -179,15 +192,7 @@ class Checkpoints:
             raise FileNotFoundError(
                 f"{NAME}: expected {wanted} in {self.directory}, which has {list(self.steps())}"
             )
-        read = self._read(step, about=ocp.args.JsonRestore())["about"]
-        read = read if isinstance(read, dict) else {}
-        text = read.get("text")
-        if not isinstance(text, str) or read.get("checksum") != zlib.crc32(text.encode()):
-            raise self._damaged(step, "what it says of its arrays is not what was saved")
-        about = json.loads(text)
-        kept = None if self.best is None else self._manager.metrics(step)
-        if kept is not None and json.dumps(kept) != json.dumps(about["metrics"]):
-            raise self._damaged(step, f"its metrics are {kept}, and were {about['metrics']}")
+        about = self._said(step)
         leaves = _leaves(NAME, like)
         wanted = {name: _plain(NAME, name, leaf) for name, leaf in leaves.items()}
         ax.check_keys(NAME, f"the checkpoint of step {step}", about["arrays"], wanted)
@@ -237,6 +242,26 @@ class Checkpoints:
         worst = math.inf if self.mode == "min" else -math.inf
         return worst if math.isnan(value) else value
 
+    def _hold_metrics(self):
+        """Holds the metrics to be those that were saved: one that is not might be the best."""
+        for step in self.steps():
+            try:
+                saved = self._said(step)["metrics"]
+            except ValueError:
+                continue  # it is refused when it is to be restored
+            found = self._manager.metrics(step)
+            if json.dumps(found) != json.dumps(saved):
+                raise self._damaged(step, f"its metrics are {found}, and were {saved}")
+
+    def _said(self, step):
+        """Returns what was said of a checkpoint when it was saved."""
+        read = self._read(step, about=ocp.args.JsonRestore())["about"]
+        read = read if isinstance(read, dict) else {}
+        text = read.get("text")
+        if not isinstance(text, str) or read.get("checksum") != zlib.crc32(text.encode()):
+            raise self._damaged(step, "what it says of its arrays is not what was saved")
+        return json.loads(text)
+
     def _read(self, step, **items):
         """Returns what is read; what cannot be is damaged, whatever orbax raises."""
         try:
@@ -248,7 +273,7 @@ class Checkpoints:
 
     def _damaged(self, step, why):
         return ValueError(
-            f"{NAME}: expected the checkpoint of step {step} in {self.directory} as it was "
+            f"Checkpoints: expected the checkpoint of step {step} in {self.directory} as it was "
             f"written, but {why}; {list(self.steps())} are there"
         )
 

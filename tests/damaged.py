@@ -13,7 +13,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from normax.checkpoint import NAME, Checkpoints
+from normax.checkpoint import Checkpoints
 
 
 def damages(content):
@@ -34,7 +34,7 @@ def outcome(folder, state):
         try:
             found, position = checkpoints.restore(state)
         except (ValueError, TypeError, FileNotFoundError) as error:
-            return "refused" if NAME in str(error) else f"raised {error}"
+            return "refused" if "Checkpoints" in str(error) else f"raised {error}"
     same = jax.tree.map(lambda a, b: bool((a == b).all()), found, state)
     return "right" if all(same.values()) and position == {"batch": 7} else "WRONG"
 

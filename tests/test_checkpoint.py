@@ -66,6 +66,15 @@ def test_training_goes_on_with_the_same_bits(kind, microbatches, tmp_path):
     same(metrics, others)
 
 
+def test_the_last_step_is_saved_though_it_is_not_time_to(tmp_path):
+    with Checkpoints(tmp_path, every=10) as checkpoints:
+        calls = (10, False), (13, False), (14, True), (14, True)
+        taken = [checkpoints.save(i, {"w": jnp.full(2, i)}, force=force) for i, force in calls]
+        assert taken == [True, False, True, False]
+        found, _ = checkpoints.restore({"w": jnp.zeros(2, jnp.int32)})
+    np.testing.assert_array_equal(found["w"], 14)
+
+
 def test_training_does_not_wait_for_what_is_written(tmp_path, monkeypatch):
     go, rename = threading.Event(), os.rename
 
@@ -128,10 +137,8 @@ def test_metrics_that_are_damaged_are_named(tmp_path):
     file = tmp_path / "3" / "metrics" / "metrics"
     sound = file.read_text()
     file.write_text(sound.replace("2.0", "0.5"))
-    with Checkpoints(tmp_path, **options) as checkpoints:
-        assert checkpoints.best_step() == 3
-        with pytest.raises(ValueError, match=r"step 3 .* its metrics are .*0\.5.* were .*2\.0"):
-            checkpoints.restore(state, 3)
+    with pytest.raises(ValueError, match=r"step 3 .* its metrics are .*0\.5.* were .*2\.0"):
+        Checkpoints(tmp_path, **options)
     file.write_text(sound[:5])
     with pytest.raises(ValueError, match=r"expected .*3/metrics/metrics as it was written"):
         Checkpoints(tmp_path, **options)
@@ -181,6 +188,9 @@ def test_what_is_not_there_is_said(tmp_path):
         checkpoints.save(3, {"w": jnp.ones(2)})
         with pytest.raises(FileNotFoundError, match=r"of step 2 in .*has \[3\]"):
             checkpoints.restore({"w": jnp.ones(2)}, 2)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"a folder, got the file .*/file$"):
+        Checkpoints(tmp_path / "file")
     for options in ({"every": 0}, {"keep": 0}, {"mode": "least"}):
         with pytest.raises(ValueError, match=next(iter(options))):
             Checkpoints(tmp_path, **options)

@@ -246,7 +246,7 @@ def test_raises_only_where_checks_belong():
     folder = pathlib.Path(normax.axes.__file__).parent
     allowed = {"axes.py": 99, "checks.py": 99, "moments.py": 3, "regularize.py": 1, "trees.py": 2}
     allowed |= {"order.py": 4, "features.py": 2, "implementations.py": 1}
-    allowed |= {"microbatch.py": 1, "checkpoint.py": 11, "merging.py": 1}  # of batches and files
+    allowed |= {"microbatch.py": 1, "checkpoint.py": 12, "merging.py": 1}  # of batches and files
     for path in folder.glob("*.py"):
         if path.name not in ("train.py", "bind.py"):
             number = len(re.findall(r"^\s+raise ", path.read_text(), re.MULTILINE))
