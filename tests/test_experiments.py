@@ -326,8 +326,17 @@ def test_what_was_stopped_goes_on_with_the_same_numbers(stop, tmp_path, capsys):
     assert "was trained with --seed 0, not 5" in capsys.readouterr().err
     assert main([*again, "--resume"]) == 0
     assert epochs_of(tmp_path / "again") == epochs_of(tmp_path / "whole")
-    assert main([*again, "--resume"]) == 0  # there is little left to do
+    assert (tmp_path / "kept" / "batch" / "15").is_dir()  # the last, which 2 does not divide
+    assert main([*again, "--resume"]) == 0  # there is nothing left to do
     assert epochs_of(tmp_path / "again") == epochs_of(tmp_path / "whole")
+
+
+def test_a_folder_of_nothing_to_go_on_with_is_said(tmp_path, capsys):
+    command = f"compare --epochs 1 --limit 64 --norms layer --out {tmp_path} --checkpoint"
+    assert main([*command.split(), str(tmp_path / "misspelt"), "--resume"]) == 0
+    assert "misspelt/layer has no checkpoint: layer begins anew" in capsys.readouterr().out
+    assert main([*command.split(), str(tmp_path / "misspelt"), "--resume"]) == 0
+    assert "begins anew" not in capsys.readouterr().out
 
 
 def test_a_bad_folder_is_refused_before_anything_is_trained(tmp_path, capsys):

@@ -81,6 +81,8 @@ def check_kept(training, options) -> None:
         with resume.Kept(options, norm) as kept:
             if kept.has_begun():
                 kept.start(initial(norm, training, options))
+            elif options.resume:  # the folder may be misspelt
+                print(f"{options.checkpoint / norm} has no checkpoint: {norm} begins anew")
 
 
 def initial(norm, training, options) -> train.TrainState:
@@ -134,6 +136,7 @@ def _fit(norm, training, test, options, result, advance, check, kept):
         result["epochs"].append(scores)
         advance(f"{norm}: epoch {epoch + 1}, test accuracy {scores['test_accuracy']:.3f}")
         check()
+    kept.save(count, state, result["epochs"], force=True)
 
 
 def loss(model, batch, train):

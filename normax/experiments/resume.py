@@ -68,11 +68,14 @@ class Kept:
                 raise data.UsageError(f"{folder} was trained with {option} {before}, not {now}")
         return state, position["epochs"]
 
-    def save(self, step: int, state: TrainState, epochs: list[dict[str, Any]]) -> None:
+    def save(
+        self, step: int, state: TrainState, epochs: list[dict[str, Any]], *, force: bool = False
+    ) -> None:
         """Keeps a state after a number of steps, and what was measured of the epochs before it."""
         if self.checkpoints is not None:
             same = {name: getattr(self.options, name) for name in SAME}
-            self.checkpoints.save(step, state, position={"epochs": epochs, "options": same})
+            position = {"epochs": epochs, "options": same}
+            self.checkpoints.save(step, state, position=position, force=force)
 
     def __enter__(self) -> Self:
         """Returns itself."""
