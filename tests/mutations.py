@@ -272,6 +272,8 @@ MUTATIONS = [
     Mutation("training: a save waits", "checkpoint.py", "return self._manager.save(", "return (lambda *a, **k: [self._manager.save(*a, **k), self.wait()][0])(", "test_checkpoint.py -k does_not_wait"),
     Mutation("training: saved beside what is later", "checkpoint.py", "        if step <= last:", "        if False:", "test_checkpoint.py -k older_one"),
     Mutation("training: no number is the best", "checkpoint.py", "return worst if math.isnan(value) else value", "return value", "test_checkpoint.py -k metrics_that_are"),
+    Mutation("training: metrics are not held", "checkpoint.py", "            self._hold_metrics()", "            pass", "test_checkpoint.py -k metrics_that_are"),
+    Mutation("training: parts are added up in half precision", "microbatch.py", "ax.compute_dtype(p.dtype)), params)", "p.dtype), params)", "test_microbatches.py -k half"),
     Mutation("training: no checksums", "checkpoint.py", "!= checksum(leaf)", "is None", "test_checkpoint.py -k checksum"),
     Mutation("training: no checksum of what is dealt out", "checkpoint.py", "!= checksum(leaf)", "not in (None, checksum(leaf) if leaf.is_fully_addressable else None)", "test_processes.py -k any_number"),
     Mutation("training: what is said of arrays is not checked", "checkpoint.py", 'or read.get("checksum") != zlib.crc32(text.encode())', "or False", "test_checkpoint.py -k damaged"),

@@ -1,10 +1,10 @@
 """One of several processes that train the main job's network together: for `test_processes.py`.
 
-    python tests/processes.py PORT PROCESSES NUMBER FOLDER STEPS KILLED_AT KILLED
+    python tests/processes.py PORT PROCESSES NUMBER FOLDER STEPS ENDED_AT ENDED killed|raises
 
-It saves as it goes on, begins with what is saved, and kills itself at a step, if it is the one of
-that number; 0 is none. The first process prints what it ends with. A batch that is bad for one of
-them is skipped by all.
+It saves as it goes on, begins with what is saved, and kills itself at a step, or raises an error,
+if it is the one of that number; 0 is none. The first process prints what it ends with. A batch that
+is bad for one of them is skipped by all.
 """
 
 import json
@@ -27,7 +27,13 @@ SIZE = 64
 BAD_AT = 3  # a step of which the last process has an image that is no number
 
 
-def main(port, processes, number, folder, steps, killed_at, killed):
+def end(how):
+    if how == "raises":
+        raise RuntimeError("this process alone")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(port, processes, number, folder, steps, ended_at, ended, how):
     if processes > 1:
         jax.distributed.initialize(
             f"127.0.0.1:{port}",
@@ -58,8 +64,8 @@ def main(port, processes, number, folder, steps, killed_at, killed):
             state, _ = checkpoints.restore(state)
         print("from", int(state.step), flush=True)
         for i in range(int(state.step), steps):
-            if killed_at and i == killed_at and number == killed:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if ended_at and i == ended_at and number == ended:
+                end(how)
             index = np.arange(SIZE) + i * SIZE
             pixels = images.image[index]
             if i == BAD_AT:
@@ -84,5 +90,5 @@ def main(port, processes, number, folder, steps, killed_at, killed):
 
 
 if __name__ == "__main__":
-    port, processes, number, folder, *rest = sys.argv[1:]
-    main(int(port), int(processes), int(number), folder, *map(int, rest))
+    port, processes, number, folder, *rest, how = sys.argv[1:]
+    main(int(port), int(processes), int(number), folder, *map(int, rest), how)

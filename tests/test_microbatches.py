@@ -265,6 +265,17 @@ def test_a_sharded_batch_stays_where_it_is(axis_type):
         assert moving not in text
 
 
+def test_gradients_of_half_precision_are_added_up_in_float32():
+    """Of 1024 parts; in bfloat16 256 and 1 is 256."""
+    x = jnp.ones((1024, 1), jnp.bfloat16)
+    model = nn.Dense(1, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
+    state = train.TrainState.create(model, optax.sgd(1.0), KEY, x)
+    before = state.params["bias"].astype(jnp.float32)
+    step = train.train_step(lambda model, x, train: model(x).mean(), microbatches=1024)
+    state, _ = step(state, x)
+    np.testing.assert_array_equal(state.params["bias"].astype(jnp.float32), before - 1)
+
+
 def test_it_compiles_once_and_the_state_is_donated():
     traced = []
 

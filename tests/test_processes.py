@@ -60,17 +60,19 @@ def ends(said):
 
 
 def train(processes, folder):
-    return finish(start(processes, folder, str(STEPS), "0", "0"))
+    return finish(start(processes, folder, str(STEPS), "0", "0", "killed"))
 
 
-def train_until_killed(folder, killed_at, killed):
-    """Returns what two processes came to, one of which kills itself."""
-    running = start(2, folder, str(STEPS), str(killed_at), str(killed))
-    assert running[killed].wait(BOUND) == -9
+def train_until(ended, how, folder, ended_at):
+    """Trains by two processes, of which one ends early, and holds the other to end soon after."""
+    running = start(2, folder, str(STEPS), str(ended_at), str(ended), how)
+    code = running[ended].wait(BOUND)
+    assert code == -9 if how == "killed" else code
     begun = time.monotonic()
     codes, said = finish(running)
     assert time.monotonic() - begun < TOLD
-    assert codes[1 - killed] != 0, said
+    assert codes[1 - ended] != 0, said
+    assert how == "killed" or "RuntimeError: this process alone" in said[ended][1], said
 
 
 def hold_dealt_out(processes, folder, act):
@@ -106,11 +108,12 @@ def test_processes_train_as_one_does(processes, alone, tmp_path):
 
 
 def test_the_first_which_the_others_know_each_other_by_may_be_killed_too(tmp_path):
-    train_until_killed(tmp_path, killed_at=2, killed=0)
+    train_until(0, "killed", tmp_path, ended_at=2)
 
 
-def test_one_that_is_killed_stops_the_others_and_all_go_on(alone, tmp_path):
-    train_until_killed(tmp_path, killed_at=5, killed=1)
+@pytest.mark.parametrize("how", ["killed", "raises"])
+def test_one_that_ends_stops_the_others_and_all_go_on(how, alone, tmp_path):
+    train_until(1, how, tmp_path, ended_at=5)
     codes, said = train(2, tmp_path)
     assert codes == [0, 0], said
     starts = {line for out, _ in said for line in out.splitlines() if line.startswith("from")}
