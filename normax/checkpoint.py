@@ -144,10 +144,10 @@ class Checkpoints:
             # What a process that was killed has left; one that only reads leaves it.
             for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
-        self._has_saved, self._at = True, None
         if metrics is not None:
             metrics = {name: float(value) for name, value in metrics.items()}
         text = json.dumps({"arrays": told, "position": position, "metrics": metrics})
+        self._has_saved, self._at = True, None
         about = ocp.args.JsonSave({"text": text, "checksum": zlib.crc32(text.encode())})
         # Orbax refuses arrays of no entries, of which their shapes say all.
         filled = {name: array for name, array in arrays.items() if array.size}
@@ -245,12 +245,13 @@ class Checkpoints:
     def _hold_metrics(self):
         """Holds the metrics to be those that were saved: one that is not might be the best."""
         for step in self.steps():
+            found = self._manager.metrics(step)
             try:
-                saved = self._said(step)["metrics"]
+                saved = self._said(step).get("metrics")
             except ValueError:
                 continue  # it is refused when it is to be restored
-            found = self._manager.metrics(step)
-            if json.dumps(found) != json.dumps(saved):
+            # One that is being deleted, or was when it was killed, has some of its files.
+            if None not in (found, saved) and json.dumps(found) != json.dumps(saved):
                 raise self._damaged(step, f"its metrics are {found}, and were {saved}")
 
     def _said(self, step):
@@ -280,7 +281,7 @@ class Checkpoints:
 
 def _check_metrics(directory):
     """Holds the metrics of a folder to be such: orbax reads them all to begin with."""
-    for file in sorted(directory.glob("*/metrics/metrics")):
+    for file in sorted(directory.glob("*[0-9]/metrics/metrics")):  # not what is being written
         try:
             json.loads(file.read_bytes())
         except ValueError as error:

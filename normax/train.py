@@ -189,9 +189,9 @@ def train_step(
         Normalizers whose statistics do not merge (`BatchRenorm`, `PowerNorm`, Flax's own) move with
         each part.
       nonfinite: "skip" leaves the state as it was, but for `step` and `skipped`, where the loss or
-        a gradient is not finite, or a parameter or a number of the model's state would be no more,
-        and adds "skipped" to the metrics, 1 or 0; on several devices or hosts all do the same.
-        "keep" lets them in, or leaves them to the optimizer.
+        a gradient is not finite, or a parameter, a number of the model's state or an array of the
+        optimizer's would be no more, and adds "skipped" to the metrics, 1 or 0; on several devices
+        or hosts all do the same. "keep" lets them in, or leaves them to the optimizer.
       donate: let the new state take the memory of the old one, which is then gone.
 
     A batch with NaN leaves the running statistics but makes the gradients NaN, and with them the
@@ -292,13 +292,19 @@ def _unless_finite(old, new, grads, metrics):
     if "skipped" in metrics:
         raise ValueError("loss: expected metrics without 'skipped', which is added")
     finite = [jnp.isfinite(v).all() for v in (metrics["loss"], *jax.tree.leaves(grads))]
-    # Optimizers may keep an inf of their own.
-    before, after = ((state.params, state.model_state) for state in (old, new))
+    before, after = (
+        (state.params, state.model_state, _arrays(state.opt_state)) for state in (old, new)
+    )
     finite += jax.tree.leaves(jax.tree.map(_stays_finite, before, after))
     bad = ~jnp.stack(finite).all()
     state = jax.tree.map(lambda a, b: jnp.where(bad, a, b), old, new)
     skipped = bad.astype(jnp.int32)
     return state.replace(skipped=old.skipped + skipped), {**metrics, "skipped": skipped}
+
+
+def _arrays(opt_state):
+    """Returns those leaves that are no scalars: of these optimizers may make an inf, to tell."""
+    return [leaf for leaf in jax.tree.leaves(opt_state) if jnp.ndim(leaf)]
 
 
 def _stays_finite(before, after):

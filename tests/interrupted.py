@@ -43,18 +43,18 @@ def main(folder, steps, seconds):
     state = train.TrainState.create(Model(), tx, jax.random.key(0), jnp.asarray(x), train=False)
     step = train.train_step(loss, nonfinite="skip")
     rng = np.random.default_rng(1)
-    with Checkpoints(folder, every=5, keep=2) as checkpoints:
+    with Checkpoints(folder, every=5, keep=2, best="loss") as checkpoints:
         if checkpoints.steps():
             state, position = checkpoints.restore(state)
             rng.bit_generator.state = position["rng"]
         print("from", int(state.step), flush=True)
         timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGKILL))
         while int(state.step) < steps:
-            state, _ = step(state, jnp.asarray(x[rng.integers(0, 256, 32)]))
+            state, metrics = step(state, jnp.asarray(x[rng.integers(0, 256, 32)]))
             if seconds and not timer.is_alive():
                 timer.start()
             position = {"rng": rng.bit_generator.state}
-            checkpoints.save(int(state.step), state, position=position)
+            checkpoints.save(int(state.step), state, position=position, metrics=metrics)
     leaves = [state.replace(key=jax.random.key_data(state.key))]
     whole = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(leaves))
     print("ends", int(state.step), zlib.crc32(whole), flush=True)

@@ -76,6 +76,18 @@ def test_a_statistic_or_parameter_that_would_leave_the_range_is_skipped(rate):
     assert int(new.skipped) == 0
 
 
+def test_an_optimizer_that_would_leave_the_range_is_skipped():
+    """Adam keeps squares of gradients: where one is infinite, the parameter rests for good."""
+    state, _ = create("linen", optax.adam(0.1))
+    scaled = lambda model, batch, train: model(batch[0], train=train).sum() * batch[1]
+    step = train.train_step(scaled, nonfinite="skip", donate=False)
+    new, metrics = step(state, (X, jnp.float32(1e25)))
+    assert np.isfinite(metrics["loss"])
+    assert int(new.skipped) == 1
+    same(new, state)
+    assert int(step(state, (X, jnp.float32(1)))[0].skipped) == 0
+
+
 def test_it_is_looked_at_before_the_optimizer():
     """Which might hide it."""
     tx = optax.chain(optax.zero_nans(), optax.clip(1.0), optax.sgd(0.1))

@@ -147,6 +147,39 @@ def test_metrics_that_are_damaged_are_named(tmp_path):
         assert checkpoints.best_step() == 1
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_killed_while_it_deletes_an_old_one_it_goes_on(order, tmp_path):
+    """At each file: those of a folder go in any order."""
+    state, options = {"w": jnp.ones(2)}, {"keep": 2, "best": "loss"}
+    with Checkpoints(tmp_path / "whole", **options) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, metrics={"loss": -step})
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole/1").rglob("*")]
+    for gone in range(1, len(files) + 1):
+        folder = tmp_path / str(gone)
+        shutil.copytree(tmp_path / "whole", folder)
+        for path in sorted(files)[::order][:gone]:
+            if (folder / path).is_dir():
+                shutil.rmtree(folder / path)
+            else:
+                (folder / path).unlink(missing_ok=True)
+        with Checkpoints(folder, **options) as checkpoints:
+            checkpoints.restore(state)
+            assert checkpoints.best_step() == 2
+            checkpoints.save(3, state, metrics={"loss": -3.0})
+            checkpoints.save(4, state, metrics={"loss": -4.0})
+            checkpoints.wait()
+            assert checkpoints.steps() == [3, 4]
+
+
+def test_what_is_being_written_is_no_metric(tmp_path):
+    left = tmp_path / "7.orbax-checkpoint-tmp" / "metrics"
+    left.mkdir(parents=True)
+    (left / "metrics").touch()
+    with Checkpoints(tmp_path, best="loss") as checkpoints:
+        assert checkpoints.steps() == []
+
+
 def test_arrays_come_back_where_they_are_to_be(tmp_path):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spread, whole = (NamedSharding(mesh, spec) for spec in (P("data"), P()))
