@@ -150,6 +150,28 @@ def test_entries_of_any_size(epsilon, centered):
 
 
 @needs_library
+@pytest.mark.parametrize("size", [1e-36, 1e-39, 1e-42])
+@pytest.mark.parametrize("rows", [8, 4096])
+def test_subnormal_numbers_are_no_zeros(rows, size):
+    """By one thread and by several: what XLA's threads take them for."""
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(rows, 64)) * size, "float32")
+    whole = exact(x)
+    d = whole - whole.mean(1, keepdims=True)
+    right = d / np.sqrt((d * d).mean(1, keepdims=True))
+    y = normax.layer_norm(x, epsilon=0.0, implementation="cpu")
+    np.testing.assert_allclose(exact(y), right, rtol=1e-6, atol=1e-7)
+    y = normax.rms_norm(x, epsilon=0.0, implementation="cpu")
+    right = whole / np.sqrt((whole * whole).mean(1, keepdims=True))
+    np.testing.assert_allclose(exact(y), right, rtol=1e-6, atol=1e-7)
+    x = x.reshape(rows // 8, 8, 64)
+    groups = exact(x).reshape(-1, 8, 4, 16)
+    d = groups - groups.mean((1, 3), keepdims=True)
+    right = (d / np.sqrt((d * d).mean((1, 3), keepdims=True))).reshape(x.shape)
+    y = normax.group_norm(x, num_groups=4, epsilon=0.0, implementation="cpu")
+    np.testing.assert_allclose(exact(y), right, rtol=1e-6, atol=1e-7)
+
+
+@needs_library
 @pytest.mark.parametrize("size", [1e-250, 1e-3, 1e250, 1e307])
 def test_float64_of_any_size(size, x64):
     x, dy, *_ = data((4, 777), "float64", deviation=size)

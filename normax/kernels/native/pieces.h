@@ -11,6 +11,10 @@
 #include <memory>
 #include <mutex>
 
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace normax {
@@ -28,6 +32,36 @@ inline void pause() {
 #endif
 }
 
+// While it lives, this thread reads and writes subnormal numbers as what they are. XLA's threads
+// take them for zero, and a row may have little else.
+class WithSubnormals {
+ public:
+  WithSubnormals() : before_(get()) { set(before_ & ~kAsZero); }
+  ~WithSubnormals() { set(before_); }
+  WithSubnormals(const WithSubnormals&) = delete;
+  WithSubnormals& operator=(const WithSubnormals&) = delete;
+
+ private:
+#if defined(__SSE__)
+  static constexpr unsigned kAsZero = 0x8040;
+  static unsigned get() { return _mm_getcsr(); }
+  static void set(unsigned control) { _mm_setcsr(control); }
+#elif defined(__aarch64__)
+  static constexpr uint64_t kAsZero = 1 << 24;
+  static uint64_t get() {
+    uint64_t control;
+    asm volatile("mrs %0, fpcr" : "=r"(control));
+    return control;
+  }
+  static void set(uint64_t control) { asm volatile("msr fpcr, %0" : : "r"(control)); }
+#else
+  static constexpr unsigned kAsZero = 0;
+  static unsigned get() { return 0; }
+  static void set(unsigned) {}
+#endif
+  decltype(get()) before_;
+};
+
 inline int64_t threads_of(const xla::ffi::ThreadPool& pool) {
   return std::max<int64_t>(1, pool.num_threads());
 }
@@ -43,6 +77,7 @@ template <class Task>
 void in_parallel(xla::ffi::ThreadPool& pool, int64_t count, const Task& task) {
   const int64_t workers = workers_for(pool, count);
   if (workers <= 1) {
+    WithSubnormals as_they_are;
     for (int64_t i = 0; i < count; ++i) task(i, 0);
     return;
   }
@@ -54,6 +89,7 @@ void in_parallel(xla::ffi::ThreadPool& pool, int64_t count, const Task& task) {
   auto state = std::make_shared<State>();
   // The task is there for as long as there is an i to take.
   auto work = [state, count, task = &task](int64_t worker) {
+    WithSubnormals as_they_are;
     for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
       (*task)(i, worker);
       if (state->done.fetch_add(1) + 1 == count) {
