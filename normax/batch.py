@@ -63,11 +63,12 @@ def batch_norm(
       epsilon_on: "variance", inside the root, or "deviation", outside of it.
       activation: function applied to the output, entry by entry, before it is rounded; what goes
         into it is not kept for the backward pass. It holds no arrays; a new one is compiled anew.
-      implementation: None or "xla", or a kernel by name, features last: "cpu", which also writes
-        the output unless there is an activation, or "mosaic_tpu", for the statistics of a batch.
-        One that cannot be had is refused, here or when the program is lowered; exported for other
-        platforms, it is "xla" there, with a warning. At inference nothing is measured, and no
-        kernel is asked for.
+      implementation: None or "xla", or a kernel by name, features last: "cpu" or "mosaic_tpu", for
+        the statistics of a batch and the sums of its backward pass. "cpu" also writes the output
+        and the gradient of x; with an activation, or an output that is neither of the dtype of `x`
+        nor float32, those are XLA's. One that cannot be had is refused, here or when the program is
+        lowered; exported for other platforms, it is "xla" there, with a warning. At inference
+        nothing is measured, and no kernel is asked for.
 
     Returns:
       The output, of the shape of `x`, and the new `RunningStats`, of the dtypes of `stats`. No

@@ -1,6 +1,6 @@
 // More than 2^31 entries: what the handlers write is what they write of the first part, of which
-// all the others are the same memory again, and what they add up is that so many times. Parts are no
-// power of two, so that an offset that lost its upper digits is one of other entries.
+// all the others are the same memory again, and what they add up is that so many times. Parts are
+// no power of two, so that an offset that lost its upper digits is one of other entries.
 
 #include <signal.h>
 #include <sys/mman.h>

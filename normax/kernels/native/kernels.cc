@@ -15,10 +15,13 @@ namespace normax {
 namespace LEVEL {
 namespace {
 
-#include "lanes.h"
 // In this order.
+#include "numbers.h"
+#include "lanes.h"
 #include "rows.h"
 #include "columns.h"
+#include "columns_written.h"
+#include "groups.h"
 
 }  // namespace
 

@@ -213,8 +213,8 @@ struct Deviation {
   }
 };
 
-// Bytes of a row that is asked for while another is written: of short ones a processor sees the next
-// by itself; and those of one of all arrays, for a near cache has to hold both.
+// Bytes of a row that is asked for while another is written: of short ones a processor sees the
+// next by itself; and those of one of all arrays, for a near cache has to hold both.
 constexpr int64_t kLeastAsked = 1 << 10, kMostAsked = 5 << 12;
 
 // How many entries after those of a row lie those to ask for, of so many arrays; or none.
