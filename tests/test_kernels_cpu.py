@@ -155,20 +155,15 @@ def test_entries_of_any_size(epsilon, centered):
 def test_subnormal_numbers_are_no_zeros(rows, size):
     """By one thread and by several: what XLA's threads take them for."""
     x = jnp.asarray(np.random.default_rng(4).normal(size=(rows, 64)) * size, "float32")
-    whole = exact(x)
-    d = whole - whole.mean(1, keepdims=True)
-    right = d / np.sqrt((d * d).mean(1, keepdims=True))
-    y = normax.layer_norm(x, epsilon=0.0, implementation="cpu")
-    np.testing.assert_allclose(exact(y), right, rtol=1e-6, atol=1e-7)
-    y = normax.rms_norm(x, epsilon=0.0, implementation="cpu")
-    right = whole / np.sqrt((whole * whole).mean(1, keepdims=True))
-    np.testing.assert_allclose(exact(y), right, rtol=1e-6, atol=1e-7)
-    x = x.reshape(rows // 8, 8, 64)
-    groups = exact(x).reshape(-1, 8, 4, 16)
-    d = groups - groups.mean((1, 3), keepdims=True)
-    right = (d / np.sqrt((d * d).mean((1, 3), keepdims=True))).reshape(x.shape)
-    y = normax.group_norm(x, num_groups=4, epsilon=0.0, implementation="cpu")
-    np.testing.assert_allclose(exact(y), right, rtol=1e-6, atol=1e-7)
+    grouped = x.reshape(-1, 8, 64)
+    groups = Case("groups", None, grouped.shape, (1, 3), epsilon=0.0, groups=4)
+    for y, case in (
+        (normax.layer_norm(x, epsilon=0.0, implementation="cpu"), case_of(x, True, 0.0)),
+        (normax.rms_norm(x, epsilon=0.0, implementation="cpu"), case_of(x, False, 0.0)),
+        (normax.group_norm(grouped, num_groups=4, epsilon=0.0, implementation="cpu"), groups),
+    ):
+        right = reference.forward(case, x.reshape(y.shape))
+        np.testing.assert_allclose(exact(y), right, rtol=1e-6, atol=1e-7)
 
 
 @needs_library
