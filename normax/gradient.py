@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from normax import axes as ax
 from normax import implementations, parts, rows, sums, units
 from normax import measure as me
 from normax.kernels.linear import linear
@@ -69,8 +70,10 @@ def backward(plan, shape, dtypes, known, dy):
         on_gpu = functools.partial(_rows, plan, shape)
     else:
         on_gpu = functools.partial(_columns, plan, shape)
+    on_tpu = functools.partial(_twice, plan, shape) if _widens(plan) else whole
+    forms = {"cpu": on_cpu, "cuda": on_gpu, "rocm": on_gpu, "tpu": on_tpu}
     by_sums = functools.partial(_by_sums, plan, shape)
-    dx, *found = implementations.backward(plan, shape, whole, on_cpu, on_gpu, by_sums, known, dy)
+    dx, *found = implementations.backward(plan, shape, whole, forms, by_sums, known, dy)
     return dx, *rounded(found, dtypes)
 
 
@@ -110,6 +113,39 @@ def _columns(plan, shape, known, dy):
     return _whole(plan, shape, sums.total_in_one_read, known, dy, again)
 
 
+def _widens(plan):
+    """Returns whether what goes through the activation has more bytes than what came to it."""
+    narrow = jnp.dtype(plan.dtype)
+    return plan.activation is not None and narrow.itemsize < ax.compute_dtype(narrow).itemsize
+
+
+def _twice(plan, shape, known, dy):
+    """Returns the cotangents of x, scale and bias, what goes through the activation found twice.
+
+    XLA for TPU would write it down, in float32, where `dy` is made. Another variance, behind a
+    barrier, is enough to have it found again; `x` and `dy` behind one would be laid out anew. The
+    fewer arrays are read beside them, the sooner is the cotangent of x computed in what needs it.
+    """
+    known = _measured(plan, known)
+    x, scale, _, measured = known
+    rstd = reciprocal_per_unit(plan, measured)
+    total = functools.partial(parts.total, sums.total)
+    xhat, alone = _standardized(plan, known, dy)[1:]
+    common = _common(plan, shape)
+    of_parameters, ones, along = _means(
+        plan, shape, total, x, scale, total(alone, common), total(alone * xhat, common)
+    )
+    apart = measured._replace(var=lax.optimization_barrier(measured.var))
+    d, _, dy = _standardized(plan, (*known[:-1], apart), dy)
+    per_unit = units.divide(rstd, measured.unit)
+    slope = per_unit if scale is None else jnp.multiply(*alike(per_unit, scale))
+    along = rstd * along * per_unit
+    offset = ones * per_unit if plan.reduction.centered else 0
+    if measured.rest is not None:
+        offset = offset - measured.rest * along
+    return (dy * slope - (d * along + offset)).astype(x.dtype), *of_parameters
+
+
 def _rows(plan, shape, known, dy):
     """Returns the cotangents of x, scale and bias: rows on chip for x, then the columns."""
     apart, through = _apart(plan, known, dy)
@@ -122,9 +158,7 @@ def _rows(plan, shape, known, dy):
         known, dy = _apart(plan, apart, through)
     if plan.activation is None:
         return dx, *_whole(plan, shape, sums.total, known, dy)[1:]
-    d, alone = _factors(plan, known, dy)
-    rest = known[-1].rest
-    xhat = (d if rest is None else d - rest) * reciprocal_per_unit(plan, known[-1])
+    _, xhat, alone = _standardized(plan, known, dy)
     ones, along = sums.totals_in_one_read(alone, alone * xhat, _shared(shape))
     return dx, along, ones
 
@@ -156,11 +190,8 @@ def _whole(plan, shape, total, known, dy, summed=None, found=None):
     x, scale, _, measured = known
     total = functools.partial(parts.total, total)
     rstd = reciprocal_per_unit(plan, measured)
-    d, dy = _factors(plan, known, dy)
-    xhat = (d if measured.rest is None else d - measured.rest) * rstd
-    axes = plan.reduction.axes
-    shared = _shared(shape)
-    common = tuple(axis for axis in axes if shape is None or axis in shared)
+    _, xhat, dy = _standardized(plan, known, dy)
+    common = _common(plan, shape)
     if found is not None:
         along, ones = found
     elif summed is None:
@@ -170,19 +201,40 @@ def _whole(plan, shape, total, known, dy, summed=None, found=None):
         once = functools.partial(parts.total, sums.total_in_one_read)
         ones, along = sums.totals_in_one_read(alone, alone * (about_mean * rstd), common, once)
         along = along if measured.rest is None else along - measured.rest * rstd * ones
-    dscale = dbias = None
-    if shape is not None:
-        others = tuple(axis for axis in shared if axis not in axes)
-        dscale, dbias = total(along, others), total(ones, others)
-    if scale is not None:
-        dy, ones, along = (jnp.multiply(*alike(v, scale)) for v in (dy, ones, along))
-    n = math.prod(x.shape[axis] for axis in axes)
-    ones, along = (
-        total(v, tuple(axis for axis in axes if axis not in common)) / n for v in (ones, along)
-    )
+    of_parameters, ones, along = _means(plan, shape, total, x, scale, ones, along)
+    dy = dy if scale is None else jnp.multiply(*alike(dy, scale))
     t = dy - ones if plan.reduction.centered else dy
     dx = (t - xhat * along) * units.divide(rstd, measured.unit)
-    return dx.astype(x.dtype), dscale, dbias
+    return dx.astype(x.dtype), *of_parameters
+
+
+def _common(plan, shape):
+    """Returns the axes over which the sums for x and those for the parameters both are."""
+    return tuple(axis for axis in plan.reduction.axes if shape is None or axis in _shared(shape))
+
+
+def _means(plan, shape, total, x, scale, ones, along):
+    """Returns the cotangents of scale and bias, and the means of dy and dy xhat, both scaled.
+
+    Of the sums of dy and of dy xhat over what those have in common.
+    """
+    axes, of_parameters = plan.reduction.axes, [None, None]
+    if shape is not None:
+        others = tuple(axis for axis in _shared(shape) if axis not in axes)
+        of_parameters = [total(along, others), total(ones, others)]
+    if scale is not None:
+        ones, along = (jnp.multiply(*alike(v, scale)) for v in (ones, along))
+    n = math.prod(x.shape[axis] for axis in axes)
+    rest = tuple(axis for axis in axes if axis not in _common(plan, shape))
+    return of_parameters, *(total(v, rest) / n for v in (ones, along))
+
+
+def _standardized(plan, known, dy):
+    """Returns what `_factors` does, and the standardized entries between the two."""
+    d, dy = _factors(plan, known, dy)
+    rest = known[-1].rest
+    xhat = (d if rest is None else d - rest) * reciprocal_per_unit(plan, known[-1])
+    return d, xhat, dy
 
 
 def _factors(plan, known, dy):

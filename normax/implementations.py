@@ -128,12 +128,11 @@ def forward(plan, form, on_gpu, x, scale, bias, mask, measured, differentiated):
     return _named(plan, form, functools.partial(_forward, plan))(x, scale, bias, mask, measured)
 
 
-def backward(plan, shape, whole, on_cpu, on_gpu, by_sums, known, dy):
-    """Returns the cotangents of x, scale and bias, by the kernel or by one of the forms."""
+def backward(plan, shape, whole, forms, by_sums, known, dy):
+    """Returns the cotangents of x, scale and bias, by the kernel or by the form of a platform."""
     if plan.implementation in (None, XLA):
-        kernels = _by_default(plan, _backward, on_gpu, known[0], shape)
-        branches = by_platform(whole, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, **kernels)
-        return branches(known, dy)
+        kernels = _by_default(plan, _backward, forms["cuda"], known[0], shape)
+        return by_platform(whole, **forms, **kernels)(known, dy)
     if plan.layout == COLUMNS:
         return _named(plan, whole, by_sums)(known, dy)
     return _named(plan, whole, functools.partial(_backward, plan, shape))(known, dy)

@@ -1,5 +1,7 @@
 """The forms of the formulas that other platforms get: as accurate, with right derivatives."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +120,41 @@ def test_an_activation(reduced, activation):
     for options in ({}, {"mask": mask}):
         for ours, theirs in zip(both(fused, **options), apart, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype", "mean", "limit"),
+    [("bfloat16", "bfloat16", 3, 1), ("float16", "float16", 3, 1), ("float32", "bfloat16", 1e6, 8)],
+)
+@pytest.mark.parametrize(
+    ("reduced", "centered", "groups"),
+    [((0, 1), True, None), ((2,), True, None), ((2,), False, None), ((1, 3), True, 4)],
+    ids=["batch", "layer", "rms", "group"],
+)
+def test_an_activation_in_16_bits(reduced, centered, groups, given, dtype, mean, limit):
+    case = Case("", None, (64, 6, 16), reduced, centered=centered, groups=groups)
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = mean + jax.random.normal(keys[0], case.shape, given)
+    ct = 3 + jax.random.normal(keys[1], case.shape, dtype)
+    scale, bias = (1 + jax.random.normal(key, 16) for key in keys[2:])
+    options = {"activation": jax.nn.silu, "epsilon": case.epsilon, "dtype": dtype}
+    if groups:
+        norm = functools.partial(normax.group_norm, num_groups=groups, **options)
+    else:
+        options |= {"reduction_axes": reduced, "centered": centered}
+        norm = lambda *args: normax.standardize(*args, **options)[0]
+    y, backward = jax.vjp(jax.jit(norm), x, scale, bias)
+    xhat = reference.forward(case, x)
+    before = xhat * np.asarray(scale) + np.asarray(bias)
+    gate = 1 / (1 + np.exp(-before))
+    through = np.asarray(ct).astype(np.longdouble) * gate * (1 + before * (1 - gate))
+    dx = reference.backward(case, x, through * np.asarray(scale))
+    of_parameters = (through * xhat).sum((0, 1)), through.sum((0, 1))
+    assert test_accuracy.units(y, before * gate, dtype) <= 1
+    found = backward(ct)
+    assert test_accuracy.units(found[0], dx, given) <= limit
+    for ours, exact in zip(found[1:], of_parameters, strict=True):
+        assert test_accuracy.units(ours, exact, "float32") <= 16
 
 
 def test_mapped_where_one_alone_loses_digits():
