@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from test_accuracy import LIMITS, SCALES, stress, units
 
 from normax.kernels import mosaic_tpu as kernels
+from normax.kernels import mosaic_tpu_rows
 
 DTYPES = ["float32", "bfloat16"]
 LONG = np.longdouble
@@ -119,6 +120,13 @@ def test_rows_of_any_length(length, dtype, centered):
         (5, 197, 130),
         (67, 3, 7, 1024),
         (3, 150, 4096),
+        # Rows that lie across.
+        (70000, 8),
+        (130, 127),
+        (1000, 1),
+        (3, 200, 5, 40),
+        (2, 130, 257, 16),
+        (9000, 3, 5),
     ],
 )
 def test_several_blocks_and_a_ragged_last_one(shape):
@@ -161,10 +169,8 @@ def test_the_output_in_another_dtype():
 @pytest.mark.parametrize("centered", [True, False])
 def test_accuracy_grid(length, dtype, centered):
     for mean, deviation in SCALES:
-        check(
-            *drawn((6, length), dtype, mean, deviation, parameters=False),
-            centered=centered,
-        )
+        shape = (130 if length == 64 else 6, length)  # short rows lie across if there are many
+        check(*drawn(shape, dtype, mean, deviation, parameters=False), centered=centered)
 
 
 @pytest.mark.parametrize("length", [64, 1000, 4097])
@@ -173,8 +179,10 @@ def test_stress_rows(length):
     ct = jnp.asarray(np.random.default_rng(2).normal(size=(1, length)), "float32")
     for row in rows.values():
         x = jnp.asarray(row, "float32")[None]
-        check(x, None, None, ct)
-        check(x, None, None, ct, centered=False)
+        for count in (1, 130) if length == 64 else (1,):
+            x, ct = (jnp.broadcast_to(v[:1], (count, length)) for v in (x, ct))
+            check(x, None, None, ct)
+            check(x, None, None, ct, centered=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -182,8 +190,9 @@ def test_stress_rows(length):
 def test_entries_of_any_size(dtype, epsilon):
     for centered in (True, False):
         for size in (1e-30, 1e-19, 1e-10, 1.0, 1e15, 1e18, 1e25, 1e37):
-            x, _, _, dy = drawn((4, 200), dtype, 0.0, size, parameters=False)
-            check(x, None, None, dy, centered=centered, epsilon=epsilon)
+            for shape in ((4, 200), (200, 4)):
+                x, _, _, dy = drawn(shape, dtype, 0.0, size, parameters=False)
+                check(x, None, None, dy, centered=centered, epsilon=epsilon)
 
 
 def test_the_largest_entries():
@@ -196,9 +205,9 @@ def test_the_largest_entries():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [1 / 3, 1.0, 1e6, 1e7 + 1, 3e9 / 7, 1e30])
 def test_constant_rows_are_exactly_the_bias(value, dtype):
-    for length in (3, 64, 1000):
-        _, scale, bias, dy = drawn((2, length), dtype)
-        x = jnp.full((2, length), value, dtype)
+    for count, length in ((2, 3), (2, 64), (2, 1000), (130, 3), (130, 64)):
+        _, scale, bias, dy = drawn((count, length), dtype)
+        x = jnp.full((count, length), value, dtype)
         for epsilon in (1e-5, 1e-30):
             y, (_, mean, var), (dx, dscale, _) = everything(x, scale, bias, dy, epsilon=epsilon)
             np.testing.assert_array_equal(y, jnp.broadcast_to(bias.astype(dtype), y.shape))
@@ -213,13 +222,14 @@ def test_constant_rows_are_exactly_the_bias(value, dtype):
     assert not dx.any()
 
 
-def test_a_row_that_is_no_number_leaves_the_others_alone():
-    x, scale, bias, dy = drawn((20, 130), "float32")
+@pytest.mark.parametrize("shape", [(20, 130), (130, 20)])
+def test_a_row_that_is_no_number_leaves_the_others_alone(shape):
+    x, scale, bias, dy = drawn(shape, "float32")
     y, (_, mean, var), (dx, *_) = everything(x.at[3, 5].set(jnp.nan), scale, bias, dy)
     for value in (y, dx, mean[:, None], var[:, None]):
         bad = np.isnan(value)
         assert bad[3].all()
-        assert not bad[np.arange(20) != 3].any()
+        assert not bad[np.arange(len(x)) != 3].any()
 
 
 def test_sums_over_many_rows_keep_their_digits():
@@ -231,9 +241,25 @@ def test_sums_over_many_rows_keep_their_digits():
     assert units(dbias, long(dy).sum(0), "float32") <= 2
 
 
+@pytest.mark.parametrize("shape", [(76, 200), (300, 40), (3, 200, 5, 12)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_with_races_and_uninitialized_memory_shown(dtype):
-    check(*drawn((76, 200), dtype, 3.0), interpret=STRICT)
+def test_rows_with_races_and_uninitialized_memory_shown(dtype, shape):
+    check(*drawn(shape, dtype, 3.0), interpret=STRICT)
+
+
+def test_short_rows_lie_across_where_that_fills_the_lanes():
+    for shape, axis in {
+        (2**21, 64): 0,
+        (8, 2048, 16, 64): 1,
+        (1024, 197, 64): 0,
+        (64, 2048, 96): 1,
+        (130, 200, 5): 1,
+        (127, 64): None,
+        (4096, 128): None,
+        (64,): None,
+    }.items():
+        assert mosaic_tpu_rows.lanes_of(shape) == axis, shape
+    assert mosaic_tpu_rows.lanes_of((*export.symbolic_shape("b"), 64)) is None
 
 
 # Columns.
@@ -355,9 +381,10 @@ def same(got, i, expected):
     jax.tree.map(close, got, expected)
 
 
+@pytest.mark.parametrize("shape", [(20, 130), (130, 20)])
 @pytest.mark.parametrize("batched", [(0, None, None, 0), (0, 0, 0, 0), (1, None, 0, 1)])
-def test_vmap_is_a_loop(batched):
-    x, scale, bias, dy = drawn((3, 3, 20, 130), "float32", 10.0)
+def test_vmap_is_a_loop(batched, shape):
+    x, scale, bias, dy = drawn((3, 3, *shape), "float32", 10.0)
     x, dy = x[0], dy[0]
     scale, bias = (
         v if axis is None else jnp.stack([v, v + 1, v * 2][: x.shape[0]])
@@ -461,5 +488,7 @@ def test_compiled_for_a_tpu_nothing_is_read_or_written_twice():
         # Rows that are too long for the chip are measured by a kernel of their own.
         assert row["kernels"] == 1 + row["operation"].startswith("long"), row
         assert row["bytes"] <= 1.1 * row["floor"], row
-        # Beside the kernel there is only what is done to numbers of a row or a column.
-        assert row["beside"] <= 0.1, row
+        # Beside the kernel there is only what is done to numbers of a row or a column: to bring two
+        # of each row into their order is to move 16 bytes.
+        row_bytes = row["shape"][-1] * jnp.dtype(row["dtype"]).itemsize
+        assert row["beside"] <= max(0.1, 16.01 / row_bytes), row

@@ -1,9 +1,11 @@
 """Layer and root mean square norm on TPU, and batch norm's moments: what callers see.
 
-Rows that fit are read once and stay on chip (`mosaic_tpu_rows`); longer ones are read twice, chunk
-by chunk (`mosaic_tpu_long`). Columns are in `mosaic_tpu_columns` and `mosaic_tpu_gradients`.
+Rows that fit are read once and stay on chip (`mosaic_tpu_rows`), short ones across; longer ones are
+read twice, chunk by chunk (`mosaic_tpu_long`). Columns are in `mosaic_tpu_columns` and
+`mosaic_tpu_gradients`.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -197,11 +199,10 @@ def _forward(x, residual, scale, bias, centered, epsilon, dtype, interpret, with
     if 0 in x.shape:
         nothing = [jnp.zeros(x.shape[:-1], jnp.float32)] * (2 * with_statistics)
         return [*([] if residual is None else [x]), jnp.zeros(x.shape, dtype), *nothing]
-    shape = bl.grouped(x.shape)
-    on_chip = rows.fits(shape[-1], gradient=False, residual=residual is not None)
-    made = (rows if on_chip else long).forward(
-        x.reshape(shape),
-        None if residual is None else residual.reshape(shape),
+    function, there, back = _laid_out(x.shape, gradient=False, residual=residual is not None)
+    made = function(
+        there(x),
+        None if residual is None else there(residual),
         scale,
         bias,
         centered=centered,
@@ -210,7 +211,7 @@ def _forward(x, residual, scale, bias, centered, epsilon, dtype, interpret, with
         with_statistics=with_statistics,
         interpret=interpret,
     )
-    return [v.reshape(x.shape if v.ndim == 3 else x.shape[:-1]) for v in made]
+    return [back(v) for v in made]
 
 
 def _backward(x, scale, dy, ds, centered, epsilon, interpret):
@@ -218,15 +219,33 @@ def _backward(x, scale, dy, ds, centered, epsilon, interpret):
     length = x.shape[-1]
     if 0 in x.shape:
         return x, jnp.zeros(length, jnp.float32), jnp.zeros(length, jnp.float32)
-    shape = bl.grouped(x.shape)
-    on_chip = rows.fits(length, gradient=True, residual=ds is not None)
-    dx, dscale, dbias = (rows if on_chip else long).backward(
-        x.reshape(shape),
+    function, there, back = _laid_out(x.shape, gradient=True, residual=ds is not None)
+    dx, dscale, dbias = function(
+        there(x),
         scale,
-        dy.reshape(shape),
-        None if ds is None else ds.reshape(shape),
+        there(dy),
+        None if ds is None else there(ds),
         centered=centered,
         epsilon=float(epsilon),
         interpret=interpret,
     )
-    return dx.reshape(x.shape), dscale.reshape(length), dbias.reshape(length)
+    return back(dx), dscale.reshape(length), dbias.reshape(length)
+
+
+def _laid_out(shape, *, gradient, residual):
+    """Returns the kernel for a shape, and how arrays get to be as it takes them, and back."""
+    axis = rows.lanes_of(shape)
+    if axis is not None:
+        function = rows.backward if gradient else rows.forward
+        return (
+            functools.partial(function, across=True),
+            functools.partial(rows.turned, axis=axis),
+            functools.partial(rows.turned_back, shape=shape, axis=axis),
+        )
+    on_chip = rows.fits(shape[-1], gradient=gradient, residual=residual)
+    module = rows if on_chip else long
+    return (
+        module.backward if gradient else module.forward,
+        lambda v: v.reshape(bl.grouped(shape)),
+        lambda v: v.reshape(shape if v.ndim == 3 else shape[:-1]),
+    )

@@ -69,6 +69,7 @@ class Walk(NamedTuple):
     groups: int
     block: int
     chunk: int
+    across: bool = False  # whether rows lie side by side
 
     @classmethod
     def over(cls, shape: tuple[Any, Any, int], width: int, moved: int, entries: int) -> "Walk":
@@ -106,7 +107,8 @@ class Walk(NamedTuple):
                 def mask(v):
                     if not masked:
                         return v
-                    row = lax.broadcasted_iota(jnp.int32, v.shape, 0) + i * self.chunk
+                    row = lax.broadcasted_iota(jnp.int32, v.shape, int(self.across))
+                    row += i * self.chunk
                     return jnp.where(row < rows, v, jnp.float32(0))
 
                 return body(group, here, mask, carry)

@@ -3,6 +3,10 @@
 A block of rows is fetched to VMEM while the one before is worked on, chunk by chunk, each so small
 that what is between its passes stays near the registers. Rows are independent, so a last block that
 hangs over the end needs a mask only where rows are summed.
+
+Rows shorter than a line of lanes would leave some of each empty, in memory too. XLA lays such
+arrays out with a longer axis along the lanes, and so they are taken: the rows lie across, each in a
+lane of its own.
 """
 
 import functools
@@ -35,6 +39,49 @@ class Rows(NamedTuple):
     width: int  # entries of a row in a block
     walk: bl.Walk
 
+    @property
+    def across(self) -> bool:
+        """Whether the entries of a row lie below each other, the rows side by side."""
+        return self.walk.across
+
+    def at(self, group: Any, here: Any) -> tuple[Any, Any, Any]:
+        """Returns where rows of a group are in a block."""
+        return (group, slice(None), here) if self.across else (group, here, slice(None))
+
+    def total(self, v: jax.Array) -> jax.Array:
+        """Returns the sum of each row."""
+        return jnp.sum(v, 0, keepdims=True) if self.across else sm.total(v)
+
+    def highest(self, v: jax.Array) -> jax.Array:
+        """Returns the largest entry of each row."""
+        return jnp.max(v, 0 if self.across else 1, keepdims=True)
+
+    def fold(self, v: jax.Array) -> jax.Array:
+        """Returns the sums over rows in as many rows as a register has."""
+        return sm.fold_lanes(v) if self.across else sm.fold(v)
+
+
+def lanes_of(shape: tuple[Any, ...]) -> int | None:
+    """Returns which axis lies along the lanes where rows lie across: that which fills them best."""
+    *leading, length = shape
+    if not all(bl.is_static(size) for size in shape) or length >= bl.LANES:
+        return None
+    empty = {i: bl.padded(size) / size for i, size in enumerate(leading) if size >= bl.LANES}
+    return min(empty, key=lambda i: (empty[i], -i), default=None)
+
+
+def turned(x: jax.Array, axis: int) -> jax.Array:
+    """Returns an array as groups of rows that lie across, an axis along the lanes."""
+    return jnp.moveaxis(x, axis, -1).reshape(-1, x.shape[-1], x.shape[axis])
+
+
+def turned_back(v: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Returns what `turned` made, or a number for each of its rows, as it was in a shape."""
+    *others, length = shape
+    size = others.pop(axis)
+    v = v.reshape((*others, length, size) if v.ndim == 3 else (*others, size))
+    return jnp.moveaxis(v, -1, axis)
+
 
 def fits(length: int, *, gradient: bool, residual: bool) -> bool:
     """Returns whether rows of a length stay on chip."""
@@ -58,17 +105,30 @@ def bytes_of(*dtypes: Any) -> int:
     return sum(jnp.dtype(dtype).itemsize for dtype in dtypes)
 
 
-def parameters_of(*values: jax.Array | None) -> list[jax.Array]:
+def parameters_of(*values: jax.Array | None, across: bool = False) -> list[jax.Array]:
     """Returns those parameters that are there, as rows of a dtype that Mosaic reads."""
-    rows = [value.reshape(1, -1) for value in values if value is not None]
+    shape = (-1, 1) if across else (1, -1)
+    rows = [value.reshape(shape) for value in values if value is not None]
     return [row.astype(jnp.float32) if bl.unsupported_dtype(row.dtype) else row for row in rows]
 
 
 def _specs(rows):
+    walk, width = rows.walk, rows.width
+    if rows.across:
+        return (
+            pl.BlockSpec((walk.groups, width, walk.block), lambda i, j: (i, 0, j)),
+            pl.BlockSpec((width, 1), lambda i, j: (0, 0)),
+        )
     return (
-        pl.BlockSpec((rows.walk.groups, rows.walk.block, rows.width), lambda i, j: (i, j, 0)),
-        pl.BlockSpec((1, rows.width), lambda i, j: (0, 0)),
+        pl.BlockSpec((walk.groups, walk.block, width), lambda i, j: (i, j, 0)),
+        pl.BlockSpec((1, width), lambda i, j: (0, 0)),
     )
+
+
+def _sizes(x, across):
+    """Returns how many groups of how many rows of what length there are."""
+    groups, count, length = x.shape
+    return (groups, length, count) if across else (groups, count, length)
 
 
 def forward(
@@ -82,24 +142,28 @@ def forward(
     dtype: Any,
     with_statistics: bool,
     interpret: Any,
+    across: bool = False,
 ) -> list[jax.Array]:
     """Returns x + residual if there is one, y, and the statistics if wanted; of groups of rows."""
-    groups, count, length = x.shape
-    shape = groups, count, length
+    shape = groups, count, length = _sizes(x, across)
     arrays = [x] if residual is None else [x, residual]
-    outputs = [(shape, x.dtype)] * (len(arrays) - 1) + [(shape, dtype)]
+    outputs = [(x.shape, x.dtype)] * (len(arrays) - 1) + [(x.shape, dtype)]
     moved = bytes_of(*(array.dtype for array in arrays), *(kind for _, kind in outputs))
-    rows = Rows(centered, epsilon, length, length, plan(shape, moved))
-    parameters, walk = parameters_of(scale, bias), rows.walk
+    walk = plan(shape, moved)._replace(across=across)
+    rows = Rows(centered, epsilon, length, length, walk)
+    parameters = parameters_of(scale, bias, across=across)
     at_rows, at_features = _specs(rows)
     out_specs = [at_rows] * len(outputs)
-    if with_statistics:
+    number = (2 if centered else 1) * with_statistics
+    if across:
+        outputs += [((groups, 1, count), jnp.float32)] * number
+        out_specs += [pl.BlockSpec((walk.groups, 1, walk.block), lambda i, j: (i, 0, j))] * number
+    elif with_statistics:
         # A number for each row, a hundred and twenty-eight to a line of the output.
         held, shared = max(1, walk.block // bl.LANES), max(1, bl.LANES // walk.block)
         lines = pl.BlockSpec(
             (walk.groups, held, 1, bl.LANES), lambda i, j: (i, lax.div(j, shared), 0, 0)
         )
-        number = 2 if centered else 1
         outputs += [((groups, pl.cdiv(count, bl.LANES), 1, bl.LANES), jnp.float32)] * number
         out_specs += [lines] * number
     present = residual is not None, scale is not None, bias is not None
@@ -129,19 +193,22 @@ def backward(
     centered: bool,
     epsilon: float,
     interpret: Any,
+    across: bool = False,
 ) -> list[jax.Array]:
     """Returns dx, to which `ds` is added if there is one, dscale and dbias; of groups of rows."""
-    groups, count, length = x.shape
-    shape = groups, count, length
+    shape = _sizes(x, across)
+    length = shape[-1]
     arrays = [x, dy] if ds is None else [x, dy, ds]
     walk = plan_backward(shape, bytes_of(*(array.dtype for array in arrays), x.dtype))
-    rows = Rows(centered, epsilon, length, length, walk)
-    scales = parameters_of(scale)
+    rows = Rows(centered, epsilon, length, length, walk._replace(across=across))
+    scales = parameters_of(scale, across=across)
     at_rows, at_features = _specs(rows)
-    accumulator = pltpu.VMEM((bl.SUBLANES, length), jnp.float32)
+    line = (length, 1) if across else (1, length)
+    held = (length, bl.LANES) if across else (bl.SUBLANES, length)
+    accumulator = pltpu.VMEM(held, jnp.float32)
     return bl.call(
         functools.partial(_backward_kernel, rows, (ds is not None, scale is not None)),
-        [(shape, x.dtype), ((1, length), jnp.float32), ((1, length), jnp.float32)],
+        [(x.shape, x.dtype), (line, jnp.float32), (line, jnp.float32)],
         *arrays,
         bl.counts_of(shape),
         *scales,
@@ -174,16 +241,16 @@ def standardize(rows: Rows, x: jax.Array) -> Standardized:
     """
     small_too = rows.epsilon < HIDES_SMALL
     part = sm.mean_factor(rows.length)
-    inverse = bl.inverse_unit(jnp.max(jnp.abs(x), 1, keepdims=True), 100 if small_too else None)
+    inverse = bl.inverse_unit(rows.highest(jnp.abs(x)), 100 if small_too else None)
     unit = bl.unit_of(inverse)
     d, mean = x * inverse, None
     if rows.centered:
-        top = jnp.max(d, 1, keepdims=True)
+        top = rows.highest(d)
         d = d - top
-        center = sm.total(d) * part
+        center = rows.total(d) * part
         d = d - center
         mean = (top + center) * unit
-    var = sm.total(d * d) * part
+    var = rows.total(d * d) * part
     # Nothing deviates: epsilon alone rules, and in the unit it may have vanished.
     inverse = jnp.where(var == 0, jnp.float32(1), inverse)
     rstd = root(rows, var, inverse if small_too else None)
@@ -215,16 +282,20 @@ def _forward_kernel(rows, present, x_ref, *refs):
     def each(k, carry):
         group, i = (0, k) if walk.groups == 1 else (lax.div(k, chunks), lax.rem(k, chunks))
         here = pl.ds(pl.multiple_of(i * walk.chunk, walk.chunk), walk.chunk)
-        x = x_ref[group, here, :].astype(jnp.float32)
+        at = rows.at(group, here)
+        x = x_ref[at].astype(jnp.float32)
         if s_ref is not None:
-            s = x + residual_ref[group, here, :].astype(jnp.float32)
-            s_ref[group, here, :] = s.astype(s_ref.dtype)
+            s = x + residual_ref[at].astype(jnp.float32)
+            s_ref[at] = s.astype(s_ref.dtype)
             # As it was stored: what is normalized is what the backward pass will read.
-            x = s_ref[group, here, :].astype(jnp.float32)
+            x = s_ref[at].astype(jnp.float32)
         done = standardize(rows, x)
-        y_ref[group, here, :] = rescale(done.d * done.rstd, scale_ref, bias_ref).astype(y_ref.dtype)
+        y_ref[at] = rescale(done.d * done.rstd, scale_ref, bias_ref).astype(y_ref.dtype)
         measured = [done.mean, done.var] if rows.centered else [done.var]
         for ref, column in zip(statistics, measured, strict=False):
+            if rows.across:
+                ref[at] = column
+                continue
             _lay_down(walk, first, i, ref.at[group], column)
         return carry
 
@@ -258,18 +329,20 @@ def _backward_kernel(rows, present, x_ref, dy_ref, *refs):
 
     def add(dscale, dbias):
         def each(group, here, mask, carry):
-            x, dy = (mask(ref[group, here, :].astype(jnp.float32)) for ref in (x_ref, dy_ref))
+            at = rows.at(group, here)
+            x, dy = (mask(ref[at].astype(jnp.float32)) for ref in (x_ref, dy_ref))
             dx, xhat = _row_gradients(rows, x, scale_ref, dy)
             if ds_ref is not None:
-                dx += ds_ref[group, here, :].astype(jnp.float32)
-            dx_ref[group, here, :] = dx.astype(dx_ref.dtype)
-            dscale.block[...] += sm.fold(dy * xhat)
-            dbias.block[...] += sm.fold(dy)
+                dx += ds_ref[at].astype(jnp.float32)
+            dx_ref[at] = dx.astype(dx_ref.dtype)
+            dscale.block[...] += rows.fold(dy * xhat)
+            dbias.block[...] += rows.fold(dy)
             return carry
 
         rows.walk.each(rows.walk.present(counts_ref, i, j), each, 0)
 
-    sm.over_blocks(sums, (dscale_ref, dbias_ref), begins, ends, add)
+    total = sm.Sum.total_of_lanes if rows.across else sm.Sum.total
+    sm.over_blocks(sums, (dscale_ref, dbias_ref), begins, ends, add, total)
 
 
 def _row_gradients(rows, x, scale_ref, dy):
@@ -278,6 +351,6 @@ def _row_gradients(rows, x, scale_ref, dy):
     xhat = done.d * done.rstd
     t = rescale(dy, scale_ref, None)
     if rows.centered:
-        t = t - sm.total(t) * part
-    along = sm.total(t * xhat) * part
+        t = t - rows.total(t) * part
+    along = rows.total(t * xhat) * part
     return (t - xhat * along) * done.rstd * done.inverse, xhat

@@ -43,6 +43,15 @@ def fold(v: jax.Array) -> jax.Array:
     return v
 
 
+def fold_lanes(v: jax.Array) -> jax.Array:
+    """Returns sums over columns in as many columns as a register has, by halves."""
+    lanes = v.shape[1]
+    while lanes > bl.LANES:
+        lanes //= 2
+        v = v[:, :lanes] + v[:, lanes:]
+    return v
+
+
 def add_exactly(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns a + b and what its rounding lost: Knuth's two-sum."""
     s = a + b
@@ -77,9 +86,18 @@ class Sum(NamedTuple):
             low = low[:size] + low[size:] + lost
         return high + low
 
+    def total_of_lanes(self):
+        """Returns the sum of the blocks over their columns."""
+        return jnp.sum(self.high[...], 1, keepdims=True) + jnp.sum(self.low[...], 1, keepdims=True)
+
 
 def over_blocks(
-    refs: Sequence[Any], outputs: Sequence[Any], begins: Any, ends: Any, add: Callable
+    refs: Sequence[Any],
+    outputs: Sequence[Any],
+    begins: Any,
+    ends: Any,
+    add: Callable,
+    total: Callable = Sum.total,
 ) -> None:
     """Writes sums over blocks to the outputs; `add` adds what a block has to each of them.
 
@@ -89,6 +107,7 @@ def over_blocks(
       begins: whether this is the first block.
       ends: whether it is the last.
       add: takes a `Sum` for each.
+      total: of each, over its rows.
     """
     sums = [Sum(*refs[k : k + 3]) for k in range(0, len(refs), 3)]
 
@@ -104,7 +123,7 @@ def over_blocks(
     @pl.when(ends)
     def _():
         for output, each in zip(outputs, sums, strict=True):
-            output[...] = each.total()
+            output[...] = total(each)
 
 
 class Moments(NamedTuple):
