@@ -22,8 +22,9 @@ SLABS = ((16, 64, 64, 320), (8, 32, 32, 256))
 GROUPS = 32
 FORWARD, BOTH, BETWEEN = CONTEXTS = "forward", "forward + backward", "between products"
 LIBRARIES = "normax", "flax"
-# Features before and after a norm of matrices that stands between two products.
-WIDTH = 1024
+# Features before and after a norm of matrices that stands between two products; of short rows so
+# many times their own, or a TPU would have no room for them.
+WIDTH, TIMES = 1024, 4
 # Two forward, and two for each of them backward.
 PRODUCTS = 6
 # Bytes from which on an array cannot stay in a TPU's own memory from one kernel to the next.
@@ -352,7 +353,7 @@ def arguments(case: Case, library: str, goal: Target) -> tuple[Any, Any, Any]:
         given["residual"] = of(case.shape)
     if case.context == BETWEEN:
         image = len(case.shape) == 4
-        outside = features if image else (WIDTH,)
+        outside = features if image else (min(WIDTH, TIMES * features[0]),)
         given["x"] = of((*case.shape[:-1], *outside))
         given["w1"], given["w2"] = of(outside + features), of(features + outside)
         if image and goal.windows:

@@ -12,6 +12,14 @@ from normax import axes as ax
 from normax import sums, units
 
 DIGIT = 2.0**15
+SHORT = 256
+
+
+def are_short_rows(x, axes):
+    """Returns whether groups are rows so short that what is measured of each weighs beside it."""
+    sizes = [x.shape[axis] for axis in axes]
+    are_rows = list(axes) == [*range(x.ndim - len(axes), x.ndim)]
+    return are_rows and all(isinstance(size, int) for size in sizes) and math.prod(sizes) < SHORT
 
 
 def present(x: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -16,7 +16,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from normax import parts, pool, sums, units
-from normax.entries import at_least_one, over, present, settled, square, subtract, times, weigh
+from normax.entries import (
+    are_short_rows,
+    at_least_one,
+    over,
+    present,
+    settled,
+    square,
+    subtract,
+    times,
+    weigh,
+)
 from normax.kernels.dispatch import by_platform
 
 
@@ -61,8 +71,17 @@ def _about_samples(reduction, x, mask, n):
 
 def _about_zero(reduction, x, mask, devices=1):
     entries, n = present(x, mask), at_least_one(math.prod(x.shape[i] for i in reduction.axes), x)
-    *common, lost = sums.about_zero(entries, reduction.axes, n, reduction.centered)
-    unit = jnp.ones_like(common[-1]) if units.needed(x.dtype) else None
+    in_range = not units.needed(x.dtype)
+    few = reduction.centered or x.dtype == jnp.bfloat16
+    if devices == 1 and few and are_short_rows(x, reduction.axes) and not in_range:
+        return _of_short_rows(reduction, x, entries, n)
+    if not reduction.centered:
+        if in_range:
+            return None, None, None, None, sums.total(entries * entries, reduction.axes) / n
+        unit, squares = sums.mean_square(entries, reduction.axes, n)
+        return None, unit, None, None, squares
+    mean, var, lost = sums.about_zero(entries, reduction.axes, n)
+    unit = None if in_range else jnp.ones_like(var)
     again = _in_no_unit if unit is None else _in_a_unit
     again = functools.partial(again, reduction, devices=devices)
     if _are_members_apart(reduction, x):
@@ -70,7 +89,40 @@ def _about_zero(reduction, x, mask, devices=1):
         shape, spec = x.shape, jax.typeof(x).sharding.spec
         x = pool.reshape(x, (*shape[:-2], shape[-2] * shape[-1]), spec[:-1])
         again = functools.partial(_as_groups, again, shape, spec)
-    return _again_where_lost(again)(jnp.any(lost), (x, mask), (None, unit, *common))
+    measured = None, unit, mean, jnp.zeros_like(mean), var
+    return _again_where_lost(again)(jnp.any(lost), (x, mask), measured)
+
+
+def _of_short_rows(reduction, x, entries, n):
+    """Returns the same of rows beside which what is measured weighs.
+
+    What comes out of a branch is written down, so of each row it is as few numbers as can be, which
+    are in range whatever the entries are: the mean, in two parts if it has digits for them, and the
+    deviation.
+    """
+    narrow = x.dtype == jnp.bfloat16
+    mean = rest = None
+    if reduction.centered:
+        # Of these XLA would read `x` once for each sum.
+        mean, var, lost = sums.about_zero(entries, reduction.axes, n, at_once=narrow)
+        rest = None if narrow else jnp.zeros_like(mean)
+    else:
+        var = sums.total(entries * entries, reduction.axes) / n
+        lost = ~jnp.isfinite(var)
+
+    def again(x, mask):
+        _, unit, mean, rest, var = _in_a_unit(reduction, x, mask)
+        if narrow and reduction.centered:
+            mean, rest = mean + rest, None
+        return jax.tree.map(lambda v: v * unit, (mean, rest, jnp.sqrt(var)))
+
+    measured = mean, rest, jnp.sqrt(var)
+    measured = _again_where_lost(again)(jnp.any(lost), (x, None), measured)
+    unit = jnp.where(measured[-1] > 2.0**60, 2.0**76, 1)
+    mean, rest, deviation = jax.tree.map(lambda v: v / unit, measured)
+    if narrow and reduction.centered:
+        rest = jnp.zeros_like(mean)
+    return None, unit, mean, rest, square(deviation)
 
 
 def _are_members_apart(reduction, x):

@@ -15,6 +15,7 @@ from jax import lax
 from normax import axes as ax
 from normax import implementations, parts, rows, sums, units
 from normax import measure as me
+from normax.entries import are_short_rows
 from normax.kernels.linear import linear
 from normax.rescale import alike, reciprocal_per_unit, rescaled, rescaled_tangent, standardized
 
@@ -70,7 +71,7 @@ def backward(plan, shape, dtypes, known, dy):
         on_gpu = functools.partial(_rows, plan, shape)
     else:
         on_gpu = functools.partial(_columns, plan, shape)
-    on_tpu = functools.partial(_twice, plan, shape) if _widens(plan) else whole
+    on_tpu = functools.partial(_in_few_arrays, plan, shape)
     forms = {"cpu": on_cpu, "cuda": on_gpu, "rocm": on_gpu, "tpu": on_tpu}
     by_sums = functools.partial(_by_sums, plan, shape)
     dx, *found = implementations.backward(plan, shape, whole, forms, by_sums, known, dy)
@@ -119,12 +120,11 @@ def _widens(plan):
     return plan.activation is not None and narrow.itemsize < ax.compute_dtype(narrow).itemsize
 
 
-def _twice(plan, shape, known, dy):
-    """Returns the cotangents of x, scale and bias, what goes through the activation found twice.
+def _in_few_arrays(plan, shape, known, dy):
+    """Returns the cotangents of x, scale and bias, that of x by few operations of few arrays.
 
-    XLA for TPU would write it down, in float32, where `dy` is made. Another variance, behind a
-    barrier, is enough to have it found again; `x` and `dy` behind one would be laid out anew. The
-    fewer arrays are read beside them, the sooner is the cotangent of x computed in what needs it.
+    The fewer there are, the sooner does XLA for TPU compute it in the products that need it, rather
+    than write it down.
     """
     known = _measured(plan, known)
     x, scale, _, measured = known
@@ -135,15 +135,26 @@ def _twice(plan, shape, known, dy):
     of_parameters, ones, along = _means(
         plan, shape, total, x, scale, total(alone, common), total(alone * xhat, common)
     )
-    apart = measured._replace(var=lax.optimization_barrier(measured.var))
-    d, _, dy = _standardized(plan, (*known[:-1], apart), dy)
+    if _widens(plan):
+        # What goes through the activation, which both reads need, would be written down in float32
+        # where `dy` is made. Another variance is enough to have it found twice; `x` and `dy` behind
+        # a barrier would be laid out anew.
+        known = *known[:-1], measured._replace(var=lax.optimization_barrier(measured.var))
+    _, xhat, dy = _standardized(plan, known, dy)
     per_unit = units.divide(rstd, measured.unit)
     slope = per_unit if scale is None else jnp.multiply(*alike(per_unit, scale))
-    along = rstd * along * per_unit
-    offset = ones * per_unit if plan.reduction.centered else 0
-    if measured.rest is not None:
-        offset = offset - measured.rest * along
-    return (dy * slope - (d * along + offset)).astype(x.dtype), *of_parameters
+    along, ones = along * per_unit, ones * per_unit
+    few = x.dtype == jnp.bfloat16 and not are_short_rows(x, plan.reduction.axes)
+    if few and plan.reduction.centered:
+        # Entries of so few digits need not be less their mean: what is made of both will do. A
+        # quarter, because one over the largest power of two is subnormal.
+        size = jnp.maximum(jnp.abs(measured.mean), jnp.sqrt(measured.var)) / 4
+        size = units.choose(size, (), 0.0)
+        xhat = me.present(x, None) * units.divide(1 / size, measured.unit)
+        along = along * (rstd * size)
+        ones = ones - along * (measured.mean / size)
+    shift = xhat * along + ones if plan.reduction.centered else xhat * along
+    return (dy * slope - shift).astype(x.dtype), *of_parameters
 
 
 def _rows(plan, shape, known, dy):

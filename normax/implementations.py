@@ -111,14 +111,13 @@ def measure(plan, x, mask):
     return _named(plan, form, functools.partial(_measure_columns, plan))(x)
 
 
-def forward(plan, form, on_gpu, x, scale, bias, mask, measured, differentiated):
-    """Returns `y`, by the kernel of the plan or by one of the two forms."""
+def forward(plan, form, forms, x, scale, bias, mask, measured, differentiated):
+    """Returns `y`, by the kernel of the plan or by the form of a platform."""
     if plan.implementation in (None, XLA):
-        kernels = _by_default(plan, _forward, on_gpu, x)
+        kernels = _by_default(plan, _forward, forms["cuda"], x)
         if kernels and not (mask is None and defaults.beat_xla_forward(plan, x, differentiated)):
             kernels = {}
-        branches = by_platform(form, cuda=on_gpu, rocm=on_gpu, **kernels)
-        return branches(x, scale, bias, mask, measured)
+        return by_platform(form, **forms, **kernels)(x, scale, bias, mask, measured)
     if plan.layout == COLUMNS:
         if not _writes_columns(plan, x, plan.dtype):
             return form(x, scale, bias, mask, measured)

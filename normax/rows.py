@@ -15,8 +15,6 @@ from normax import measure as me
 from normax.entries import settled
 from normax.rescale import alike, rescale
 
-SHORT = 256
-
 
 def stay_on_chip(plan, x, mask):
     """Returns whether the groups are rows, alone on their device, that this form is right for."""
@@ -27,12 +25,6 @@ def stay_on_chip(plan, x, mask):
     # Smaller entries than can be squared are nothing beside it, and it beside those in a unit.
     usual = 1e-24 <= plan.epsilon <= 1.0
     return trailing and plain and one_epsilon and usual and x.size > 0
-
-
-def are_short(plan, x):
-    """Returns whether what is measured of a row weighs beside its entries."""
-    sizes = [x.shape[axis] for axis in plan.reduction.axes]
-    return all(isinstance(size, int) for size in sizes) and math.prod(sizes) < SHORT
 
 
 def forward(plan, x, scale, bias):

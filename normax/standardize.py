@@ -12,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normax import axes as ax
 from normax import gradient, implementations, parts, rows, units
 from normax import measure as me
+from normax.entries import are_short_rows
 from normax.forms import one_read_is_enough
 from normax.layout import layout_of
 from normax.moments import Moments, to_moments
@@ -206,16 +207,18 @@ def _standardize(plan, x, scale, bias, mask):
 
 def _measured_too(plan, x, scale, bias, mask, differentiated=False):
     measured = implementations.measure(plan, x, mask)
-    form = on_gpu = functools.partial(_form, plan)
-    if rows.stay_on_chip(plan, x, mask) and (not differentiated or rows.are_short(plan, x)):
+    form = shorter = on_gpu = functools.partial(_form, plan)
+    if one_read_is_enough(plan.reduction, x, mask):
+        shorter = on_gpu = functools.partial(_in_few_steps, plan)
+    read_again = not differentiated or are_short_rows(x, plan.reduction.axes)
+    if rows.stay_on_chip(plan, x, mask) and read_again:
         # Measuring a row again costs less there than to have it written down. The backward pass
         # needs that all the same, and what comes after y, which it may need too, joins no row; but
         # of short rows it is too much to be read once more.
         on_gpu = functools.partial(_row_by_row, plan)
-    elif one_read_is_enough(plan.reduction, x, mask):
-        on_gpu = functools.partial(_in_few_steps, plan)
+    forms = {"cuda": on_gpu, "rocm": on_gpu, "tpu": shorter}
     args = x, scale, bias, mask, measured
-    return implementations.forward(plan, form, on_gpu, *args, differentiated), measured
+    return implementations.forward(plan, form, forms, *args, differentiated), measured
 
 
 def _form(plan, x, scale, bias, mask, measured):

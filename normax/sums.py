@@ -7,7 +7,6 @@ next to nothing and is near the mean where that matters, or zero, whose result i
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -161,14 +160,35 @@ def about_samples(x, axes, n, least, centered):
     return unit, mean, rest, jnp.maximum(var, 0)
 
 
-def about_zero(x, axes, n, centered) -> tuple[Any, Any, Any, Any]:
-    """Returns mean, rest and var of `x`, and where digits of the variance were lost."""
-    squares = total(x * x, axes) / n
-    if not centered:
-        return None, None, squares, ~jnp.isfinite(squares)
-    mean = total(x, axes) / n
+def about_zero(x, axes, n, at_once=False):
+    """Returns mean and variance of `x`, and where digits of the variance were lost.
+
+    At once: both sums in one operation, where XLA would read `x` twice.
+    """
+    if at_once:
+        zero = jnp.zeros((), x.dtype)
+        both = lax.reduce((x, x * x), (zero, zero), _add_both, axes)
+        mean, squares = (lax.expand_dims(v, axes) / n for v in both)
+    else:
+        mean, squares = total(x, axes) / n, total(x * x, axes) / n
     var = squares - mean * mean
-    return mean, jnp.zeros_like(mean), var, ~(mean * mean <= LOST * var)
+    return mean, var, ~(mean * mean <= LOST * var)
+
+
+def _add_both(a, b):
+    return a[0] + b[0], a[1] + b[1]
+
+
+def mean_square(x, axes, n):
+    """Returns a unit, and the mean square of `x` in it.
+
+    Squared as they are entries may be too large; then those in a large unit are right.
+    """
+    unit = 2.0 ** (jnp.finfo(x.dtype).maxexp * 19 // 32)
+    far = x * (1 / unit)
+    squares, further = (total(v * v, axes) / n for v in (x, far))
+    is_right = jnp.isfinite(squares)
+    return jnp.where(is_right, 1, unit), jnp.where(is_right, squares, further)
 
 
 def _sample(x, axes, index):

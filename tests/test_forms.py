@@ -20,7 +20,7 @@ FEW = [c for c in CASES if c.name in ("batch", "layer", "rms", "group", "instanc
 ACTIVATIONS = [jax.nn.relu, jax.nn.silu]
 
 
-@pytest.mark.parametrize("n", [1000])
+@pytest.mark.parametrize("n", [64, 1000])
 @pytest.mark.parametrize("dtype", test_accuracy.DTYPES)
 def test_grid(dtype, n):
     rng = np.random.default_rng(0)

@@ -10,6 +10,7 @@ import reference
 from cases import Case
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_accuracy import LIMITS
 
 import normax
 from normax import units
@@ -170,19 +171,32 @@ def test_devices_far_apart(size):
 
 
 @pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("epsilon", [1e-5, 0.0])
 @pytest.mark.parametrize("name", NORMS)
-def test_the_forms_for_other_platforms(name, epsilon):
+def test_the_forms_for_other_platforms(name, epsilon, dtype):
     case = NORMS[name][1]._replace(epsilon=epsilon)
-    ct = jnp.asarray(np.random.default_rng(1).normal(size=case.shape), jnp.float32)
+    ct = jnp.asarray(np.random.default_rng(1).normal(size=case.shape), dtype)
     f = compiled(name, epsilon)
-    for x in (entries(case.shape, 1e-25), entries(case.shape, 1, 1e5), entries(case.shape, 1e30)):
-        y, dx = f(x, ct)
-        assert error(y, reference.forward(case, x)) <= 4
+    y_limit, dx_limit = LIMITS[dtype]
+    ulp = float(jnp.finfo(dtype).eps / jnp.finfo(jnp.float32).eps)
+    far = 2.0**6 if dtype == "bfloat16" else 1e5
+    for size, offset in (
+        (1e-25, 0.5),
+        (1, far),
+        (1e18, 0.0),
+        (1e30, 0.5),
+        (3e38, 0.0),
+        (3e38, 2.0),
+    ):
+        x = entries(case.shape, size, offset).astype(dtype)
         exact = reference.backward(case, x, ct)
-        if np.abs(exact).max() > TINY * 1e8:
-            assert error(dx, exact) <= 8
-    zeros = jnp.zeros(case.shape)
+        for weight in (1, 2.0**-30):
+            y, dx = f(x, ct * weight)
+            assert error(y, reference.forward(case, x)) <= y_limit * ulp
+            if np.abs(exact).max() * weight > TINY * 1e8:
+                assert error(dx, exact * weight) <= dx_limit * ulp
+    zeros = jnp.zeros(case.shape, dtype)
     np.testing.assert_array_equal(f(zeros, ct)[0], zeros)
 
 
