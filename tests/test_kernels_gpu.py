@@ -145,6 +145,38 @@ def test_ragged_rows(shape, dtype, centered):
     check(shape, dtype, centered, True)
 
 
+@pytest.mark.parametrize("mapped", ["rows", "parameters", "sums", "twice"])
+def test_what_is_mapped_over(mapped):
+    x, dy, other, scale, bias = data((4, 4, 4, 64), "float32")
+    how = {"centered": True, "epsilon": 1e-5, "interpret": True}
+    forward = lambda *args: kernels.forward_with_statistics(*args, **how)
+    if mapped == "rows":
+        f, args, dims = forward, (x, scale, bias), (1, None, None)
+        found = jax.vmap(f, dims, 1)(*args)
+        wanted = f(*args)
+    elif mapped == "parameters":
+        scales = jnp.stack([scale + i for i in range(4)])
+        found = jax.vmap(forward, (0, 0, None))(x, scales, bias)
+        each = [forward(*pair, bias) for pair in zip(x, scales, strict=True)]
+        wanted = [jnp.stack(leaves) for leaves in zip(*each, strict=True)]
+    elif mapped == "sums":
+        found = jax.vmap(lambda x, dy: kernels.backward(x, scale, dy, **how))(x, dy)
+        each = [kernels.backward(a, scale, b, **how) for a, b in zip(x, dy, strict=True)]
+        wanted = [jnp.stack(leaves) for leaves in zip(*each, strict=True)]
+    else:
+        add = lambda x, other: kernels.add_forward(x, other, scale, bias, **how)
+        found = jax.vmap(jax.vmap(add), (0, None))(x, other[0])
+        wanted = add(x, jnp.broadcast_to(other[0], x.shape))
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_more_is_mapped_over_than_a_grid_has_room_for():
+    norm = lambda x: kernels.forward(x, centered=True, epsilon=1e-5)
+    traced = str(jax.make_jaxpr(jax.vmap(norm))(jnp.zeros((70000, 2, 64))))
+    assert "[140000,64]" in traced
+
+
 @on_gpu
 @pytest.mark.parametrize("centered", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)

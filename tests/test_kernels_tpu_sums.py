@@ -57,7 +57,7 @@ def drawn_for_sum(shape, dtype, mean=0.0, residual_dtype=None, **how):
 
 @pytest.mark.parametrize(("dtype", "centered"), [("float32", True), ("bfloat16", False)])
 def test_a_residual_is_added_first(dtype, centered):
-    for shape in ((0, 7), (3, 5, 130), (500, 1000)):
+    for shape in ((0, 7), (3, 5, 130), (500, 1000), (3, 150, 5, 40)):
         check_added(*drawn_for_sum(shape, dtype, 3.0), centered=centered)
 
 

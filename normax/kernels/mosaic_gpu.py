@@ -251,9 +251,37 @@ def _pass_backward(scaled, residual, total, rule, sweep, write, found):
     return [each for each in numbers if each is not None]
 
 
+def _run(task, inputs, parameters, interpret):
+    """Returns what `_run_rows` does. What is mapped over is more rows, if no sums are asked for.
+
+    Else the grid has an axis more, which CUDA ends at 65535.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def mappable(inputs, parameters):
+        return _run_rows(task, inputs, parameters, interpret)
+
+    @mappable.def_vmap
+    def mapped(size, batched, inputs, parameters):
+        if task.sums or any(jax.tree.leaves(batched[1])):
+            dims = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, batched)
+            each = functools.partial(_run_rows, task, interpret=interpret)
+            outputs = jax.vmap(each, dims, axis_size=size)(inputs, parameters)
+        else:
+            inputs = jax.tree.map(
+                lambda x, there: x if there else jnp.broadcast_to(x, (size, *x.shape)),
+                inputs,
+                batched[0],
+            )
+            outputs = _run(task, inputs, parameters, interpret)
+        return outputs, [True] * len(outputs)
+
+    return mappable(inputs, parameters)
+
+
 # Else a loop's numbers, which are of 32 bits, would meet integers of 64.
 @jax.enable_x64(False)
-def _run(task, inputs, parameters, interpret):
+def _run_rows(task, inputs, parameters, interpret):
     """Returns the outputs in the shape of x, statistics in that of its rows, and the sums."""
     shape = inputs[0].shape
     count, length = math.prod(shape[:-1]), shape[-1]
