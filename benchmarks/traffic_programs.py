@@ -196,13 +196,18 @@ _BATCH = Norm(IMAGES, (3, 8), _batch, _batch_of_flax)
 _GROUP = Norm(SLABS, (3, 8), _alone(_group), _group_of_flax)
 NORMS = {
     "layer_norm": _LAYER,
+    "layer_norm + gelu": _LAYER._replace(
+        shapes=((8192, 4096), (8192, 768)),
+        normax=_alone(functools.partial(normax.layer_norm, activation=jax.nn.gelu)),
+        after=lambda y, residual: jax.nn.gelu(y),
+        activated=True,
+    ),
     "rms_norm": _LAYER._replace(normax=_alone(_rms), flax=lambda dtype: nn.RMSNorm(dtype=dtype)),
     "batch_norm": _BATCH,
     "batch_norm + relu": _BATCH._replace(
         normax=functools.partial(_batch, activation=jax.nn.relu),
         after=lambda y, residual: jax.nn.relu(y),
         activated=True,
-        target="h200",
     ),
     "batch_norm, then relu": _BATCH._replace(after=lambda y, residual: jax.nn.relu(y)),
     "batch_norm + add + relu": _BATCH._replace(

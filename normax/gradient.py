@@ -161,8 +161,12 @@ def _rows(plan, shape, known, dy):
     """Returns the cotangents of x, scale and bias: rows on chip for x, then the columns."""
     apart, through = _apart(plan, known, dy)
     x, scale, *_ = apart
-    before = through if plan.activation is None else _factors(plan, apart, through)[1]
-    dx = rows.gradient(plan, x, scale, before)
+    if not rows.take_activation(plan, x):
+        first, (apart, through) = (apart, through), lax.optimization_barrier((apart, through))
+        dx = _in_two_reads(plan, *first, apart, through)
+    else:
+        before = through if plan.activation is None else _factors(plan, apart, through)[1]
+        dx = rows.gradient(plan, x, scale, before)
     if shape is None:
         return dx, None, None
     if plan.reduction.centered:
@@ -172,6 +176,24 @@ def _rows(plan, shape, known, dy):
     _, xhat, alone = _standardized(plan, known, dy)
     ones, along = sums.totals_in_one_read(alone, alone * xhat, _shared(shape))
     return dx, along, ones
+
+
+def _in_two_reads(plan, known, dy, again, dy_again):
+    """Returns the cotangent of x by the sums of each row, and by what those are made of, again."""
+    x, scale, _, measured = known
+
+    def factors(known, dy):
+        _, xhat, dy = _standardized(plan, known, dy)
+        return xhat, dy if scale is None else jnp.multiply(*alike(dy, scale))
+
+    xhat, t = factors(known, dy)
+    axes = plan.reduction.axes
+    ones, along = sums.totals_in_one_read(t, t * xhat, axes)
+    n = math.prod(x.shape[axis] for axis in axes)
+    xhat, t = factors(again, dy_again)
+    t = t - ones / n if plan.reduction.centered else t
+    per_unit = units.divide(reciprocal_per_unit(plan, measured), measured.unit)
+    return ((t - xhat * (along / n)) * per_unit).astype(x.dtype)
 
 
 def _apart(plan, known, dy):

@@ -13,6 +13,7 @@ from jax import lax
 
 from normax import measure as me
 from normax.entries import settled
+from normax.kernels import entrywise
 from normax.rescale import alike, rescale
 
 
@@ -25,6 +26,20 @@ def stay_on_chip(plan, x, mask):
     # Smaller entries than can be squared are nothing beside it, and it beside those in a unit.
     usual = 1e-24 <= plan.epsilon <= 1.0
     return trailing and plain and one_epsilon and usual and x.size > 0
+
+
+def take_activation(plan, x):
+    """Returns whether XLA computes the activation with the rows.
+
+    It pads a row to a power of two, and where that is much it does nothing costly there, but writes
+    down what would go into it, in float32.
+    """
+    sizes = [x.shape[axis] for axis in plan.reduction.axes]
+    if plan.activation is None or not all(isinstance(size, int) for size in sizes):
+        return True
+    length = math.prod(sizes)
+    padding = 2 ** (length - 1).bit_length() - length
+    return 8 * padding <= length or not entrywise.is_costly(plan.activation)
 
 
 def forward(plan, x, scale, bias):

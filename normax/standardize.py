@@ -211,7 +211,7 @@ def _measured_too(plan, x, scale, bias, mask, differentiated=False):
     if one_read_is_enough(plan.reduction, x, mask):
         shorter = on_gpu = functools.partial(_in_few_steps, plan)
     read_again = not differentiated or are_short_rows(x, plan.reduction.axes)
-    if rows.stay_on_chip(plan, x, mask) and read_again:
+    if rows.stay_on_chip(plan, x, mask) and read_again and rows.take_activation(plan, x):
         # Measuring a row again costs less there than to have it written down. The backward pass
         # needs that all the same, and what comes after y, which it may need too, joins no row; but
         # of short rows it is too much to be read once more.

@@ -108,6 +108,8 @@ MUTATIONS = [
     Mutation("short rows: what the mean lacks forgotten", "forms.py", "rest = jnp.zeros_like(mean)\n    return None, unit, mean, rest", "pass\n    return None, unit, mean, jnp.zeros_like(mean)", "test_forms.py -k grid and 64 and tpu"),
     Mutation("by hand: forwards no projection", "gradient.py", "t = t - xhat * (total(xhat * t, plan.reduction.axes) / n)", "pass", VALUES),
     Mutation("by hand: the activation's slope at the wrong place", "rescale.py", "slope = slope if scale is None else jnp.multiply(*alike(slope, scale))", "pass", "test_forms.py -k activation"),
+    Mutation("rows in two reads: no projection off xhat", "gradient.py", "t - xhat * (along / n)", "t", "test_forms.py -k 16_bits and cuda"),
+    Mutation("rows in two reads: no projection off the mean", "gradient.py", "t = t - ones / n if plan.reduction.centered else t", "pass", "test_forms.py -k 16_bits and cuda"),
     Mutation("rows: one centring", "rows.py", "for _ in range(2):", "for _ in range(1):", "test_forms.py -k cuda and (grid or stress)"),
     Mutation("rows: what rounding leaves of equal entries", "rows.py", "nothing = 4 * jnp.finfo(d.dtype).eps ** 2", "nothing = 0.0", "test_forms.py -k cuda and constant"),
     Mutation("rows: no unit", "rows.py", "return jnp.maximum(power * (1 / largest), 1)", "return jnp.ones_like(power)", "test_range.py -k cuda"),

@@ -132,11 +132,12 @@ def test_an_activation(reduced, activation):
     ids=["batch", "layer", "rms", "group"],
 )
 def test_an_activation_in_16_bits(reduced, centered, groups, given, dtype, mean, limit):
-    case = Case("", None, (64, 6, 16), reduced, centered=centered, groups=groups)
+    # Of rows of twenty a GPU does not compute SiLU where it has them on chip.
+    case = Case("", None, (64, 6, 20), reduced, centered=centered, groups=groups)
     keys = jax.random.split(jax.random.key(0), 4)
     x = mean + jax.random.normal(keys[0], case.shape, given)
     ct = 3 + jax.random.normal(keys[1], case.shape, dtype)
-    scale, bias = (1 + jax.random.normal(key, 16) for key in keys[2:])
+    scale, bias = (1 + jax.random.normal(key, 20) for key in keys[2:])
     options = {"activation": jax.nn.silu, "epsilon": case.epsilon, "dtype": dtype}
     if groups:
         norm = functools.partial(normax.group_norm, num_groups=groups, **options)

@@ -23,6 +23,14 @@ KNOWN = frozenset([
     "sign", "sin", "square", "sub", "tanh", "xor",
 ])
 # fmt: on
+# fmt: off
+# What takes a processor longer than to read a number, wherever it is.
+COSTLY = frozenset([
+    "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "cos", "cosh", "digamma",
+    "div", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "lgamma", "log", "log1p", "logistic",
+    "pow", "rsqrt", "sin", "sinh", "sqrt", "tan", "tanh",
+])
+# fmt: on
 # Equations that call a function and do no more, and where they have it.
 CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
 WITHIN = ("call_jaxpr", "jaxpr")
@@ -36,6 +44,12 @@ def apply(activation: Activation, y: jax.Array) -> jax.Array:
 def pull(activation: Activation, y: jax.Array, ct: jax.Array) -> jax.Array:
     """Returns the cotangent of y for that of its activation."""
     return _run(jax.make_jaxpr(_pulled(activation))(y, ct), [y, ct])[0]
+
+
+def is_costly(activation: Activation) -> bool:
+    """Returns whether an activation takes longer than a few additions."""
+    made = jax.make_jaxpr(activation)(jax.ShapeDtypeStruct((1, 1), jnp.float32))
+    return bool(_names(made.jaxpr) & COSTLY)
 
 
 def refusal(activation: Activation) -> str | None:

@@ -232,7 +232,7 @@ def _backward(x, scale, dy, ds, centered, epsilon, interpret):
     return back(dx), dscale.reshape(length), dbias.reshape(length)
 
 
-def _laid_out(shape, *, gradient, residual):
+def _laid_out(shape, *, gradient, residual) -> tuple[Any, Any, Any]:
     """Returns the kernel for a shape, and how arrays get to be as it takes them, and back."""
     axis = rows.lanes_of(shape)
     if axis is not None:
