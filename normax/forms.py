@@ -72,8 +72,9 @@ def _about_samples(reduction, x, mask, n):
 def _about_zero(reduction, x, mask, devices=1):
     entries, n = present(x, mask), at_least_one(math.prod(x.shape[i] for i in reduction.axes), x)
     in_range = not units.needed(x.dtype)
-    few = reduction.centered or x.dtype == jnp.bfloat16
-    if devices == 1 and few and are_short_rows(x, reduction.axes) and not in_range:
+    # Of float32 that is not centred two sums are found in one read, else a branch is needed.
+    branches = not in_range and (reduction.centered or x.dtype == jnp.bfloat16)
+    if branches and devices == 1 and are_short_rows(x, reduction.axes):
         return _of_short_rows(reduction, x, entries, n)
     if not reduction.centered:
         if in_range:
@@ -118,7 +119,7 @@ def _of_short_rows(reduction, x, entries, n):
 
     measured = mean, rest, jnp.sqrt(var)
     measured = _again_where_lost(again)(jnp.any(lost), (x, None), measured)
-    unit = jnp.where(measured[-1] > 2.0**60, 2.0**76, 1)
+    unit = jnp.where(measured[-1] > 2.0**60, 2.0**76, jnp.ones_like(measured[-1]))
     mean, rest, deviation = jax.tree.map(lambda v: v / unit, measured)
     if narrow and reduction.centered:
         rest = jnp.zeros_like(mean)

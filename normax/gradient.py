@@ -144,8 +144,8 @@ def _in_few_arrays(plan, shape, known, dy):
     per_unit = units.divide(rstd, measured.unit)
     slope = per_unit if scale is None else jnp.multiply(*alike(per_unit, scale))
     along, ones = along * per_unit, ones * per_unit
-    few = x.dtype == jnp.bfloat16 and not are_short_rows(x, plan.reduction.axes)
-    if few and plan.reduction.centered:
+    narrow = x.dtype == jnp.bfloat16 and not are_short_rows(x, plan.reduction.axes)
+    if narrow and plan.reduction.centered:
         # Entries of so few digits need not be less their mean: what is made of both will do. A
         # quarter, because one over the largest power of two is subnormal.
         size = jnp.maximum(jnp.abs(measured.mean), jnp.sqrt(measured.var)) / 4

@@ -172,7 +172,7 @@ def about_zero(x, axes, n, at_once=False):
     else:
         mean, squares = total(x, axes) / n, total(x * x, axes) / n
     var = squares - mean * mean
-    return mean, var, ~(mean * mean <= LOST * var)
+    return mean, var, ~((mean * mean <= LOST * var) & jnp.isfinite(squares))
 
 
 def _add_both(a, b):
@@ -188,7 +188,8 @@ def mean_square(x, axes, n):
     far = x * (1 / unit)
     squares, further = (total(v * v, axes) / n for v in (x, far))
     is_right = jnp.isfinite(squares)
-    return jnp.where(is_right, 1, unit), jnp.where(is_right, squares, further)
+    one = jnp.ones_like(squares)
+    return jnp.where(is_right, one, unit), jnp.where(is_right, squares, further)
 
 
 def _sample(x, axes, index):

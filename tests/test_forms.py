@@ -63,6 +63,19 @@ def test_derivatives_of(case):
     check_derivatives(lambda *args: case.apply(*args, None), (x, scale, bias))
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
+def test_narrow_entries_where_python_has_wide_numbers(case, dtype):
+    x = jnp.ones(case.shape, dtype).at[0].set(2)
+    norm = jax.jit(lambda x: case.apply(x, None, None, None))
+    y, backward = jax.vjp(norm, x)
+    assert y.dtype == backward(y)[0].dtype == x.dtype
+    # Beside what this platform has, for it is lowered for each: none may return other dtypes.
+    there = jax.export.export(norm, platforms=("cpu", "cuda", "tpu"))(x)
+    assert there.out_avals[0].dtype == x.dtype
+
+
 @pytest.mark.parametrize("shape", [(1,), (5, 1), (0, 4), (3, 0)])
 def test_shapes_with_little_in_them(shape):
     x = jnp.full(shape, 2.0)
