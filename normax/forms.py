@@ -76,12 +76,12 @@ def _about_zero(reduction, x, mask, devices=1):
     branches = not in_range and (reduction.centered or x.dtype == jnp.bfloat16)
     if branches and devices == 1 and are_short_rows(x, reduction.axes):
         return _of_short_rows(reduction, x, entries, n)
-    if not reduction.centered:
-        if in_range:
-            return None, None, None, None, sums.total(entries * entries, reduction.axes) / n
+    if not reduction.centered and in_range:
+        return None, None, None, None, sums.total(entries * entries, reduction.axes) / n
+    if not reduction.centered and devices == 1:  # of several each sum is an exchange
         unit, squares = sums.mean_square(entries, reduction.axes, n)
         return None, unit, None, None, squares
-    mean, var, lost = sums.about_zero(entries, reduction.axes, n)
+    mean, rest, var, lost = _in_one_read(reduction, entries, n)
     unit = None if in_range else jnp.ones_like(var)
     again = _in_no_unit if unit is None else _in_a_unit
     again = functools.partial(again, reduction, devices=devices)
@@ -90,8 +90,17 @@ def _about_zero(reduction, x, mask, devices=1):
         shape, spec = x.shape, jax.typeof(x).sharding.spec
         x = pool.reshape(x, (*shape[:-2], shape[-2] * shape[-1]), spec[:-1])
         again = functools.partial(_as_groups, again, shape, spec)
-    measured = None, unit, mean, jnp.zeros_like(mean), var
+    measured = None, unit, mean, rest, var
     return _again_where_lost(again)(jnp.any(lost), (x, mask), measured)
+
+
+def _in_one_read(reduction, entries, n, at_once=False):
+    """Returns mean, rest and var, and where digits of the variance were lost."""
+    if reduction.centered:
+        mean, var, lost = sums.about_zero(entries, reduction.axes, n, at_once)
+        return mean, jnp.zeros_like(mean), var, lost
+    var = sums.total(entries * entries, reduction.axes) / n
+    return None, None, var, ~jnp.isfinite(var)
 
 
 def _of_short_rows(reduction, x, entries, n):
@@ -102,14 +111,9 @@ def _of_short_rows(reduction, x, entries, n):
     deviation.
     """
     narrow = x.dtype == jnp.bfloat16
-    mean = rest = None
-    if reduction.centered:
-        # Of these XLA would read `x` once for each sum.
-        mean, var, lost = sums.about_zero(entries, reduction.axes, n, at_once=narrow)
-        rest = None if narrow else jnp.zeros_like(mean)
-    else:
-        var = sums.total(entries * entries, reduction.axes) / n
-        lost = ~jnp.isfinite(var)
+    # Of narrow ones XLA would read `x` once for each sum.
+    mean, rest, var, lost = _in_one_read(reduction, entries, n, at_once=narrow)
+    rest = None if narrow else rest
 
     def again(x, mask):
         _, unit, mean, rest, var = _in_a_unit(reduction, x, mask)
