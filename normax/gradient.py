@@ -130,7 +130,7 @@ def _in_few_arrays(plan, shape, known, dy):
     x, scale, _, measured = known
     rstd = reciprocal_per_unit(plan, measured)
     total = functools.partial(parts.total, sums.total)
-    xhat, alone = _standardized(plan, known, dy)[1:]
+    xhat, alone = _standardized(plan, known, dy)
     common = _common(plan, shape)
     of_parameters, ones, along = _means(
         plan, shape, total, x, scale, total(alone, common), total(alone * xhat, common)
@@ -140,7 +140,7 @@ def _in_few_arrays(plan, shape, known, dy):
         # where `dy` is made. Another variance is enough to have it found twice; `x` and `dy` behind
         # a barrier would be laid out anew.
         known = *known[:-1], measured._replace(var=lax.optimization_barrier(measured.var))
-    _, xhat, dy = _standardized(plan, known, dy)
+    xhat, dy = _standardized(plan, known, dy)
     per_unit = units.divide(rstd, measured.unit)
     slope = per_unit if scale is None else jnp.multiply(*alike(per_unit, scale))
     along, ones = along * per_unit, ones * per_unit
@@ -173,7 +173,7 @@ def _rows(plan, shape, known, dy):
         known, dy = _apart(plan, apart, through)
     if plan.activation is None:
         return dx, *_whole(plan, shape, sums.total, known, dy)[1:]
-    _, xhat, alone = _standardized(plan, known, dy)
+    xhat, alone = _standardized(plan, known, dy)
     ones, along = sums.totals_in_one_read(alone, alone * xhat, _shared(shape))
     return dx, along, ones
 
@@ -183,7 +183,7 @@ def _in_two_reads(plan, known, dy, again, dy_again):
     x, scale, _, measured = known
 
     def factors(known, dy):
-        _, xhat, dy = _standardized(plan, known, dy)
+        xhat, dy = _standardized(plan, known, dy)
         return xhat, dy if scale is None else jnp.multiply(*alike(dy, scale))
 
     xhat, t = factors(known, dy)
@@ -223,7 +223,7 @@ def _whole(plan, shape, total, known, dy, summed=None, found=None):
     x, scale, _, measured = known
     total = functools.partial(parts.total, total)
     rstd = reciprocal_per_unit(plan, measured)
-    _, xhat, dy = _standardized(plan, known, dy)
+    xhat, dy = _standardized(plan, known, dy)
     common = _common(plan, shape)
     if found is not None:
         along, ones = found
@@ -263,11 +263,11 @@ def _means(plan, shape, total, x, scale, ones, along):
 
 
 def _standardized(plan, known, dy):
-    """Returns what `_factors` does, and the standardized entries between the two."""
+    """Returns the standardized entries, and the cotangent of `y` before activation."""
     d, dy = _factors(plan, known, dy)
     rest = known[-1].rest
     xhat = (d if rest is None else d - rest) * reciprocal_per_unit(plan, known[-1])
-    return d, xhat, dy
+    return xhat, dy
 
 
 def _factors(plan, known, dy):

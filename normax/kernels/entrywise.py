@@ -22,8 +22,6 @@ KNOWN = frozenset([
     "max", "min", "mul", "ne", "neg", "not", "one_minus_square", "or", "round", "rsqrt", "select_n",
     "sign", "sin", "square", "sub", "tanh", "xor",
 ])
-# fmt: on
-# fmt: off
 # What takes a processor longer than to read a number, wherever it is.
 COSTLY = frozenset([
     "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "cos", "cosh", "digamma",
