@@ -114,12 +114,6 @@ def _columns(plan, shape, known, dy):
     return _whole(plan, shape, sums.total_in_one_read, known, dy, again)
 
 
-def _widens(plan):
-    """Returns whether what goes through the activation has more bytes than what came to it."""
-    narrow = jnp.dtype(plan.dtype)
-    return plan.activation is not None and narrow.itemsize < ax.compute_dtype(narrow).itemsize
-
-
 def _in_few_arrays(plan, shape, known, dy):
     """Returns the cotangents of x, scale and bias, that of x by few operations of few arrays.
 
@@ -130,31 +124,47 @@ def _in_few_arrays(plan, shape, known, dy):
     x, scale, _, measured = known
     rstd = reciprocal_per_unit(plan, measured)
     total = functools.partial(parts.total, sums.total)
-    xhat, alone = _standardized(plan, known, dy)
+    xhat, through = _standardized(plan, known, dy)
     common = _common(plan, shape)
     of_parameters, ones, along = _means(
-        plan, shape, total, x, scale, total(alone, common), total(alone * xhat, common)
+        plan, shape, total, x, scale, total(through, common), total(through * xhat, common)
     )
-    if _widens(plan):
-        # What goes through the activation, which both reads need, would be written down in float32
-        # where `dy` is made. Another variance is enough to have it found twice; `x` and `dy` behind
-        # a barrier would be laid out anew.
-        known = *known[:-1], measured._replace(var=lax.optimization_barrier(measured.var))
-    xhat, dy = _standardized(plan, known, dy)
     per_unit = units.divide(rstd, measured.unit)
     slope = per_unit if scale is None else jnp.multiply(*alike(per_unit, scale))
     along, ones = along * per_unit, ones * per_unit
     narrow = x.dtype == jnp.bfloat16 and not are_short_rows(x, plan.reduction.axes)
-    if narrow and plan.reduction.centered:
+    if plan.activation is not None and ax.compute_dtype(plan.dtype) != plan.dtype:
+        measured = _in_deviations(plan, measured)
+        entries, through = _factors(plan, (*known[:-1], measured), dy)
+        along = along * reciprocal_per_unit(plan, measured)
+        ones = ones if measured.rest is None else ones - along * measured.rest
+    elif narrow and plan.reduction.centered:
         # Entries of so few digits need not be less their mean: what is made of both will do. A
         # quarter, because one over the largest power of two is subnormal.
         size = jnp.maximum(jnp.abs(measured.mean), jnp.sqrt(measured.var)) / 4
         size = units.choose(size, (), 0.0)
-        xhat = me.present(x, None) * units.divide(1 / size, measured.unit)
+        entries = me.present(x, None) * units.divide(1 / size, measured.unit)
         along = along * (rstd * size)
         ones = ones - along * (measured.mean / size)
-    shift = xhat * along + ones if plan.reduction.centered else xhat * along
-    return (dy * slope - shift).astype(x.dtype), *of_parameters
+    else:
+        entries = xhat
+    shift = entries * along + ones if plan.reduction.centered else entries * along
+    return (through * slope - shift).astype(x.dtype), *of_parameters
+
+
+def _in_deviations(plan, measured):
+    """Returns the same in units near the deviation, behind a barrier.
+
+    So what goes through the activation is found twice by XLA for TPU, not written down in float32
+    where `dy` is made; a barrier before `x` and `dy` would have them laid out anew. And in such
+    units the entries less their mean are all that both uses need. A quarter, because one over the
+    largest power of two is subnormal.
+    """
+    measured = measured._replace(var=lax.optimization_barrier(measured.var))
+    size = units.choose(1 / reciprocal_per_unit(plan, measured), (), 0.0) / 4
+    unit = size if measured.unit is None else measured.unit * size
+    mean, rest = jax.tree.map(lambda v: v / size, (measured.mean, measured.rest))
+    return measured._replace(unit=unit, mean=mean, rest=rest, var=measured.var / size / size)
 
 
 def _rows(plan, shape, known, dy):

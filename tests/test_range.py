@@ -53,9 +53,9 @@ def error(value, exact):
 
 
 @functools.cache
-def compiled(name, epsilon):
+def compiled(name, epsilon, **options):
     """Returns the jitted output and gradient of a norm."""
-    f = functools.partial(NORMS[name][0], epsilon=epsilon)
+    f = functools.partial(NORMS[name][0], epsilon=epsilon, **options)
     return jax.jit(lambda x, ct: (f(x), jax.vjp(f, x)[1](ct)[0]))
 
 
@@ -191,6 +191,29 @@ def test_the_forms_for_other_platforms(name, epsilon, dtype):
             if np.abs(exact).max() * weight > TINY * 1e8:
                 assert error(dx, exact * weight) <= dx_limit * ulp
     zeros = jnp.zeros(case.shape, dtype)
+    np.testing.assert_array_equal(f(zeros, ct)[0], zeros)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("epsilon", [1e-5, 0.0])
+@pytest.mark.parametrize("name", NORMS)
+def test_an_activation_on_other_platforms(name, epsilon):
+    case = NORMS[name][1]._replace(epsilon=epsilon)
+    ct = jnp.asarray(np.random.default_rng(1).normal(size=case.shape), jnp.bfloat16)
+    f = compiled(name, epsilon, activation=jax.nn.silu)
+    ulp = float(jnp.finfo(jnp.bfloat16).eps / jnp.finfo(jnp.float32).eps)
+    for size, offset in ((1e-30, 0.5), (1e-3, 2.0), (1, 2.0**6), (1e18, 0.0), (1e30, 0.5)):
+        x = entries(case.shape, size, offset).astype(jnp.bfloat16)
+        xhat = reference.forward(case, x)
+        gate = 1 / (1 + np.exp(-xhat))
+        through = np.asarray(ct).astype(np.longdouble) * gate * (1 + xhat * (1 - gate))
+        exact = reference.backward(case, x, through)
+        for weight in (1, 2.0**-30):
+            y, dx = f(x, ct * weight)
+            assert error(y, xhat * gate) <= ulp
+            if np.abs(exact).max() * weight > TINY * 1e8:
+                assert error(dx, exact * weight) <= ulp
+    zeros = jnp.zeros(case.shape, jnp.bfloat16)
     np.testing.assert_array_equal(f(zeros, ct)[0], zeros)
 
 
