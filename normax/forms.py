@@ -27,6 +27,7 @@ from normax.entries import (
     times,
     weigh,
 )
+from normax.kernels import primitive as pr
 from normax.kernels.dispatch import by_platform
 
 
@@ -151,11 +152,7 @@ def _again_where_lost(measure):
     @again.def_vmap
     def mapped(size, batched, lost, arguments, measured):
         _, *dims = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, batched)
-        measured = jax.tree.map(
-            lambda one, is_mapped: one if is_mapped else jnp.broadcast_to(one, (size, *one.shape)),
-            measured,
-            batched[2],
-        )
+        measured = pr.in_front(size, batched[2], measured)
         every = _again_where_lost(jax.vmap(lambda *arguments: measure(*arguments), dims[0]))
         return every(jnp.any(lost), arguments, measured), jax.tree.map(lambda _: True, measured)
 

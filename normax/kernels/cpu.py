@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from normax.kernels import cpu_library
+from normax.kernels import primitive as pr
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -179,12 +180,9 @@ def _mapped_as_rows(run, calls, entries, parameters):
 
     @mappable.def_vmap
     def mapped(size, batched, entries, parameters):
-        def in_front(x, is_mapped):
-            return x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
-
-        entries = jax.tree.map(in_front, entries, batched[0])
+        entries = pr.in_front(size, batched[0], entries)
         if any(jax.tree.leaves(batched[1])) or any(v.ndim > 1 for v in jax.tree.leaves(parameters)):
-            parameters = jax.tree.map(in_front, parameters, batched[1])
+            parameters = pr.in_front(size, batched[1], parameters)
             # What all calls had in common until now each has for itself.
             parameters = jax.tree.map(
                 lambda v: jnp.broadcast_to(

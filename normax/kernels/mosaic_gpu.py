@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from normax.kernels import mosaic_gpu_long as long
 from normax.kernels import mosaic_gpu_rows as rows
+from normax.kernels import primitive as pr
 from normax.kernels import row_arithmetic as arithmetic
 from normax.kernels import row_passes as passes
 
@@ -268,12 +269,7 @@ def _run(task, inputs, parameters, interpret):
             each = functools.partial(_run_rows, task, interpret=interpret)
             outputs = jax.vmap(each, dims, axis_size=size)(inputs, parameters)
         else:
-            inputs = jax.tree.map(
-                lambda x, there: x if there else jnp.broadcast_to(x, (size, *x.shape)),
-                inputs,
-                batched[0],
-            )
-            outputs = _run(task, inputs, parameters, interpret)
+            outputs = _run(task, pr.in_front(size, batched[0], inputs), parameters, interpret)
         return outputs, [True] * len(outputs)
 
     return mappable(inputs, parameters)

@@ -247,6 +247,15 @@ def typed_as(x: jax.Array, aval: Any) -> jax.Array:
     return sharded_as(varying(x, aval.manual_axis_type.varying), aval)
 
 
+def in_front(size: int, mapped: Any, values: Any) -> Any:
+    """Returns values with a mapped axis of that size in front, `mapped` telling which have it."""
+    return jax.tree.map(
+        lambda x, is_mapped: x if is_mapped else jnp.broadcast_to(x, (size, *x.shape)),
+        values,
+        mapped,
+    )
+
+
 def sharded_as(x: jax.Array, aval: Any) -> jax.Array:
     """Returns `x` sharded over the explicit axes of a type."""
     ours, theirs = jax.typeof(x).sharding, aval.sharding
