@@ -46,6 +46,7 @@ from normax.checks import check_switch as check_switch
 from normax.checks import check_takes_mask as check_takes_mask
 from normax.checks import check_values as check_values
 from normax.checks import to_epsilon as to_epsilon
+from normax.checks import to_float as to_float
 from normax.checks import to_fraction as to_fraction
 from normax.checks import to_number as to_number
 from normax.checks import to_positive_int as to_positive_int

@@ -112,7 +112,7 @@ class Checkpoints:
           state: a pytree of arrays, such as a `TrainState`, which may be donated afterwards.
           position: where the data is, and whatever else is no array: what JSON can say, in which
             a tuple is a list.
-          metrics: of this state, by name, `best` among them.
+          metrics: numbers that tell of this state, by name, `best` among them.
           force: take a step that `every` does not divide, such as the last of a training.
 
         Returns:
@@ -121,8 +121,8 @@ class Checkpoints:
         Raises:
           ValueError: metrics without `best`; a step before the last, or the last where an earlier
             one was restored: those that are later are to be deleted first.
-          TypeError: a position that JSON cannot say; an array of a dtype that JAX narrows, or that
-            TensorStore has not.
+          TypeError: a position that JSON cannot say; a metric that is no number; an array of a
+            dtype that JAX narrows, or that TensorStore has not.
         """
         step, last = int(step), max(self.steps(), default=-1)
         is_time = force or step % self.every == 0
@@ -145,7 +145,10 @@ class Checkpoints:
             for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
         if metrics is not None:
-            metrics = {name: float(value) for name, value in metrics.items()}
+            metrics = {
+                name: ax.to_float("Checkpoints.save", f"metrics[{name!r}]", value)
+                for name, value in metrics.items()
+            }
         text = json.dumps({"arrays": told, "position": position, "metrics": metrics})
         self._has_saved, self._at = True, None
         about = ocp.args.JsonSave({"text": text, "checksum": zlib.crc32(text.encode())})

@@ -88,11 +88,16 @@ def to_positive_ints(name: str, label: str, values: Any) -> tuple[int, ...]:
     return tuple(to_positive_int(name, label, value) for value in values)
 
 
-def _number_within(name: str, label: str, value: Any, low: float, high: float) -> float:
+def to_float(name: str, label: str, value: Any) -> float:
+    """Returns a Python float of any number that is not traced."""
     try:
-        number = float(value + 0.0)  # the sum keeps words like "1" out
+        return float(value + 0.0)  # the sum keeps words like "1" out
     except (TypeError, ValueError):  # JAX's ConcretizationTypeError, of a tracer, is a TypeError
         raise TypeError(f"{name}: expected {label} to be a Python number, got {value!r}") from None
+
+
+def _number_within(name: str, label: str, value: Any, low: float, high: float) -> float:
+    number = to_float(name, label, value)
     if not low <= number <= high or math.isinf(number):
         raise ValueError(f"{name}: expected {label} in [{low:g}, {high:g}], got {value!r}")
     return number

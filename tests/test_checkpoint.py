@@ -284,6 +284,9 @@ def test_what_cannot_come_back_is_refused_when_it_is_saved(tmp_path):
         for dtype in ("uint4", "float8_e4m3"):
             with pytest.raises(TypeError, match=f"got {dtype}, which TensorStore has not"):
                 checkpoints.save(1, {"n": jnp.ones(3, dtype)})
+        for metric in (jnp.ones(2), None):
+            with pytest.raises(TypeError, match=r"metrics\['loss'\] to be a Python number, got"):
+                checkpoints.save(1, {"w": jnp.ones(3)}, metrics={"loss": metric})
         assert checkpoints.steps() == []
 
 
