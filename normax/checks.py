@@ -3,6 +3,7 @@
 A message names the function, the argument, what was given and what was expected.
 """
 
+import contextlib
 import inspect
 import math
 import numbers
@@ -89,11 +90,11 @@ def to_positive_ints(name: str, label: str, values: Any) -> tuple[int, ...]:
 
 
 def to_float(name: str, label: str, value: Any) -> float:
-    """Returns a Python float of any number that is not traced."""
-    try:
-        return float(value + 0.0)  # the sum keeps words like "1" out
-    except (TypeError, ValueError):  # JAX's ConcretizationTypeError, of a tracer, is a TypeError
-        raise TypeError(f"{name}: expected {label} to be a Python number, got {value!r}") from None
+    """Returns any number that is not traced as a Python float."""
+    if not isinstance(value, str | bytes):  # in which `float` would read numbers
+        with contextlib.suppress(TypeError, ValueError):  # of a tracer it is a TypeError
+            return float(value)
+    raise TypeError(f"{name}: expected {label} to be a Python number, got {value!r}")
 
 
 def _number_within(name: str, label: str, value: Any, low: float, high: float) -> float:

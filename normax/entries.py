@@ -22,11 +22,6 @@ def are_short_rows(x, axes):
     return are_rows and all(isinstance(size, int) for size in sizes) and math.prod(sizes) < SHORT
 
 
-def are_members_apart(x, axes):
-    """Returns whether the last axis was made of one of features, as group norm does."""
-    return len(axes) > 1 and axes[-1] == x.ndim - 1 and axes[-2] != x.ndim - 2
-
-
 def present(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Returns `x` in the dtype to compute in, with zeros where an entry is absent."""
     x = x.astype(ax.compute_dtype(x.dtype))

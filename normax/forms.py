@@ -17,7 +17,6 @@ from jax import lax
 
 from normax import parts, pool, sums, units
 from normax.entries import (
-    are_members_apart,
     are_short_rows,
     at_least_one,
     over,
@@ -87,7 +86,7 @@ def _about_zero(reduction, x, mask, devices=1):
     unit = None if in_range else jnp.ones_like(var)
     again = _in_no_unit if unit is None else _in_a_unit
     again = functools.partial(again, reduction, devices=devices)
-    if are_members_apart(x, reduction.axes):
+    if _are_members_apart(reduction, x):
         # As groups a TPU would lay `x` out anew for the branch, even if that is not taken.
         shape, spec = x.shape, jax.typeof(x).sharding.spec
         x = pool.reshape(x, (*shape[:-2], shape[-2] * shape[-1]), spec[:-1])
@@ -130,6 +129,12 @@ def _of_short_rows(reduction, x, entries, n):
     if narrow and reduction.centered:
         rest = jnp.zeros_like(mean)
     return None, unit, mean, rest, square(deviation)
+
+
+def _are_members_apart(reduction, x):
+    """Returns whether the last axis was made of one of features, as group norm does."""
+    axes = reduction.axes
+    return len(axes) > 1 and axes[-1] == x.ndim - 1 and axes[-2] != x.ndim - 2
 
 
 def _as_groups(measure, shape, spec, x, mask):

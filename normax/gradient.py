@@ -15,12 +15,9 @@ from jax import lax
 from normax import axes as ax
 from normax import implementations, parts, rows, sums, units
 from normax import measure as me
-from normax.entries import are_members_apart, are_short_rows
-from normax.kernels import entrywise
+from normax.entries import are_short_rows
 from normax.kernels.linear import linear
 from normax.rescale import alike, reciprocal_per_unit, rescaled, rescaled_tangent, standardized
-
-LANES = 128  # of a TPU
 
 
 def by_hand(plan, x, scale, bias, mask):
@@ -127,11 +124,7 @@ def _in_few_arrays(plan, shape, known, dy):
     x, scale, _, measured = known
     rstd = reciprocal_per_unit(plan, measured)
     total = functools.partial(parts.total, sums.total)
-    narrow = x.dtype == jnp.bfloat16 and not are_short_rows(x, plan.reduction.axes)
-    wider = plan.activation is not None and ax.compute_dtype(plan.dtype) != plan.dtype
-    written = wider and narrow and plan.dtype == x.dtype and _is_dear(plan, x)
-    about = (*known[:-1], _behind_a_barrier(measured)) if written else known
-    xhat, through = _standardized(plan, about, dy)
+    xhat, through = _standardized(plan, known, dy)
     common = _common(plan, shape)
     of_parameters, ones, along = _means(
         plan, shape, total, x, scale, total(through, common), total(through * xhat, common)
@@ -139,11 +132,9 @@ def _in_few_arrays(plan, shape, known, dy):
     per_unit = units.divide(rstd, measured.unit)
     slope = per_unit if scale is None else jnp.multiply(*alike(per_unit, scale))
     along, ones = along * per_unit, ones * per_unit
-    if written:
-        # Where `dy` would be, and no wider: it is rounded as that would be.
-        through = lax.optimization_barrier(through.astype(plan.dtype)).astype(through.dtype)
-    if wider and not written:
-        measured = _in_deviations(plan, _behind_a_barrier(measured))
+    narrow = x.dtype == jnp.bfloat16 and not are_short_rows(x, plan.reduction.axes)
+    if plan.activation is not None and ax.compute_dtype(plan.dtype) != plan.dtype:
+        measured = _in_deviations(plan, measured)
         entries, through = _factors(plan, (*known[:-1], measured), dy)
         along = along * reciprocal_per_unit(plan, measured)
         ones = ones if measured.rest is None else ones - along * measured.rest
@@ -161,35 +152,17 @@ def _in_few_arrays(plan, shape, known, dy):
     return (through * slope - shift).astype(x.dtype), *of_parameters
 
 
-def _is_dear(plan, x):
-    """Returns whether XLA for TPU does better to write down what goes through the activation.
-
-    It does not find that twice within products where an activation is costly and there is more to
-    it: rows to be spread out, or features that do not fill its lanes. Groups of features it would
-    have to lay out anew.
-    """
-    axes = plan.reduction.axes
-    if are_members_apart(x, axes) or not entrywise.is_costly(plan.activation):
-        return False
-    of_rows = axes[-1] == x.ndim - 1
-    return of_rows or (axes[0] == 0 and x.shape[-1] % LANES != 0)
-
-
-def _behind_a_barrier(measured):
-    """Returns the same, so that what is made of it is found again by XLA for TPU, not kept.
-
-    A barrier before `x` or `dy` would do as well, and have them laid out anew.
-    """
-    return measured._replace(var=lax.optimization_barrier(measured.var))
-
-
 def _in_deviations(plan, measured):
-    """Returns the same in units near the deviation.
+    """Returns the same in units near the deviation, behind a barrier.
 
-    In these the entries less their mean are all that both uses need, one of which goes through the
-    activation. A quarter, because one over the largest power of two is subnormal.
+    So what goes through the activation is found twice by XLA for TPU, not written down in float32
+    where `dy` is made; a barrier before `x` and `dy` would have them laid out anew. And in such
+    units the entries less their mean are all that both uses need. A quarter, because one over the
+    largest power of two is subnormal; nor may the unit be.
     """
+    measured = measured._replace(var=lax.optimization_barrier(measured.var))
     size = units.choose(1 / reciprocal_per_unit(plan, measured), (), 0.0) / 4
+    size = jnp.maximum(size, units.divide(4 * jnp.finfo(size.dtype).tiny, measured.unit))
     unit = size if measured.unit is None else measured.unit * size
     mean, rest = jax.tree.map(lambda v: v / size, (measured.mean, measured.rest))
     return measured._replace(unit=unit, mean=mean, rest=rest, var=measured.var / size / size)

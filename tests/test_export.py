@@ -54,22 +54,6 @@ def test_a_symbolic_batch_size(masked):
             np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4)
 
 
-def test_symbolic_features_with_an_activation():
-    def energy(x, scale):
-        y, _ = normax.normalize_batch(x, scale, activation=jax.nn.silu)
-        return jnp.sum(y.astype(jnp.float32) ** 2)
-
-    rows, features = export.symbolic_shape("n, f")
-    spec = jax.ShapeDtypeStruct((rows, features), jnp.bfloat16)
-    gains = jax.ShapeDtypeStruct((features,), jnp.float32)
-    step = jax.jit(jax.grad(energy))
-    exported = export.export(step, platforms=["cpu", "cuda", "tpu"])(spec, gains)
-    for shape in ((16, 5), (3, 128)):
-        x, scale = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16), jnp.ones(shape[1])
-        found, expected = exported.call(x, scale), step(x, scale)
-        np.testing.assert_allclose(*(np.float32(v) for v in (found, expected)), atol=0.02)
-
-
 def test_a_stored_program_takes_and_returns_states():
     def step(x, stats, bounds):
         y, new = normax.batch_norm(x, stats, use_running_average=False)

@@ -217,6 +217,22 @@ def test_an_activation_on_other_platforms(name, epsilon):
     np.testing.assert_array_equal(f(zeros, ct)[0], zeros)
 
 
+@pytest.mark.usefixtures("form")
+def test_an_activation_and_small_deviations():
+    """Near 1e-38, of entries near 1e-33."""
+    noise = np.random.default_rng(0).normal(size=(4, 512))
+    x = jnp.asarray(1e-33 * (1 + 1e-5 * noise), jnp.float32)
+    ct = jnp.asarray(1e-3 * np.random.default_rng(1).normal(size=x.shape), jnp.bfloat16)
+    case = Case("", None, x.shape, (1,), epsilon=0.0)
+    options = {"reduction_axes": 1, "epsilon": 0.0, "dtype": jnp.bfloat16}
+    f = lambda x: normax.standardize(x, activation=jax.nn.silu, **options)[0]
+    [dx] = jax.jit(lambda x, ct: jax.vjp(f, x)[1](ct))(x, ct)
+    xhat = reference.forward(case, x)
+    gate = 1 / (1 + np.exp(-xhat))
+    through = np.asarray(ct).astype(np.longdouble) * gate * (1 + xhat * (1 - gate))
+    assert error(dx, reference.backward(case, x, through)) <= 64
+
+
 def test_moments_of_large_numbers():
     x = entries((1000,), 3e38)
     m = normax.moments(x, 0)
