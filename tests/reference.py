@@ -80,3 +80,9 @@ def naive(case):
         return y + laid_out(case, bias, jnp) if case.bias else y
 
     return apply
+
+
+def silu(x, ct):
+    """Returns SiLU of x, and what of the cotangent ct goes back through it."""
+    gate = 1 / (1 + np.exp(-x))
+    return x * gate, np.asarray(ct).astype(LONG) * gate * (1 + x * (1 - gate))
