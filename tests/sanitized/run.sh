@@ -12,7 +12,7 @@ trap 'rm -rf "$work"' EXIT
 xla=$(python -c "import jax; print(jax.ffi.include_dir())")
 options=(-std=c++17 -O1 -g -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=off -Wno-psabi
   "-I$native" -isystem "$xla")
-calls=("$native"/{interface,call_rows,call_columns,call_groups}.cc)
+calls=("$native"/{interface,call_rows,call_columns,call_columns_written,call_groups}.cc)
 
 levels=(baseline)
 if grep -q avx2 /proc/cpuinfo; then levels+=(avx2); fi
