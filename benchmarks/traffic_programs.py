@@ -183,8 +183,8 @@ def _by_kernel(function, implementation):
     return _alone(functools.partial(function, implementation=implementation))
 
 
-def _rms(x, scale, bias, implementation=None):
-    return normax.rms_norm(x, scale, implementation=implementation)
+def _rms(x, scale, bias, **options):
+    return normax.rms_norm(x, scale, **options)
 
 
 def _group_of_flax(dtype):
@@ -202,7 +202,17 @@ NORMS = {
         after=lambda y, residual: jax.nn.gelu(y),
         activated=True,
     ),
+    "layer_norm, then gelu": _LAYER._replace(
+        shapes=((8192, 4096), (8192, 768)), after=lambda y, residual: jax.nn.gelu(y)
+    ),
     "rms_norm": _LAYER._replace(normax=_alone(_rms), flax=lambda dtype: nn.RMSNorm(dtype=dtype)),
+    "rms_norm + gelu": _LAYER._replace(
+        shapes=((8192, 4096), (8192, 768)),
+        normax=_alone(functools.partial(_rms, activation=jax.nn.gelu)),
+        flax=lambda dtype: nn.RMSNorm(dtype=dtype),
+        after=lambda y, residual: jax.nn.gelu(y),
+        activated=True,
+    ),
     "batch_norm": _BATCH,
     "batch_norm + relu": _BATCH._replace(
         normax=functools.partial(_batch, activation=jax.nn.relu),
@@ -255,6 +265,7 @@ QUICK = {
     "h200": {
         "layer_norm": CONTEXTS,
         "rms_norm": CONTEXTS,
+        "rms_norm + gelu": (BOTH,),
         "batch_norm": (FORWARD, BOTH),
         "batch_norm + relu": CONTEXTS,
         "batch_norm, then relu": (BOTH,),

@@ -180,7 +180,7 @@ def _rows(plan, shape, known, dy):
         dx = rows.gradient(plan, x, scale, before)
     if shape is None:
         return dx, None, None
-    if plan.reduction.centered:
+    if _have_much_in_common(plan):
         known, dy = _apart(plan, apart, through)
     if plan.activation is None:
         return dx, *_whole(plan, shape, sums.total, known, dy)[1:]
@@ -210,13 +210,17 @@ def _in_two_reads(plan, known, dy, again, dy_again):
 def _apart(plan, known, dy):
     """Returns the same behind a barrier.
 
-    Else XLA would find the same sums in two of the three kernels, write what they have in common
-    down in float32, and keep no row on chip. Uncentred they have nothing in common but what `dy`
-    comes from, and that it does better to compute twice.
+    Else XLA would find the same in two of the three kernels, write that down in float32, and keep
+    no row on chip. What `dy` alone comes from it does better to compute twice.
     """
-    if plan.reduction.centered:
+    if _have_much_in_common(plan):
         return lax.optimization_barrier((known, dy))
     return lax.optimization_barrier(known), dy
+
+
+def _have_much_in_common(plan):
+    """Returns whether the kernels of rows and of columns do, but for what `dy` comes from."""
+    return plan.reduction.centered or plan.activation is not None
 
 
 def _shared(shape):
