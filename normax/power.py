@@ -142,10 +142,10 @@ def power_norm(
     drift = ax.along(jnp.asarray(state.drift), x.ndim, features)
     plan = reduced, drift_momentum, dtype
     y = _forward(plan, x, reciprocal_deviation(divided_by, epsilon), drift, scale, bias, mask)
-    past = jnp.asarray(momentum, m.var.dtype)
-    new = past * jnp.asarray(state.square, m.var.dtype) + (1 - past) * m.var
-    new = jnp.where((m.count > 0) & jnp.isfinite(new), new, state.square)
-    return y, state._replace(square=new.astype(jnp.result_type(state.square)))
+    weight, square = jnp.asarray(momentum, m.var.dtype), jnp.asarray(state.square)
+    new = weight * square.astype(m.var.dtype) + (1 - weight) * m.var
+    moves = (m.count > 0) & jnp.isfinite(new)
+    return y, state._replace(square=jnp.where(moves, new.astype(square.dtype), square))
 
 
 @functools.partial(jax.checkpoint, static_argnums=(0,))

@@ -11,6 +11,7 @@ from normax import axes as ax
 from normax.batch import check_trainable, infer, prepare
 from normax.measure import there, times
 from normax.moments import RunningStats, moments_over, update
+from normax.rescale import alike
 from normax.standardize import standardize
 
 
@@ -100,8 +101,9 @@ def batch_renorm(
     past = stats._replace(var=jnp.sqrt(stats.var + jnp.asarray(epsilon, stats.var.dtype)))
     # Without an epsilon there may be no deviation to correct towards.
     unit = jnp.where(past.var == 0, jnp.finfo(past.var.dtype).tiny, past.var)
-    r = lax.stop_gradient(_clip(batch.var / unit, 1 / jnp.asarray(r_max), r_max))
-    d = lax.stop_gradient(_clip((batch.mean - past.mean) / unit, -jnp.asarray(d_max), d_max))
+    deviation, unit, mean, mean_past = alike(batch.var, unit, batch.mean, past.mean)
+    r = lax.stop_gradient(_clip(deviation / unit, 1 / jnp.asarray(r_max), r_max))
+    d = lax.stop_gradient(_clip((mean - mean_past) / unit, -jnp.asarray(d_max), d_max))
     for label, value in (("scale", scale), ("bias", bias)):
         if value is not None:
             value = ax.to_float_array(name, value, label)

@@ -228,7 +228,7 @@ def domain_batch_norm(
         stats = update(
             stats, jax.lax.stop_gradient(m), momentum, unbiased=unbiased, nonfinite=nonfinite
         )
-    rows = (-1, *[1] * (x.ndim - 2), x.shape[-1])
+    rows = (x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
     y = normalize(
         x,
         jnp.asarray(mean)[ids].reshape(rows),
@@ -255,7 +255,9 @@ def _prepare(name, x, ids, number, weights, label="segment_ids"):
     ax.check_rank(name, "x", x, 1)
     ax.check_not_dealt_out(name, "x", x)
     number = ax.to_positive_int(name, "num_segments", number)
-    ids = ax.to_ids(name, label, ids).astype(jnp.int32)
+    ids = ax.to_ids(name, label, ids)
+    # Not all to int32: of a larger id only the lower digits would be left.
+    ids = ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
     ax.check_shape(name, label, ids.shape, x.shape[:1])
     there = (ids >= 0) & (ids < number)
     if weights is not None:
@@ -263,7 +265,7 @@ def _prepare(name, x, ids, number, weights, label="segment_ids"):
         ax.check_shape(name, "weights", weights.shape, x.shape[:1])
         there &= weights > 0
         weights = weights.astype(ax.real_dtype(ax.compute_dtype(x.dtype)))
-    return x, jnp.where(there, ids, number), weights
+    return x, jnp.where(there, ids, number).astype(jnp.int32), weights
 
 
 def _by_row(name, x, ids, number, weights, num_groups, feature_axes, pooled):

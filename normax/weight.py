@@ -125,14 +125,14 @@ def spectral_norm(
       state: `SpectralState` with `u` of shape `(1, w.shape[-1])`.
       n_steps: power iterations, at least 1.
       bound: divide only what is larger than this, to this; None brings every kernel to 1.
-      epsilon: a vector not longer than this is not divided by its length.
+      epsilon: a kernel that leaves no vector longer than this comes out as it is.
       dtype: dtype of the output, that of `w` by default; all is computed in float32 at least.
 
     Returns:
       An array of the shape of `w`, and the new `SpectralState`, of the dtypes of `state`. A kernel
-      that is not finite leaves `u` as it was. A zero kernel comes out as zero with a `u` of zero,
-      and with that state every kernel comes out as it is: so Flax leaves the zero-initialized
-      biases of an attention layer alone. Start from a new state to normalize it.
+      that is not finite, or so small, leaves `u` as it was. A zero kernel comes out as zero with a
+      `u` of zero, and with that state every kernel comes out as it is: so Flax leaves the
+      zero-initialized biases of an attention layer alone. Start from a new state to normalize it.
 
     Raises:
       ValueError: `w` of rank below 2; `u` of another shape; `n_steps` below 1; a `bound` that is
@@ -171,8 +171,10 @@ def spectral_norm(
     v, u = iterate(step, start, n_steps)
     sigma = jnp.sum(v.T * matrix * u)
     bar = _bounded(matrix, sigma, bound).reshape(w.shape)
-    # From NaN an iteration never comes back; where nothing is left of u, it is Flax's zero.
-    u = jnp.where(jnp.all(jnp.isfinite(u)), u, start)
+    # From NaN an iteration never comes back, nor from a zero that a kernel was only too small for;
+    # where the kernel is zero, u is Flax's.
+    left = jnp.all(jnp.isfinite(u)) & (jnp.any(u != 0) | jnp.all(fixed == 0))
+    u = jnp.where(left, u, start)
     new = SpectralState(
         u.astype(jnp.result_type(state.u)),
         lax.stop_gradient(sigma).astype(jnp.result_type(state.sigma)),

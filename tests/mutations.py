@@ -226,7 +226,8 @@ MUTATIONS = [
     Mutation("kalman: no distance of means", "kalman.py", " + p * (1 - p) * square(m.mean - mean)", "", "test_family.py -k kalman"),
     Mutation("kalman: absent channels drop the prior", "kalman.py", "seen = m.count > 0", "seen = m.count >= 0", "test_conditions.py -k channel"),
     Mutation("response: not in a unit", "response.py", "scaled = units.divide(x, unit)", "scaled, unit = x, 1", "test_conditions.py -k every_size"),
-    Mutation("segment: ids wrap", "segment.py", "ids = ax.to_ids(name, label, ids).astype(jnp.int32)", "ids = ax.to_ids(name, label, ids)", "test_conditions.py -k narrow"),
+    Mutation("segment: ids wrap", "segment.py", "ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids", "ids", "test_conditions.py -k narrow"),
+    Mutation("segment: ids are cut", "segment.py", "ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids", "ids.astype(jnp.int32)", "test_conditions.py -k ids_of_a_wide"),
     Mutation("adaptive: masked entries in the sum", "adaptive.py", "there = present(x, ax.to_weights(name, mask, x))", "there = present(x, None)", "test_conditions.py -k adaptive_block"),
     Mutation("recalibrate: frozen layers too", "recalibrate.py", "isinstance(module, RunningNormalizer) and not module.freeze_stats", "isinstance(module, RunningNormalizer)", "test_population.py -k frozen"),
     # In and out.
@@ -263,7 +264,8 @@ MUTATIONS = [
     # Weights.
     Mutation("the length is a root mean square", "weight.py", "/ math.sqrt(size),", "/ 1.0,", "test_weights.py"),
     Mutation("no power iteration", "weight.py", "first if n_steps == 1 else", "first if n_steps else", "test_weights.py"),
-    Mutation("NaN ends the iteration", "weight.py", "jnp.where(jnp.all(jnp.isfinite(u)), u, start)", "u", "test_weights.py"),
+    Mutation("NaN ends the iteration", "weight.py", "left = jnp.all(jnp.isfinite(u)) & (", "left = (", "test_weights.py"),
+    Mutation("a small kernel ends it", "weight.py", " & (jnp.any(u != 0) | jnp.all(fixed == 0))", "", "test_weights.py -k too_small"),
     Mutation("gradients flow through u and v", "weight.py", "fixed = lax.stop_gradient(matrix)", "fixed = matrix", "test_weights.py"),
     # Training: parts, bad batches, checkpoints.
     Mutation("training: each part moves the running statistics", "merging.py", "return isinstance(module, RunningNormalizer) and", "return False and", "test_microbatches.py -k whole and linen and plain and False"),

@@ -339,6 +339,29 @@ def test_ids_of_a_narrow_dtype(dtype):
     np.testing.assert_array_equal(m.mean[jnp.array([0, 100]), 0], [2, 3])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "far"),
+    [(jnp.int64, 2**32), (jnp.int64, 1 - 2**32), (jnp.uint64, 2**63 + 1), (jnp.uint32, 2**32 - 1)],
+)
+def test_ids_of_a_wide_dtype_are_not_cut(dtype, far, x64):
+    x = jnp.array([[1.0], [3], [1e6]])
+    ids = jnp.array([0, 0, far], dtype)
+    m = normax.segment_moments(x, ids, 2)
+    np.testing.assert_array_equal(m.count.ravel(), [2, 0])
+    np.testing.assert_array_equal(m.mean.ravel(), [2, 0])
+    _, stats = normax.domain_batch_norm(
+        x, normax.RunningStats.create((2, 1)), ids, use_running_average=False, momentum=None
+    )
+    np.testing.assert_array_equal(stats.mean.ravel(), [2, 0])
+
+
+def test_rows_without_features_stay_without():
+    stats = normax.RunningStats.create((2, 0))
+    ids = jnp.array([0, 1, 0])
+    y, _ = normax.domain_batch_norm(jnp.zeros((3, 0)), stats, ids, use_running_average=True)
+    assert y.shape == (3, 0)
+
+
 @pytest.mark.parametrize("library", [normax.linen, normax.nnx])
 def test_a_module_that_knows_no_mask_says_so(library):
     x = jnp.ones((3, 4))

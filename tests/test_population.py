@@ -1,5 +1,6 @@
 """Statistics that are given: populations, mixtures, averages without their start, recalibration."""
 
+import functools
 import inspect
 
 import chex
@@ -311,3 +312,18 @@ def test_frozen_statistics_need_not_be_mutable():
     norm = normax.linen.BatchNorm(False, freeze_stats=True)
     variables = norm.init(KEY, X)
     np.testing.assert_allclose(norm.apply(variables, X), X / np.sqrt(1 + 1e-5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtypes", [("float64", "float32"), ("float32", "float64")])
+def test_statistics_of_another_precision_under_strict_promotion(dtypes, x64):
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (6, 3)), dtypes[0])
+    stats = normax.RunningStats.create(3, dtypes[1])
+    power = normax.PowerState.create(3, dtype=dtypes[1])
+    for function, state in ((normax.batch_renorm, stats), (normax.power_norm, power)):
+        call = functools.partial(function, x, state, use_running_average=False)
+        with jax.numpy_dtype_promotion("strict"):
+            y, new = call()
+        expected, state = call()
+        chex.assert_trees_all_equal((y, new), (expected, state))
+        assert y.dtype == x.dtype
+        assert {leaf.dtype for leaf in new[:2]} == {jnp.dtype(dtypes[1])}

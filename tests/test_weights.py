@@ -66,6 +66,17 @@ def test_spectral_norm_finds_the_largest_singular_value():
     np.testing.assert_allclose(again.sigma, largest, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-13, 1e-20])
+def test_a_kernel_too_small_for_spectral_norm_leaves_the_state_good_for_the_next(size):
+    state = normax.SpectralState.create(jax.random.key(0), 2)
+    w = size * jnp.diag(jnp.array([2.0, 1.0]))
+    small, state = normax.spectral_norm(w, state)
+    np.testing.assert_array_equal(small, w)
+    bar, state = normax.spectral_norm(100 * jnp.diag(jnp.array([2.0, 1.0])), state, n_steps=20)
+    np.testing.assert_allclose(bar, np.diag([1, 0.5]), rtol=1e-5)
+    np.testing.assert_allclose(state.sigma, 200, rtol=1e-5)
+
+
 @pytest.mark.usefixtures("x64")
 def test_the_gradient_of_spectral_norm_is_that_of_the_singular_value():
     w = jax.random.normal(jax.random.key(2), (6, 4), jnp.float64)
