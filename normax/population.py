@@ -136,7 +136,9 @@ def mixed_batch_norm(
 
     def mixture(old, new):
         wide = ax.promote(old, new)
-        new = jnp.where(weight == 1, 0, new)  # out of range it may be inf
+        # What has no weight may be out of range, or NaN.
+        new = jnp.where((weight == 1) & ~jnp.isfinite(new), 0, new)
+        old = jnp.where((weight == 0) & ~jnp.isfinite(old), 0, old)
         return times(old.astype(wide), weight) + times(new.astype(wide), 1 - weight)
 
     return normalize(

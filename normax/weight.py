@@ -9,6 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
+from normax import units
 from normax.standardize import standardize
 
 
@@ -160,7 +161,7 @@ def spectral_norm(
     ax.check_spectral(name, w, jnp.shape(state.u), n_steps)
     ax.check_bound(name, bound)
     epsilon = ax.to_epsilon(name, epsilon)
-    matrix = w.astype(ax.compute_dtype(w.dtype)).reshape(-1, w.shape[-1])
+    matrix = w.astype(ax.compute_dtype(w.dtype)).reshape(math.prod(w.shape[:-1]), w.shape[-1])
     fixed = lax.stop_gradient(matrix)
     start = lax.stop_gradient(jnp.asarray(state.u)).astype(matrix.dtype)
 
@@ -218,9 +219,13 @@ def exact_spectral_norm(
     w = ax.to_float_array(name, w, "w")
     ax.check_spectral(name, w, (1, w.shape[-1] if w.ndim else 0), 1)
     ax.check_bound(name, bound)
-    matrix = w.astype(ax.compute_dtype(w.dtype)).reshape(-1, w.shape[-1])
-    sigma = jnp.linalg.norm(matrix, 2)
-    return _bounded(matrix, sigma, bound).reshape(w.shape).astype(ax.to_dtype(name, dtype, w, w=w))
+    matrix = w.astype(ax.compute_dtype(w.dtype)).reshape(math.prod(w.shape[:-1]), w.shape[-1])
+    # In a unit, a power of two: squares of large entries are not in range.
+    unit = units.choose(matrix, (0, 1), 0.0)
+    matrix = units.divide(matrix, unit)
+    sigma = jnp.linalg.norm(matrix, 2) if w.size else jnp.ones((), matrix.dtype)
+    bar = _bounded(matrix, sigma, bound, 1 / unit).reshape(w.shape)
+    return bar.astype(ax.to_dtype(name, dtype, w, w=w))
 
 
 def iterate(step: Any, start: Any, n_steps: int) -> tuple[Any, Any]:
@@ -235,11 +240,14 @@ def iterate(step: Any, start: Any, n_steps: int) -> tuple[Any, Any]:
     return first if n_steps == 1 else lax.fori_loop(1, n_steps, lambda _, vu: step(vu[1]), first)
 
 
-def _bounded(matrix, sigma, bound):
-    """Returns a matrix over its largest singular value, or no larger than the bound."""
+def _bounded(matrix, sigma, bound, per_unit: Any = 1):
+    """Returns a matrix over its largest singular value, or no larger than the bound.
+
+    Both may be in a unit; what comes out is in none.
+    """
     if bound is None:
         return matrix / jnp.where(sigma == 0, 1, sigma)
-    return matrix / jnp.maximum(sigma / jnp.asarray(bound, sigma.dtype), 1)
+    return matrix / jnp.maximum(sigma / jnp.asarray(bound, sigma.dtype), per_unit)
 
 
 def _unit(row, epsilon):

@@ -327,3 +327,19 @@ def test_statistics_of_another_precision_under_strict_promotion(dtypes, x64):
         chex.assert_trees_all_equal((y, new), (expected, state))
         assert y.dtype == x.dtype
         assert {leaf.dtype for leaf in new[:2]} == {jnp.dtype(dtypes[1])}
+
+
+def test_statistics_without_weight_may_be_no_numbers():
+    x = jnp.array([[1.0], [3.0]])
+    bad = jnp.array([jnp.nan])
+    stats = normax.RunningStats(bad, bad, jnp.array([0]))
+    y = normax.mixed_batch_norm(x, stats, running_weight=0.0, epsilon=0.0)
+    np.testing.assert_allclose(y, [[-1], [1]], rtol=1e-6)
+    # A derivative by the weight is that of the formula at its ends, too: here of (x - w) / 1.
+    stats = normax.RunningStats(jnp.array([3.0]), jnp.array([1.0]), jnp.array([1]))
+
+    def first(weight):
+        return normax.mixed_batch_norm(x, stats, running_weight=weight, epsilon=0.0)[0, 0]
+
+    for end in (0.0, 1.0):
+        np.testing.assert_allclose(jax.grad(first)(end), -1, rtol=1e-6)

@@ -182,3 +182,18 @@ def test_a_kernel_is_kept_within_a_bound():
     new = optax.apply_updates(params, updates)
     np.testing.assert_allclose(new["kernel"], np.diag([1.0, 0.5 / 3]), atol=1e-6)
     np.testing.assert_array_equal(new["bias"], params["bias"])
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e38])
+def test_exact_spectral_norm_in_the_whole_range(size):
+    w = size * jnp.diag(jnp.array([1.0, 2.0]))
+    np.testing.assert_allclose(normax.exact_spectral_norm(w), np.diag([0.5, 1]), rtol=1e-6)
+    bounded = normax.exact_spectral_norm(w, bound=0.5)
+    np.testing.assert_allclose(bounded, w if size < 1 else np.diag([0.25, 0.5]), rtol=1e-6)
+
+
+def test_spectral_norms_of_no_outputs():
+    w = jnp.zeros((3, 0))
+    assert normax.exact_spectral_norm(w).shape == (3, 0)
+    state = normax.SpectralState.create(jax.random.key(0), 0)
+    assert normax.spectral_norm(w, state)[0].shape == (3, 0)
