@@ -192,6 +192,7 @@ def _group_of_flax(dtype):
 
 
 _LAYER = Norm(ROWS, (2, 5), _alone(normax.layer_norm), lambda dtype: nn.LayerNorm(dtype=dtype))
+_RMS = _LAYER._replace(normax=_alone(_rms), flax=lambda dtype: nn.RMSNorm(dtype=dtype))
 _BATCH = Norm(IMAGES, (3, 8), _batch, _batch_of_flax)
 _GROUP = Norm(SLABS, (3, 8), _alone(_group), _group_of_flax)
 NORMS = {
@@ -205,11 +206,10 @@ NORMS = {
     "layer_norm, then gelu": _LAYER._replace(
         shapes=((8192, 4096), (8192, 768)), after=lambda y, residual: jax.nn.gelu(y)
     ),
-    "rms_norm": _LAYER._replace(normax=_alone(_rms), flax=lambda dtype: nn.RMSNorm(dtype=dtype)),
-    "rms_norm + gelu": _LAYER._replace(
+    "rms_norm": _RMS,
+    "rms_norm + gelu": _RMS._replace(
         shapes=((8192, 4096), (8192, 768)),
         normax=_alone(functools.partial(_rms, activation=jax.nn.gelu)),
-        flax=lambda dtype: nn.RMSNorm(dtype=dtype),
         after=lambda y, residual: jax.nn.gelu(y),
         activated=True,
     ),

@@ -161,7 +161,7 @@ def spectral_norm(
     ax.check_spectral(name, w, jnp.shape(state.u), n_steps)
     ax.check_bound(name, bound)
     epsilon = ax.to_epsilon(name, epsilon)
-    matrix = w.astype(ax.compute_dtype(w.dtype)).reshape(math.prod(w.shape[:-1]), w.shape[-1])
+    matrix = _as_matrix(w)
     fixed = lax.stop_gradient(matrix)
     start = lax.stop_gradient(jnp.asarray(state.u)).astype(matrix.dtype)
 
@@ -219,7 +219,7 @@ def exact_spectral_norm(
     w = ax.to_float_array(name, w, "w")
     ax.check_spectral(name, w, (1, w.shape[-1] if w.ndim else 0), 1)
     ax.check_bound(name, bound)
-    matrix = w.astype(ax.compute_dtype(w.dtype)).reshape(math.prod(w.shape[:-1]), w.shape[-1])
+    matrix = _as_matrix(w)
     # In a unit, a power of two: squares of large entries are not in range.
     unit = units.choose(matrix, (0, 1), 0.0)
     matrix = units.divide(matrix, unit)
@@ -238,6 +238,11 @@ def iterate(step: Any, start: Any, n_steps: int) -> tuple[Any, Any]:
     """
     first = step(start)
     return first if n_steps == 1 else lax.fori_loop(1, n_steps, lambda _, vu: step(vu[1]), first)
+
+
+def _as_matrix(w):
+    """Returns a kernel as (everything else, outputs), in the dtype to compute in."""
+    return w.astype(ax.compute_dtype(w.dtype)).reshape(math.prod(w.shape[:-1]), w.shape[-1])
 
 
 def _bounded(matrix, sigma, bound, per_unit: Any = 1):
