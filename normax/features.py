@@ -26,7 +26,8 @@ class FeatureScaling(NamedTuple):
     Attributes:
       offset: what becomes zero, float32 at least. Where it is large beside `factor` its rounding
         moves a whole feature by up to half a unit in its last place, over `factor`.
-      factor: what becomes one, real, never zero.
+      factor: what becomes one, real, never zero: a span below the smallest normal number counts as
+        none. One above the largest number is inf, and gives NaN.
     """
 
     offset: Any
@@ -251,6 +252,8 @@ def transform_features(
     """
     name = "transform_features"
     x, mask, (entries, offset, factor) = _alike(name, "x", x, scaling, feature_axes, mask)
+    unit = _unit(factor)
+    entries, offset, factor = (units.divide(v, unit) for v in (entries, offset, factor))
     return (me.subtract(entries, offset, None, mask) / factor).astype(x.dtype)
 
 
@@ -288,7 +291,9 @@ def inverse_features(
     """
     name = "inverse_features"
     y, _, (entries, offset, factor) = _alike(name, "y", y, scaling, feature_axes, mask)
-    return (entries * factor + offset).astype(y.dtype)
+    unit = _unit(factor)
+    offset, factor = (units.divide(v, unit) for v in (offset, factor))
+    return ((entries * factor + offset) * unit).astype(y.dtype)
 
 
 def condition_number(
@@ -367,12 +372,18 @@ def _standard(count, mean, var, unit, unbiased):
     """Returns the scaling by a mean and a variance in multiples of the unit squared."""
     var = var * bessel(count, var.dtype) if unbiased else var
     constant = var == 0
-    factor = jnp.where(constant, 1, jnp.sqrt(jnp.where(constant, 1, var)) * unit)
-    return FeatureScaling(mean, factor)
+    factor = jnp.where(constant, 0, jnp.sqrt(jnp.where(constant, 1, var)) * unit)
+    return FeatureScaling(mean, _one_for_zero(factor))
 
 
 def _one_for_zero(size):
     return jnp.where(size == 0, 1, size)
+
+
+def _unit(factor):
+    """Returns a power of two in which the reciprocal of a factor, and a few of it, are in range."""
+    large = 2.0 ** (jnp.finfo(factor.dtype).maxexp // 2)
+    return jnp.where(jnp.abs(lax.stop_gradient(factor)) > large, large, 1).astype(factor.dtype)
 
 
 def _alike(name, label, x, scaling, feature_axes, mask):

@@ -117,7 +117,10 @@ def quantiles(
         place = fraction * last.astype(x.dtype)
         below = jnp.minimum(place.astype(jnp.int32), last)
         low, high = at(below), at(jnp.minimum(below + 1, last))
-        value = low + (place - below.astype(x.dtype)) * (high - low)
+        part = place - below.astype(x.dtype)
+        value = low + part * (high - low)
+        # A step from below zero to above it may be larger than any number.
+        value = jnp.where((low < 0) & (high > 0), low * (1 - part) + high * part, value)
         return jnp.where(unknown, jnp.nan, jnp.where(count > 0, value, 0))
 
     return [quantile(fraction) for fraction in fractions]

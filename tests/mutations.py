@@ -50,7 +50,7 @@ VALUES = "test_derivatives.py -k test_values and (layer or batch_2d or rms)"
 SYNC = "test_sync.py -k vmap or test_shard_map"
 ERRORS = "test_errors.py test_properties.py -k test_bad_calls or illegal"
 RANGE = "test_range.py -k every_size or subnormal or unit or moments"
-FEATURES = "test_features.py -k every_size or sample_variance or come_out or few_rows or income or missing_values"
+FEATURES = "test_features.py -k every_size or sample_variance or come_out or few_rows or income or missing_values or any_size or further_apart or smaller_than"
 
 MUTATIONS = [
     # The measurement.
@@ -213,9 +213,11 @@ MUTATIONS = [
     Mutation("float64 lost", "axes.py", "return promote(dtype, jnp.float32)", 'return jnp.dtype("complex64" if jnp.issubdtype(dtype, jnp.complexfloating) else "float32")', "test_moments.py -k float64"),
     Mutation("half precision computed in half", "axes.py", "return promote(dtype, jnp.float32)", "return jnp.dtype(dtype)", "test_accuracy.py -k stored_statistics and 64"),
     # Features.
-    Mutation("feature: constant has factor zero", "features.py", "factor = jnp.where(constant, 1, jnp", "factor = jnp.where(constant, 0, jnp", FEATURES),
     Mutation("feature: the deviation is not in units", "features.py", "jnp.sqrt(jnp.where(constant, 1, var)) * unit", "jnp.sqrt(jnp.where(constant, 1, var))", FEATURES),
     Mutation("feature: unbiased ignored", "features.py", "var = var * bessel(count, var.dtype) if unbiased else var", "var = var", FEATURES),
+    Mutation("feature: large factors in no unit", "features.py", "> large, large, 1)", "> large, 1, 1)", FEATURES),
+    Mutation("feature: a factor of zero", "features.py", "FeatureScaling(mean, _one_for_zero(factor))", "FeatureScaling(mean, factor)", FEATURES),
+    Mutation("feature: a step larger than any number", "order.py", "jnp.where((low < 0) & (high > 0),", "jnp.where((low < 0) & (high > 0) & False,", FEATURES),
     Mutation("feature: mask ignored by the inverse", "features.py", "(me.present(x, mask), offset, factor)", "(x, offset, factor)", FEATURES),
     Mutation("feature: the condition number of the data", "features.py", "ratio * ratio", "ratio", FEATURES),
     Mutation("feature: absent entries are ranked", "order.py", "count = jnp.sum(valid, axes, dtype=jnp.int32)", "count = jnp.sum(valid | True, axes, dtype=jnp.int32)", FEATURES),

@@ -101,6 +101,38 @@ def test_float32_is_scikit_learn_in_float64(measure, scaler):
     assert (np.abs(y - exact) <= (1e-6 + shift) * (1 + np.abs(exact))).all()
 
 
+@pytest.mark.parametrize("size", [1e-34, 1e-30, 1e-20, 1e20, 1e30, 1e38, 1.6e38])
+@each_scaler
+def test_any_size_of_float32(measure, scaler, size):
+    x = (np.random.default_rng(5).uniform(-1, 1, (64, 3)) * size).astype(np.float32)
+    wide = x.astype(np.float64) / size
+    fitted = clone(scaler).fit(wide)
+    y = normax.transform_features(x, measure(x))
+    np.testing.assert_allclose(y, fitted.transform(wide), rtol=1e-5, atol=2e-5)
+    back = np.asarray(normax.inverse_features(y, measure(x)), np.float64) / size
+    np.testing.assert_allclose(back, wide, rtol=1e-5, atol=1e-5)
+
+
+def test_entries_further_apart_than_any_number():
+    x = np.float32([-3.3e38, -3.2e38, 3.1e38, 3.2e38, 3.3e38])[:, None]
+    for percent in ((1.0, 20.0), (60.0, 90.0), (30.0, 40.0)):
+        scaling = normax.robust_features(x[:4], quantile_range=percent)
+        fitted = RobustScaler(quantile_range=percent).fit(x[:4].astype(np.float64))
+        np.testing.assert_allclose(scaling, (fitted.center_, fitted.scale_), rtol=1e-5, atol=1e32)
+    scaling = normax.standardize_features(x)
+    wide = x.astype(np.float64)
+    expected = (wide - wide.mean()) / wide.std()
+    np.testing.assert_allclose(normax.transform_features(x, scaling), expected, rtol=1e-5)
+
+
+def test_a_deviation_smaller_than_any_normal_number_is_none():
+    x = np.float32([[1e-42], [-2e-42], [3e-40]])
+    for measure, _ in SCALERS.values():
+        y = normax.transform_features(x, measure(x))
+        assert np.isfinite(y).all()
+        assert np.isfinite(normax.inverse_features(y, measure(x))).all()
+
+
 @x64
 @pytest.mark.parametrize("name", STREAMS)
 def test_streams_are_partial_fits(name):
