@@ -5,6 +5,7 @@ dtypes, Python numbers), so it costs nothing at run time and speaks while a func
 message names the function, the argument, what was given and what was expected.
 """
 
+import math
 import numbers
 from collections.abc import Iterable
 from typing import Any, overload
@@ -23,6 +24,7 @@ from normax.checks import check_axis_name_with_groups as check_axis_name_with_gr
 from normax.checks import check_bound as check_bound
 from normax.checks import check_choice as check_choice
 from normax.checks import check_computing_dtype as check_computing_dtype
+from normax.checks import check_divides as check_divides
 from normax.checks import check_found as check_found
 from normax.checks import check_fraction as check_fraction
 from normax.checks import check_ghosts as check_ghosts
@@ -99,6 +101,14 @@ def reduced_axes(name: str, label: str, axes: Axes, ndim: int) -> tuple[int, ...
 def other_axes(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
     """Returns the axes of an array of rank `ndim` that are not in `axes`."""
     return tuple(axis for axis in range(ndim) if axis not in axes)
+
+
+def known_size(name: str, label: str, x: jax.Array, axes: tuple[int, ...]) -> int:
+    """Returns how many entries there are along axes; refuses a symbolic number of them."""
+    size = math.prod(x.shape[axis] for axis in axes)
+    if not isinstance(size, int):
+        raise ValueError(f"{name}: expected {label} of known sizes, got {axes} of {x.shape}")
+    return size
 
 
 def spatial_axes(name: str, feature_axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:

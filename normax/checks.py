@@ -288,6 +288,15 @@ def check_ghosts(name: str, size: int, batch: int, devices: int) -> None:
         )
 
 
+def check_divides(name: str, label: str, size: int, batch: Any) -> None:
+    """Refuses a symbolic batch, of a program to be exported, that a size may not divide."""
+    if not isinstance(batch, int) and batch % size != 0:
+        raise ValueError(
+            f"{name}: expected {label} to divide a symbolic batch, such as {size}*b, got {size} "
+            f"for {batch} examples"
+        )
+
+
 def check_available(name: str, implementation: str | None, reason: str | None) -> None:
     """Refuses a kernel that was asked for and cannot be had, for a reason."""
     if reason is not None:

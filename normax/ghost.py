@@ -66,7 +66,8 @@ def ghost_batch_norm(
 
     Raises:
       ValueError: as `batch_norm`; a `ghost_size` below 1 or with one value per feature; ghosts
-        that end in the middle of a device's examples; a feature axis 0.
+        that end in the middle of a device's examples, or may not divide a symbolic batch; a feature
+        axis 0.
       TypeError: as `batch_norm`; a `ghost_size` that is no int.
 
     Where others differ: the paper folds ghost batches into the running statistics one after the
@@ -93,7 +94,8 @@ def ghost_batch_norm(
     batch, groups = x.shape[0], None
     if axis_name is not None:
         size, groups = _devices_of_a_ghost(name, size, batch, ax.axis_size(name, axis_name))
-    number = max(math.ceil(batch / size), 1)
+    ax.check_divides(name, "ghost_size", size, batch)
+    number = max(-(-batch // size), 1)
     each = me.Reduction(tuple(axis + 1 for axis in inner))
     if axis_name is None and size > 1 and math.prod(x.shape[axis] for axis in inner[1:]) == 1:
         number = max(min(number, batch // 2), 1)

@@ -39,8 +39,8 @@ def l2_norm(
       An array of the shape of `x`.
 
     Raises:
-      ValueError: axes out of range, repeated or none; a `scale` that is no scalar; epsilon below
-        0; a mask that does not broadcast.
+      ValueError: axes out of range, repeated, none or of symbolic sizes; a `scale` that is no
+        scalar; epsilon below 0; a mask that does not broadcast.
       TypeError: integer `x`.
 
     Where others differ: PyTorch divides what is shorter than epsilon by epsilon; Keras and Flax's
@@ -58,7 +58,7 @@ def l2_norm(
     name = "l2_norm"
     x = ax.to_float_array(name, x)
     reduced = ax.reduced_axes(name, "reduction_axes", reduction_axes, x.ndim)
-    size = max(math.prod(x.shape[axis] for axis in reduced), 1)
+    size = max(ax.known_size(name, "reduction_axes", x, reduced), 1)
     mask = ax.to_mask(name, mask, x)
     scale = jnp.ones((), ax.real_dtype(x.dtype)) if scale is None else scale
     scale = ax.to_float_array(name, scale, "scale")

@@ -8,6 +8,7 @@ import re
 import flax.linen
 import flax.nnx
 import jax
+import jax.export
 import jax.numpy as jnp
 import optax
 import pytest
@@ -38,6 +39,12 @@ DEALT_OUT = jax.device_put(X, jax.NamedSharding(MESH, jax.P("rows")))
 
 def train(x, stats=STATS, **options):
     return normax.batch_norm(x, stats, **{"use_running_average": False, **options})
+
+
+def symbolic(shape, f):
+    """Traces a function of sizes that are not known yet."""
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)
+    return jax.eval_shape(f, x)
 
 
 # call, exception, what the message says
@@ -147,6 +154,8 @@ BAD = [
     (lambda: normax.ghost_batch_norm(X, STATS, use_running_average=False, ghost_size=0), ValueError, r"ghost_batch_norm: expected ghost_size to be at least 1, got 0"),
     (lambda: normax.ghost_batch_norm(X, STATS, use_running_average=False, ghost_size=2.0), TypeError, r"ghost_size to be an int, got 2.0"),
     (lambda: normax.ghost_batch_norm(X, STATS, use_running_average=False, ghost_size=1), ValueError, r"ghost_batch_norm: expected more than one value per feature"),
+    (lambda: symbolic("b, 8", lambda x: normax.ghost_batch_norm(x, STATS, use_running_average=False, ghost_size=2)), ValueError, r"ghost_batch_norm: expected ghost_size to divide a symbolic batch, such as 2\*b, got 2 for b examples"),
+    (lambda: symbolic("4, n", normax.l2_norm), ValueError, r"l2_norm: expected reduction_axes of known sizes, got \(1,\) of \(4, n\)"),
     (lambda: jax.vmap(lambda x: normax.ghost_batch_norm(x, STATS, use_running_average=False, ghost_size=3, axis_name="i"), axis_name="i")(jnp.ones((2, 4, 8))), ValueError, r"ghost_size to divide the 4 examples of a device, or .* 2 devices, got 3"),
     (lambda: normax.kalman_batch_norm(X, STATS, M, use_running_average=False, prior_weight=2.0), ValueError, r"kalman_batch_norm: expected prior_weight in \[0, 1\], got 2.0"),
     (lambda: normax.switchable_norm(X, STATS, jnp.ones(3), jnp.ones(3), use_running_average=False), ValueError, r"switchable_norm: expected mean_weights.shape == \(2,\), got \(3,\)"),

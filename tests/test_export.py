@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES
+from family import FAMILY
 from jax import export
 
 import normax
@@ -52,6 +53,40 @@ def test_a_symbolic_batch_size(masked):
         expected = jax.tree.leaves(jax.jit(step)(x, mask, scale, stats))
         for left, right in zip(ours, expected, strict=True):
             np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4)
+
+
+def multiple(member):
+    """Returns what a batch size has to be a multiple of."""
+    return member.options.get("ghost_size", 1)
+
+
+EXPORTED = [member for member in FAMILY if member.shape[0] % multiple(member) == 0]
+
+
+@pytest.mark.parametrize("member", EXPORTED, ids=lambda member: member.name)
+def test_the_family_with_a_symbolic_batch_size(member):
+    x, parameters = member.inputs()
+    by_example = [getattr(told, "shape", ())[:1] == x.shape[:1] for told in member.told]
+
+    def step(x, parameters, *given):
+        given = iter(given)
+        told = [next(given) if v else old for v, old in zip(by_example, member.told, strict=True)]
+
+        def energy(x, parameters):
+            return jnp.sum(jnp.tanh(member._replace(told=told).call(x, parameters)))
+
+        return jax.grad(energy, (0, 1))(x, parameters)
+
+    (batch,) = export.symbolic_shape(f"{multiple(member)}*b")
+    given = [v for v, known in zip(member.told, by_example, strict=True) if known]
+    x_spec, *specs = (
+        jax.ShapeDtypeStruct((batch, *jnp.shape(v)[1:]), jnp.result_type(v)) for v in (x, *given)
+    )
+    f = jax.jit(step)
+    exported = export.export(f, platforms=["cpu", "cuda", "tpu"])(x_spec, parameters, *specs)
+    both = (jax.tree.leaves(call(x, parameters, *given)) for call in (exported.call, f))
+    for ours, expected in zip(*both, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_stored_program_takes_and_returns_states():
