@@ -58,12 +58,12 @@ Axes = int | Iterable[int]
 
 
 def to_float_array(name: str, x: ArrayLike, label: str = "x") -> jax.Array:
-    """Returns `x` as an array; refuses anything but real or complex floating point."""
+    """Returns `x` as an array; refuses anything but real or complex floating point of 16 bits."""
     x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
+    if not jnp.issubdtype(x.dtype, jnp.inexact) or jnp.finfo(x.dtype).bits < 16:
         raise TypeError(
-            f"{name}: expected {label} of a floating-point or complex dtype, got {x.dtype}; "
-            f"convert it first, e.g. {label}.astype(jnp.float32)"
+            f"{name}: expected {label} of a floating-point or complex dtype of at least 16 bits, "
+            f"got {x.dtype}; convert it first, e.g. {label}.astype(jnp.float32)"
         )
     return x
 

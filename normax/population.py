@@ -219,7 +219,7 @@ def momentum_per_entry(momentum: float, m: Moments, *, reference: int) -> jax.Ar
       reference: n_0, the entries per feature of a full batch, at least 1.
 
     Returns:
-      A scalar, for `update` or `batch_norm`.
+      A scalar, float32 at least, for `update` or `batch_norm`.
 
     Raises:
       ValueError: a momentum outside [0, 1]; a `reference` below 1.
@@ -236,5 +236,6 @@ def momentum_per_entry(momentum: float, m: Moments, *, reference: int) -> jax.Ar
     ax.check_momentum(name, momentum)
     ax.check_statistics(name, "m", m, Moments)
     reference = ax.to_positive_int(name, "reference", reference)
-    exponent = jnp.max(jnp.asarray(m.count)).astype(jnp.float32) / reference
-    return jnp.asarray(momentum, jnp.float32) ** exponent
+    dtype = ax.promote(jnp.float32, m.var)
+    exponent = jnp.max(jnp.asarray(m.count), initial=0).astype(dtype) / reference
+    return jnp.asarray(momentum, dtype) ** exponent

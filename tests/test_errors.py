@@ -50,6 +50,7 @@ def symbolic(shape, f):
 # call, exception, what the message says
 BAD = [
     (lambda: normax.layer_norm(jnp.ones(3, int)), TypeError, r"layer_norm: expected x of a fl.*int32"),
+    (lambda: normax.layer_norm(X.astype(jnp.float8_e4m3fn)), TypeError, r"layer_norm: expected x .* of at least 16 bits, got float8_e4m3fn; convert it first"),
     (lambda: normax.rms_norm(jnp.ones(3, bool)), TypeError, r"rms_norm: expected x .* got bool"),
     (lambda: normax.moments(jnp.ones(3, int), 0), TypeError, r"moments: expected x .* got int32"),
     (lambda: normax.weight_norm(jnp.ones(3, int)), TypeError, r"weight_norm: expected v .* got int"),

@@ -80,6 +80,14 @@ def test_a_batch_in_two_halves_moves_the_average_as_far():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), twice[:2], once[:2])
 
 
+@pytest.mark.usefixtures("x64")
+def test_the_momentum_has_the_digits_of_the_moments():
+    m = normax.moments(np.ones((3, 4)), 0)
+    momentum = normax.momentum_per_entry(0.99, m, reference=7)
+    np.testing.assert_allclose(momentum, 0.99 ** (3 / 7), rtol=1e-15)
+    assert normax.momentum_per_entry(0.99, normax.moments(np.ones((3, 0)), 0), reference=7) == 1
+
+
 def default(function, name):
     return inspect.signature(function).parameters[name].default
 
