@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from normax import axes as ax
 from normax import measure as me
-from normax import order, units
+from normax import order, pool, units
 from normax.moments import Moments, bessel, to_moments
 from normax.order import Extremes
 
@@ -343,6 +343,7 @@ def condition_number(
     features = ax.sorted_axes(name, "feature_axes", feature_axes, x.ndim)
     mask = ax.to_mask(name, mask, x)
     entries = me.present(x, None if mask is None else jnp.all(mask, features, keepdims=True))
+    entries = pool.whole(entries)
     # Not every backend's decomposition squares in range.
     everything = tuple(range(x.ndim))
     entries = units.divide(entries, lax.stop_gradient(units.choose(entries, everything, 0.0)))

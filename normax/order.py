@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from normax import axes as ax
+from normax import pool
 
 
 class Extremes(NamedTuple):
@@ -103,7 +104,9 @@ def quantiles(
     Each is a neighbour plus a part of the step to the next, so that those of equal entries are
     equal; `jnp.quantile` adds two parts, each rounded.
     """
-    x = x.astype(ax.compute_dtype(x.dtype))
+    kept = ax.other_axes(axes, x.ndim)
+    x = pool.whole(x.astype(ax.compute_dtype(x.dtype)), *kept)
+    mask = None if mask is None else pool.placed_like(mask, x)
     valid = jnp.broadcast_to(True if mask is None else mask, x.shape)
     count = jnp.sum(valid, axes, dtype=jnp.int32)
     last = jnp.maximum(count - 1, 0)

@@ -90,6 +90,32 @@ def examples_together(value, count):
     return jax.sharding.reshard(value, jax.sharding.NamedSharding(sharding.mesh, spec))
 
 
+def whole(value, *kept):
+    """Returns `value` with all but `kept` axes whole on each device, where layouts are types.
+
+    For what is no sum over an axis, such as the order of its entries.
+    """
+    sharding = jax.typeof(value).sharding
+    kept = {axis % value.ndim for axis in kept}
+    return place(value, sharding, [n if i in kept else None for i, n in enumerate(sharding.spec)])
+
+
+def place(value, sharding, spec):
+    """Returns `value` dealt out by `spec` on the mesh of a sharding, where layouts are types."""
+    if not sharding.mesh.explicit_axes:
+        return value
+    spec = jax.sharding.PartitionSpec(*spec)
+    return jax.sharding.reshard(value, jax.sharding.NamedSharding(sharding.mesh, spec))
+
+
+def matmul(a, b, sharding, spec):
+    """Returns a @ b, to all digits, laid out by `spec` on the mesh of a sharding, likewise."""
+    placed = None
+    if sharding.mesh.explicit_axes:
+        placed = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+    return jnp.matmul(a, b, precision="highest", out_sharding=placed)
+
+
 def dealt_out(sharding, axis):
     """Returns among how many devices an axis is dealt out."""
     return math.prod(sharding.mesh.shape[name] for name in names_of(sharding.spec[axis]))

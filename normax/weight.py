@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
-from normax import units
+from normax import pool, units
 from normax.standardize import standardize
 
 
@@ -162,20 +162,22 @@ def spectral_norm(
     ax.check_bound(name, bound)
     epsilon = ax.to_epsilon(name, epsilon)
     matrix = _as_matrix(w)
-    fixed = lax.stop_gradient(matrix)
-    start = lax.stop_gradient(jnp.asarray(state.u)).astype(matrix.dtype)
+    fixed, old = lax.stop_gradient((matrix, jnp.asarray(state.u)))
+    layout = jax.typeof(matrix).sharding
+    rows, columns = layout.spec
+    start = pool.place(old.astype(matrix.dtype), layout, (None, columns))
 
     def step(u):
-        v = _unit(jnp.matmul(u, fixed.T, precision="highest"), epsilon)
-        return v, _unit(jnp.matmul(v, fixed, precision="highest"), epsilon)
+        v = _unit(pool.matmul(u, fixed.T, layout, (None, rows)), epsilon)
+        return v, _unit(pool.matmul(v, fixed, layout, (None, columns)), epsilon)
 
     v, u = iterate(step, start, n_steps)
     sigma = jnp.sum(v.T * matrix * u)
-    bar = _bounded(matrix, sigma, bound).reshape(w.shape)
+    bar = _as_kernel(_bounded(matrix, sigma, bound), w)
     # From NaN an iteration never comes back, nor from a zero that a kernel was only too small for;
     # where the kernel is zero, u is Flax's.
     left = jnp.all(jnp.isfinite(u)) & (jnp.any(u != 0) | jnp.all(fixed == 0))
-    u = jnp.where(left, u, start)
+    u = pool.placed_like(jnp.where(left, u, start), old)
     new = SpectralState(
         u.astype(jnp.result_type(state.u)),
         lax.stop_gradient(sigma).astype(jnp.result_type(state.sigma)),
@@ -219,12 +221,12 @@ def exact_spectral_norm(
     w = ax.to_float_array(name, w, "w")
     ax.check_spectral(name, w, (1, w.shape[-1] if w.ndim else 0), 1)
     ax.check_bound(name, bound)
-    matrix = _as_matrix(w)
+    matrix = pool.whole(_as_matrix(w))
     # In a unit, a power of two: squares of large entries are not in range.
     unit = units.choose(matrix, (0, 1), 0.0)
     matrix = units.divide(matrix, unit)
     sigma = jnp.linalg.norm(matrix, 2) if w.size else jnp.ones((), matrix.dtype)
-    bar = _bounded(matrix, sigma, bound, 1 / unit).reshape(w.shape)
+    bar = _as_kernel(_bounded(matrix, sigma, bound, 1 / unit), w)
     return bar.astype(ax.to_dtype(name, dtype, w, w=w))
 
 
@@ -242,7 +244,16 @@ def iterate(step: Any, start: Any, n_steps: int) -> tuple[Any, Any]:
 
 def _as_matrix(w):
     """Returns a kernel as (everything else, outputs), in the dtype to compute in."""
-    return w.astype(ax.compute_dtype(w.dtype)).reshape(math.prod(w.shape[:-1]), w.shape[-1])
+    w = pool.whole(w.astype(ax.compute_dtype(w.dtype)), 0, -1)
+    shape, spec = (math.prod(w.shape[:-1]), w.shape[-1]), jax.typeof(w).sharding.spec
+    return pool.reshape(w, shape, (spec[0], spec[-1]))
+
+
+def _as_kernel(matrix, w):
+    """Returns a matrix in the shape of a kernel, dealt out as that is."""
+    spec = jax.typeof(matrix).sharding.spec
+    kernel = pool.reshape(matrix, w.shape, (spec[0], *[None] * (w.ndim - 2), spec[-1]))
+    return pool.placed_like(kernel, w)
 
 
 def _bounded(matrix, sigma, bound, per_unit: Any = 1):

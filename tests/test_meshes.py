@@ -562,6 +562,61 @@ def test_ghosts_on_explicit_axes(size, masked):
     agree(jax.tree.map(np.asarray, found), step(x, ct, mask))
 
 
+def spectral(w):
+    state = normax.SpectralState.create(jax.random.key(1), w.shape[-1])
+    return normax.spectral_norm(w, state, n_steps=3)
+
+
+WHOLE = {
+    "spectral": spectral,
+    "exact": normax.exact_spectral_norm,
+    "quantiles": normax.robust_features,
+    "condition": normax.condition_number,
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        P("data", None, None),
+        P(None, "data", None),
+        P(None, None, "model"),
+        P("data", None, "model"),
+    ],
+    ids=str,
+)
+def test_orders_and_singular_values_on_explicit_axes(name, spec):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Explicit,) * 2)
+    w = jax.random.normal(jax.random.key(0), (8, 4, 6))
+
+    @jax.jit
+    def step(w):
+        y, pull = jax.vjp(WHOLE[name], w)
+        return y, pull(jax.tree.map(jnp.cos, y))
+
+    found = step(jax.device_put(w, NamedSharding(mesh, spec)))
+    agree(jax.tree.map(np.asarray, found), step(w), units=64)
+    for like_w in jax.tree.leaves(found):
+        if like_w.shape == w.shape:
+            assert like_w.sharding.spec == spec
+
+
+def test_a_spectral_state_stays_where_it_was():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (AxisType.Explicit,) * 2)
+    put = lambda value, spec: jax.device_put(value, NamedSharding(mesh, spec))
+    w = jax.random.normal(jax.random.key(0), (8, 6))
+    state = normax.SpectralState.create(jax.random.key(1), 6)
+    step = jax.jit(normax.spectral_norm)
+    for spec in (P(), P(None, "model")):
+        placed = state._replace(u=put(state.u, spec), sigma=put(state.sigma, P()))
+        compiled = step.lower(put(w, P("data", "model")), placed).compile()
+        assert max(sent(compiled.as_text())) <= w.shape[-1]  # no part of the kernel
+        y, new = compiled(put(w, P("data", "model")), placed)
+        assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, placed)
+        agree(jax.tree.map(np.asarray, (y, new)), step(w, state))
+
+
 def test_segments_on_explicit_axes_are_refused():
     mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit,))
     x = jax.device_put(jnp.ones((16, 3)), NamedSharding(mesh, P("data")))
