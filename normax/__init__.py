@@ -6,11 +6,11 @@ from normax.adaptive import adaptive_instance_norm as adaptive_instance_norm
 from normax.adaptive import film as film
 from normax.batch import batch_norm as batch_norm
 from normax.batch import normalize_batch as normalize_batch
+from normax.condition import condition_number as condition_number
 from normax.conventions import convention as convention
 from normax.evonorm import evonorm_b0 as evonorm_b0
 from normax.evonorm import evonorm_s0 as evonorm_s0
 from normax.features import FeatureScaling as FeatureScaling
-from normax.features import condition_number as condition_number
 from normax.features import inverse_features as inverse_features
 from normax.features import min_max_features as min_max_features
 from normax.features import robust_features as robust_features

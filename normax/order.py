@@ -106,7 +106,7 @@ def quantiles(
     """
     kept = ax.other_axes(axes, x.ndim)
     x = pool.whole(x.astype(ax.compute_dtype(x.dtype)), *kept)
-    mask = None if mask is None else pool.placed_like(mask, x)
+    mask = None if mask is None else pool.whole(mask, *kept)
     valid = jnp.broadcast_to(True if mask is None else mask, x.shape)
     count = jnp.sum(valid, axes, dtype=jnp.int32)
     last = jnp.maximum(count - 1, 0)
