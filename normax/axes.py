@@ -58,7 +58,7 @@ Axes = int | Iterable[int]
 
 
 def to_float_array(name: str, x: ArrayLike, label: str = "x") -> jax.Array:
-    """Returns `x` as an array; refuses anything but real or complex floating point of 16 bits."""
+    """Returns `x` as an array; refuses anything but floats of 16 bits or more, real or complex."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact) or jnp.finfo(x.dtype).bits < 16:
         raise TypeError(

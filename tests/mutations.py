@@ -207,7 +207,7 @@ MUTATIONS = [
     Mutation("repeated axes taken", "axes.py", "if len(set(positive)) < len(positive):", "if False:", ERRORS),
     Mutation("one axis too many", "axes.py", "if not -ndim <= int(axis) < ndim:", "if not -ndim <= int(axis) <= ndim:", ERRORS),
     Mutation("a scale of any shape taken", "axes.py", "if tuple(shape) != expected:", "if len(shape) != len(expected):", ERRORS),
-    Mutation("integers taken", "axes.py", "if not jnp.issubdtype(x.dtype, jnp.inexact):", "if False:", ERRORS),
+    Mutation("integers taken", "axes.py", "if not jnp.issubdtype(x.dtype, jnp.inexact) or", "if jnp.issubdtype(x.dtype, jnp.inexact) and", ERRORS),
     Mutation("a single value taken", "axes.py", "if isinstance(count, int) and count == 1:", "if False:", ERRORS),
     Mutation("a negative epsilon taken", "checks.py", "if not low <= number <= high", "if not number <= high", ERRORS),
     Mutation("float64 lost", "axes.py", "return promote(dtype, jnp.float32)", 'return jnp.dtype("complex64" if jnp.issubdtype(dtype, jnp.complexfloating) else "float32")', "test_moments.py -k float64"),
@@ -268,7 +268,8 @@ MUTATIONS = [
     Mutation("no power iteration", "weight.py", "first if n_steps == 1 else", "first if n_steps else", "test_weights.py"),
     Mutation("NaN ends the iteration", "weight.py", "left = jnp.all(jnp.isfinite(u)) & (", "left = (", "test_weights.py"),
     Mutation("a small kernel ends it", "weight.py", " & (jnp.any(u != 0) | jnp.all(fixed == 0))", "", "test_weights.py -k too_small"),
-    Mutation("gradients flow through u and v", "weight.py", "fixed = lax.stop_gradient(matrix)", "fixed = matrix", "test_weights.py"),
+    Mutation("a spectral state goes elsewhere", "weight.py", "pool.placed_like(jnp.where(left, u, start), old)", "jnp.where(left, u, start)", "test_meshes.py -k stays_where"),
+    Mutation("gradients flow through u and v", "weight.py", "fixed, old = lax.stop_gradient((matrix, jnp.asarray(state.u)))", "fixed, old = matrix, jnp.asarray(state.u)", "test_weights.py"),
     # Training: parts, bad batches, checkpoints.
     Mutation("training: each part moves the running statistics", "merging.py", "return isinstance(module, RunningNormalizer) and", "return False and", "test_microbatches.py -k whole and linen and plain and False"),
     Mutation("training: parts forget the parts before", "microbatch.py", "params, model_state, merged, part, jax.random.fold_in(key, i)", "params, model_state, unseen, part, jax.random.fold_in(key, i)", "test_microbatches.py -k whole and linen and plain and False"),
