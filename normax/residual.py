@@ -47,9 +47,9 @@ def add_layer_norm(
       mask: booleans, or weights as in `moments`, that broadcast to `x.shape`. False entries read as
         absent from the norm, and come out of it as `bias`; they are added all the same.
       dtype: dtype of y, that of the sum by default; all is computed in float32 at least.
-      implementation: None or "xla", or a kernel by name: "cpu", "mosaic_gpu" or "mosaic_tpu".
-        One that cannot be had is refused, here or when the program is lowered; exported for other
-        platforms, it is "xla" there, with a warning.
+      implementation: "xla", or a kernel by name: "cpu", "mosaic_gpu" or "mosaic_tpu". One that
+        cannot be had is refused, here or when the program is lowered; exported for other platforms,
+        it is "xla" there, with a warning. None adds by "xla", and normalizes as `layer_norm` does.
 
     Returns:
       y, and the sum, both of the shape of `x`; the sum is of the dtype that x and r promote to.
@@ -98,9 +98,9 @@ def add_rms_norm(
       mask: booleans, or weights as in `moments`, that broadcast to `x.shape`. False entries read as
         absent from the norm, and come out of it as zero; they are added all the same.
       dtype: dtype of y, that of the sum by default; all is computed in float32 at least.
-      implementation: None or "xla", or a kernel by name: "cpu", "mosaic_gpu" or "mosaic_tpu".
-        One that cannot be had is refused, here or when the program is lowered; exported for other
-        platforms, it is "xla" there, with a warning.
+      implementation: "xla", or a kernel by name: "cpu", "mosaic_gpu" or "mosaic_tpu". One that
+        cannot be had is refused, here or when the program is lowered; exported for other platforms,
+        it is "xla" there, with a warning. None adds by "xla", and normalizes as `rms_norm` does.
 
     Returns:
       y, and the sum, both of the shape of `x`; the sum is of the dtype that x and r promote to.
