@@ -430,12 +430,13 @@ OTHERS = [
 
 HEAD = """# Claims
 
-Five documents explain batch normalization: an account of its regularization (002, after Luo, Wang, Shao and Peng,
-[2018](https://arxiv.org/abs/1809.00846)), and four introductions (000, 001, 003, 004). Here is each claim of theirs, what
-was measured, and whether it holds; advice, such as where to put batch norm, is left out. The numbers are those of the
-[studies](studies/README.md), which have their commands, seeds and versions. The verdicts follow from the numbers; what they say of networks
-is of small ones on small data. After ± stands a standard error, and where variants are compared the half of a 95 % interval: "not
-told apart" is a difference within it. `python docs/claims.py` writes this page.
+Five notes explain batch normalization: an account of its regularization (002, after Luo, Wang, Shao and Peng,
+[2018](https://arxiv.org/abs/1809.00846)), and four introductions (000, 001, 003, 004). They are not part of this repository;
+numbers, sections and "as printed" are theirs. Here is each claim of theirs, what was measured, and whether it holds; advice, such
+as where to put batch norm, is left out. The numbers are those of the [studies](studies/README.md), which have their commands, seeds
+and versions. The verdicts follow from the numbers; what they say of networks is of small ones on small data. After ± stands a
+standard error, and where variants are compared the half of a 95 % interval: "not told apart" is a difference within it. `python
+docs/claims.py` writes this page.
 """
 
 
