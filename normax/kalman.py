@@ -175,6 +175,7 @@ def kalman_prior(
     """
     name = "kalman_prior"
     ax.check_statistics(name, "posterior", posterior, Moments)
+    posterior = jax.tree.map(jnp.asarray, posterior)
     drawn = jax.random.normal(key, shape, posterior.mean.dtype)
     features = ax.sorted_axes(name, "feature_axes", feature_axes, drawn.ndim)
     ax.check_feature_shape(name, "posterior.mean", posterior.mean.shape, drawn, features)

@@ -282,6 +282,7 @@ def update(
             f"got {jnp.result_type(m.mean)}; create the statistics, or the module, with a complex "
             "dtype: the state keeps its dtypes"
         )
+    stats, m = jax.tree.map(jnp.asarray, (stats, m))
     # The state stays where it is, too: with explicit sharding, moments are sharded as x was.
     m = jax.tree.map(pool.placed_like, m, Moments(stats.count, stats.mean, stats.var))
     return _update(unbiased, nonfinite, stats, m, momentum)

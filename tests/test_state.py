@@ -224,3 +224,12 @@ def test_validate_checks_shapes_under_jit_too():
         jax.jit(lambda stats: normax.validate(stats, _stats(3)))(STATS)
     bad = STATS._replace(mean=jnp.full(2, jnp.nan))
     same(jax.jit(lambda stats: normax.validate(stats, STATS))(bad), bad)
+
+
+def test_statistics_may_be_plain_numbers():
+    stats, m = normax.RunningStats(0.0, 1.0, 4), normax.Moments(3, 0.5, 2.0)
+    new = normax.update(stats, m, momentum=0.5)
+    assert (float(new.mean), float(new.var), int(new.count)) == (0.25, 1.5, 7)
+    same(normax.merge(m, normax.Moments(1, 0.5, 2.0)), normax.Moments(4, 0.5, 2.0))
+    prior = normax.kalman_prior(m, lambda x: 2 * x, KEY, shape=(50_000,), feature_axes=())
+    np.testing.assert_allclose((prior.mean, prior.var), (1, 8), rtol=0.05)
