@@ -461,3 +461,42 @@ STATS = normax.RunningStats.create(3)
 def test_bad_calls_are_refused(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm_first", "folds"),
+    [
+        ({"dtype": jnp.bfloat16}, True, False),  # what comes to it would be rounded
+        ({"param_dtype": jnp.bfloat16, "dtype": jnp.float32}, True, False),  # or its weights
+        ({"param_dtype": jnp.bfloat16, "dtype": jnp.float32}, False, False),
+        ({"dtype": jnp.bfloat16}, False, True),
+        ({}, True, True),
+    ],
+)
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_a_norm_stays_where_digits_would_be_lost(library, layer, norm_first, folds):
+    rounds = layer.get("dtype") is jnp.bfloat16
+    # A layer that rounds what it gives loses as many digits without.
+    x = (0 if rounds and not norm_first else 1000) + jax.random.normal(KEY, (64, 8))
+    rngs = nnx.Rngs(0)
+    dense = nnx.Linear(8, 8, rngs=rngs, **layer)
+    given = x if norm_first else dense(x).astype(jnp.float32)
+    if library == "linen":
+        parts = [normax.linen.BatchNorm(True), nn.Dense(8, **layer)]
+        model = nn.Sequential(parts if norm_first else parts[::-1])
+        variables = model.init(KEY, x)
+        names = [f"layers_{i}" for i in (range(2) if norm_first else (1, 0))]
+        params = {"kernel": dense.kernel[...], "bias": dense.bias[...]}
+        variables["params"][names[1]] = params
+        variables["batch_stats"][names[0]] = {"mean": given.mean(0), "var": given.var(0)}
+        apply, new, folded, left = interop.fold_linen(model, variables, x)
+        y, expected = apply(new, x), model.apply(variables, x)
+    else:
+        norm = normax.nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+        norm.mean[...], norm.var[...] = given.mean(0), given.var(0)
+        model = nnx.Sequential(*((norm, dense) if norm_first else (dense, norm)))
+        new, _, folded, left = interop.fold_nnx(model, x)
+        y, expected = new(x), model(x)
+    assert (len(folded), len(left)) == ((1, 0) if folds else (0, 1))
+    y, expected = (np.asarray(v, np.float32) for v in (y, expected))
+    np.testing.assert_allclose(y, expected, atol=0.05 if rounds else 2e-3)

@@ -11,7 +11,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 _MARKS = ("enter", "leave", "norm", "own")
-_NO_LAYER = "no layer is alone with it, or only one behind that pads, or behind an activation"
+_NO_LAYER = (
+    "no layer is alone with it, or only one of weights that would lose digits, or one behind that "
+    "pads or computes in 16 bits, or behind an activation"
+)
 
 
 @dataclasses.dataclass
@@ -21,13 +24,13 @@ class Seen:
     Attributes:
       is_norm: whether it is a norm, or else a layer.
       why_not: why it cannot take part, or nothing.
-      pads_nothing: of a layer: whether all that it sums up is of its input.
+      takes_any_input: of a layer: whether what it sums up is all of its input, and in 32 bits.
       dtype: of a norm: that of its output.
     """
 
     is_norm: bool
     why_not: str = ""
-    pads_nothing: bool = False
+    takes_any_input: bool = False
     dtype: Any = None
 
 
@@ -91,7 +94,7 @@ def plan(
             next_word == "enter"
             and is_free(follower)
             and follower not in taken
-            and seen[follower].pads_nothing
+            and seen[follower].takes_any_input
         ):
             sites.append(Site(path, follower, is_behind=True))
             taken.add(follower)

@@ -92,10 +92,16 @@ def marked_call(
             return call(*args, **kwargs)
         each.dtype = jax.eval_shape(lambda: call(*args, **kwargs)).dtype
         return without_norm(module, marked("norm", path, x), each.dtype)
-    each.pads_nothing = _pads_nothing(module)
     x = marked("enter", path, x)
     args, kwargs = ((x, *args[1:]), kwargs) if args else ((), {**kwargs, name: x})
-    return marked("leave", path, call(*args, **kwargs))
+    out = call(*args, **kwargs)
+    # What is far from zero has few digits left in 16 bits: a norm before such a layer has to stay,
+    # and so has one beside weights that would be rounded to fewer than the layer computes with.
+    digits = jnp.finfo(out.dtype).bits
+    each.takes_any_input = digits >= 32 and _pads_nothing(module)
+    if any(jnp.finfo(value.dtype).bits < digits for value in own):
+        each.why_not = "its weights have fewer digits than its output"
+    return marked("leave", path, out)
 
 
 def _why_not(norm, x, args, kwargs) -> str:
