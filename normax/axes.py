@@ -23,6 +23,7 @@ from normax.checks import check_axis_index_groups as check_axis_index_groups
 from normax.checks import check_axis_name_with_groups as check_axis_name_with_groups
 from normax.checks import check_bound as check_bound
 from normax.checks import check_choice as check_choice
+from normax.checks import check_collections as check_collections
 from normax.checks import check_computing_dtype as check_computing_dtype
 from normax.checks import check_divides as check_divides
 from normax.checks import check_found as check_found

@@ -7,7 +7,7 @@ import contextlib
 import inspect
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -171,6 +171,15 @@ def check_kind(name: str, label: str, value: Any, kind: type) -> None:
         raise TypeError(
             f"{name}: expected {label} to be a normax.{kind.__name__}({fields}), "
             f"got {type(value).__name__}"
+        )
+
+
+def check_collections(name: str, label: str, value: Any) -> None:
+    """Refuses what is no dict of updated collections, as linen gives them beside the output."""
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"{name}: expected {label} to be the updated collections, the second part of what "
+            f"model.apply(..., mutable=...) returns, got {type(value).__name__}"
         )
 
 

@@ -133,8 +133,8 @@ class _Linen:
             else:
                 where = "/".join(module.path)
                 ax.check_known("train_step", f"the momentum of {where}", module.momentum)
-                weighs = _weighs(kwargs) or getattr(layers.get(module.path), "weighs", False)
-                layers[module.path] = Layer.of(module.path, module, weighs)
+                weighed = weighs(kwargs) or getattr(layers.get(module.path), "weighs", False)
+                layers[module.path] = Layer.of(module.path, module, weighed)
             return out
 
         self.model.interceptor = note
@@ -179,13 +179,11 @@ class _NNX:
         before = {path: module.mean[...] for path, module in modules.items()}
         seen = {path: [] for path in modules}
         for path, module in modules.items():
-            module._normalize_and_remember = _noting(module._normalize_and_remember, seen[path])
+            module._normalize_and_remember = noting(module._normalize_and_remember, seen[path])
         call(self.model)
         moved = [path for path, module in modules.items() if module.mean[...] is not before[path]]
         _check_one_mode({path for path in moved if any(rests for rests, _ in seen[path])})
-        return [
-            Layer.of(path, modules[path], any(weighs for _, weighs in seen[path])) for path in moved
-        ]
+        return [Layer.of(path, modules[path], any(w for _, w in seen[path])) for path in moved]
 
     def at(self, layer, steps):
         """Returns the same, of the module as it is now: its options may be arrays of its state."""
@@ -222,17 +220,18 @@ class _NNX:
         return undo
 
 
-def _noting(normalize, seen):
+def noting(normalize: Callable[..., Any], seen: list) -> Callable[..., Any]:
     """Returns a method that notes whether it is called in inference, and with weights."""
 
     def noting(*args, use_running_average, **kwargs):
-        seen.append((use_running_average, _weighs(kwargs)))
+        seen.append((use_running_average, weighs(kwargs)))
         return normalize(*args, use_running_average=use_running_average, **kwargs)
 
     return noting
 
 
-def _weighs(kwargs):
+def weighs(kwargs: dict[str, Any]) -> bool:
+    """Returns whether a normalizer is called with entries that weigh."""
     mask = kwargs.get("mask")
     return mask is not None and jnp.issubdtype(jnp.result_type(mask), jnp.floating)
 

@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict, freeze
 
 from normax import axes as ax
 from normax.intercept import as_if, intercepted
+from normax.merging import noting, weighs
 from normax.nnx.activations import Running
 from normax.options.running import Remembering, RunningNormalizer
 
@@ -71,6 +73,7 @@ def recalibrate(
     def measure(stats, batch):
         with intercepted(as_if(_merging)):
             updates = apply({**variables, "batch_stats": stats}, batch)
+        ax.check_collections("recalibrate", "what apply returns", updates)
         return updates["batch_stats"]
 
     fresh = None
@@ -80,7 +83,8 @@ def recalibrate(
     ax.check_found("recalibrate", "a batch", fresh is not None)
     trained = any(count.any() for count in _counts(fresh))
     ax.check_found("recalibrate", "an entry, by a model applied in training", trained)
-    return {**variables, "batch_stats": _like(fresh, stats)}
+    new = {**variables, "batch_stats": _like(fresh, stats)}
+    return freeze(new) if isinstance(variables, FrozenDict) else new
 
 
 def recalibrate_nnx(
@@ -119,43 +123,65 @@ def recalibrate_nnx(
 
     Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, https://arxiv.org/abs/2105.07576.
     """
-    copy = nnx.clone(model)
-    moving = [layer for _, layer in nnx.iter_modules(copy) if isinstance(layer, Running)]
-    moving = [layer for layer in moving if not layer.freeze_stats]
-    layers = [layer for layer in moving if isinstance(layer, RunningNormalizer)]
+    working = nnx.clone(model)
+    working.train()
+    moving: dict[Any, Any] = {p: m for p, m in nnx.iter_modules(working) if _moves(m)}
+    layers: dict[Any, Any] = {p: m for p, m in moving.items() if isinstance(m, RunningNormalizer)}
     ax.check_found("recalibrate_nnx", "a model with running statistics that move", bool(layers))
-    kept = [(layer.momentum, layer.count, layer.use_running_average) for layer in layers]
-    before = [(layer.mean[...], layer.var[...]) for layer in layers]
-    for layer in layers:
-        layer.momentum, layer.use_running_average = None, False
-        layer.mean[...] = jnp.zeros_like(layer.mean[...])
-        layer.var[...] = jnp.ones_like(layer.var[...])
-        layer.count = nnx.BatchStat(jnp.zeros(layer.mean[...].shape, jnp.int32))
-    for layer in moving:  # a power norm remembers no moments of its input
-        layer.freeze_stats = layer not in layers
+    for path, layer in moving.items():  # a power norm remembers no moments of its input
+        layer.freeze_stats = path not in layers
 
     @nnx.jit
     def measure(model, batch):
         call(model, batch)
 
-    seen = False
+    fresh = False
     for batch in _shown(batches, progress):
-        measure(copy, batch)
-        seen = True
-    ax.check_found("recalibrate_nnx", "a batch", seen)
-    for layer, (mean, var) in zip(layers, before, strict=True):
-        layer.mean[...] = jnp.where(layer.count[...] > 0, layer.mean[...], mean)
-        layer.var[...] = jnp.where(layer.count[...] > 0, layer.var[...], var)
-    for layer in moving:
-        layer.freeze_stats = False
-    for layer, (momentum, count, mode) in zip(layers, kept, strict=True):
-        layer.momentum, layer.use_running_average = momentum, mode
-        if count is None:
-            layer.count = nnx.data(None)
-        else:
-            new = layer.count[...]
-            layer.count[...] = jnp.where(new > 0, new, count[...])
+        if not fresh:
+            _restart(layers, _weighing(working, call, batch))
+        measure(working, batch)
+        fresh = True
+    ax.check_found("recalibrate_nnx", "a batch", fresh)
+    copy = nnx.clone(model)
+    modules: dict[Any, Any] = dict(nnx.iter_modules(copy))
+    for path, new in layers.items():
+        own, seen = modules[path], new.count[...] > 0
+        for kept, found in ((own.mean, new.mean), (own.var, new.var), (own.count, new.count)):
+            if kept is not None:
+                kept[...] = jnp.where(seen, _as(found[...], kept[...]), kept[...])
     return copy
+
+
+def _moves(layer):
+    """Returns whether a module of nnx moves running statistics when it is called in training."""
+    return isinstance(layer, Running) and not layer.freeze_stats
+
+
+def _weighing(model, call, batch):
+    """Returns the paths of the normalizers of an nnx model that are called with weights."""
+    graph, state = nnx.split(model)
+    seen: dict[Any, list] = {}
+
+    def traced(state, batch):
+        model = nnx.merge(graph, state)
+        for path, layer in nnx.iter_modules(model):
+            if isinstance(layer, RunningNormalizer):
+                noted = noting(layer._normalize_and_remember, seen.setdefault(path, []))
+                layer._normalize_and_remember = noted
+        call(model, batch)
+
+    jax.eval_shape(traced, state, batch)
+    return {path for path, calls in seen.items() if any(weighed for _, weighed in calls)}
+
+
+def _restart(layers, weighing):
+    """Lets normalizers of nnx merge what they see, from nothing on."""
+    for path, layer in layers.items():
+        layer.momentum = None
+        layer.mean[...] = jnp.zeros_like(layer.mean[...])
+        layer.var[...] = jnp.ones_like(layer.var[...])
+        dtype = jnp.float32 if path in weighing else jnp.int32
+        layer.count = nnx.BatchStat(jnp.zeros(layer.mean[...].shape, dtype))
 
 
 def _merging(module) -> dict[str, Any]:
@@ -169,13 +195,13 @@ def _merging(module) -> dict[str, Any]:
 
 
 def _moving(apply, variables, batch):
-    """Returns the paths of the modules that are called and whose statistics are not frozen."""
-    paths = set()
+    """Returns the modules that are called and not frozen, by path, and whether entries weigh."""
+    paths: dict[Any, bool] = {}
 
     def note(call, args, kwargs, context):
-        module = context.module
+        module, path = context.module, context.module.path
         if isinstance(module, RunningNormalizer) and not module.freeze_stats:
-            paths.add(context.module.path)
+            paths[path] = paths.get(path, False) or weighs(kwargs)
         return call(*args, **kwargs)
 
     def traced(variables, batch):
@@ -193,7 +219,8 @@ def _restarted(stats, paths, path=()):
         return stats
     if path in paths:
         zero, one = jnp.zeros_like(stats["mean"]), jnp.ones_like(stats["var"])
-        return {**stats, "mean": zero, "var": one, "count": jnp.zeros(zero.shape, jnp.int32)}
+        count = jnp.zeros(zero.shape, jnp.float32 if paths[path] else jnp.int32)
+        return {**stats, "mean": zero, "var": one, "count": count}
     return {name: _restarted(part, paths, (*path, name)) for name, part in stats.items()}
 
 
@@ -204,12 +231,17 @@ def _like(new, old):
     if {"mean", "var"} <= set(old):
         seen = new["count"] > 0 if "count" in new else False
         kept = {
-            name: jnp.where(seen, new[name], old[name])
+            name: jnp.where(seen, _as(new[name], old[name]), old[name])
             for name in ("mean", "var", "count")
             if name in old
         }
         return {name: kept.get(name, part) for name, part in old.items()}
     return {name: _like(new[name], part) for name, part in old.items()}
+
+
+def _as(new, old):
+    """Returns a sum of weights rounded where what was kept is a number of entries."""
+    return new if new.dtype == old.dtype else jnp.round(new).astype(old.dtype)
 
 
 def _counts(stats):

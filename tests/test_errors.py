@@ -141,6 +141,7 @@ BAD = [
     (lambda: normax.validate({"bn": {"mean": X}}, {"bn": {"mean": X[0]}}), ValueError, r"validate: expected bn/mean of shape \(8,\), got \(4, 8\)"),
     (lambda: normax.validate({"s": STATS._asdict()}, {"s": STATS}), TypeError, r"validate: expected state of the structure PyTreeDef.*RunningStats.*, got PyTreeDef"),
     (lambda: normax.debias(STATS, STATS, -1.0), ValueError, r"debias: expected past_weight in \[0, 1\], got -1.0"),
+    (lambda: recalibrate(lambda v, x: linen.BatchNorm(False).apply(v, x, mutable=["batch_stats"]), linen.BatchNorm(False).init(jax.random.key(0), X), [X]), TypeError, r"recalibrate: expected what apply returns to be the updated collections, .* got tuple"),
     (lambda: recalibrate(None, {}, []), ValueError, r"recalibrate: expected variables with running statistics, got none"),
     (lambda: normax.validate(STATS, STATS._replace(count=STATS.mean)), TypeError, r"validate: expected count of dtype float32, got int32"),
     (lambda: normax.validate(BAD_STATS, STATS), ValueError, r"validate: expected finite mean, got 8 values that are not"),

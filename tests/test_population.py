@@ -216,11 +216,59 @@ def test_nnx_recalibration_agrees_and_leaves_the_model():
     assert jax.tree.structure(nnx.state(new)) == jax.tree.structure(nnx.state(model))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_recalibration_of_nnx_sees_what_training_does(training):
+    class Net(nnx.Module):
+        def __init__(self):
+            self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+            self.flax = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+            self.norm = normax.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.norm(self.flax(self.drop(x)))
+
+    model = Net()
+    model.train() if training else model.eval()
+    x = np.random.default_rng(0).normal(3, 1, (4000, 3)).astype(np.float32)
+    new = recalibrate_nnx(model, [x, x])
+    # Half of the entries are zero, then the deviation is one.
+    np.testing.assert_allclose(new.norm.var[...], 1, rtol=0.01)
+    assert new.norm.use_running_average == new.drop.deterministic == (not training)
+    chex.assert_trees_all_equal(new.flax.mean[...], model.flax.mean[...])
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+@pytest.mark.parametrize("size", [0.6, 0.1, 0.003])
+def test_recalibration_counts_weights_as_they_are(library, size):
+    x = np.random.default_rng(0).normal(size=(4, 1)).astype(np.float32)
+    w = np.full((4, 1), size, np.float32)
+    rows = [(x + 5, w), (x - 5, 2 * w), (x, w)]
+    if library == "nnx":
+        model = normax.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+        new = recalibrate_nnx(model, rows, call=lambda model, b: model(b[0], mask=b[1]))
+        mean, var = new.mean[...], new.var[...]
+    else:
+        model = normax.linen.BatchNorm(False)
+        variables = flax.core.freeze(model.init(KEY, x))
+        apply = lambda v, b: model.apply(v, b[0], mask=b[1], mutable=["batch_stats"])[1]
+        new = recalibrate(apply, variables, rows)
+        assert jax.tree.structure(new) == jax.tree.structure(variables)
+        mean, var = new["batch_stats"]["mean"], new["batch_stats"]["var"]
+    entries, weights = (np.concatenate([row[i] for row in rows])[:, 0] for i in range(2))
+    expected = np.average(entries, weights=weights)
+    np.testing.assert_allclose(mean[0], expected, rtol=1e-5)
+    spread = np.average((entries - expected) ** 2, weights=weights)
+    np.testing.assert_allclose(var[0], spread, rtol=1e-5)
+
+
 def test_recalibration_refuses_what_it_cannot_do():
     model = Model()
     variables = model.init(KEY, X, train=False)
     apply = lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])[1]
     inference = lambda v, x: model.apply(v, x, train=False, mutable=["batch_stats"])[1]
+    with_output = lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])
+    with pytest.raises(TypeError, match=r"the second part of what .* returns, got tuple"):
+        recalibrate(with_output, variables, [X])
     with pytest.raises(ValueError, match="an entry, by a model applied in training, got none"):
         recalibrate(inference, variables, [X])
     with pytest.raises(ValueError, match="recalibrate: expected a batch, got none"):
