@@ -93,6 +93,7 @@ def kalman_batch_norm(
     ax.check_statistics(name, "prior", prior, Moments)
     ax.check_feature_shape(name, "prior.mean", jnp.shape(prior.mean), x, features)
     ax.check_fraction(name, "prior_weight", prior_weight)
+    ax.check_shape(name, "prior_weight", jnp.shape(prior_weight), ())
     ax.check_limit(name, "largest_ratio", largest_ratio, 0.0)
     if use_running_average:
         y = infer(name, x, stats, scale, bias, features, epsilon, mask, dtype)
@@ -131,10 +132,12 @@ def _mixture(prior, m, weight, largest_ratio):
     p = jnp.where(ratio < largest_ratio, weight.astype(m.var.dtype), 0)
     # What is left out must not bring its inf or NaN.
     mean, var = jnp.where(p > 0, mean, 0), jnp.where(p > 0, var, 0)
+    here = jnp.where(p < 1, m.mean, mean), jnp.where(p < 1, m.var, 0)
+    apart = square(jnp.where(p > 0, here[0] - mean, 0))
     return Moments(
         m.count,
-        p * mean + (1 - p) * m.mean,
-        p * var + (1 - p) * m.var + p * (1 - p) * square(m.mean - mean),
+        p * mean + (1 - p) * here[0],
+        p * var + (1 - p) * here[1] + p * (1 - p) * apart,
     )
 
 

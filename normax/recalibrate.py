@@ -28,8 +28,8 @@ def recalibrate(
               \sigma^2 = \frac1n \sum_b n_b (\sigma_b^2 + |\mu_b - \mu|^2)
 
     With the parameters as they are, after training, after averaging of weights, or for data of
-    another kind; each layer sees what it sees in training. Batches may differ in size. Memory does
-    not grow with the stream.
+    another kind; each layer sees what it sees in training. Batches may differ in size, but each has
+    more than one value of every feature. Memory does not grow with the stream.
 
     Args:
       apply: function of (variables, batch) that applies the model in training and returns the

@@ -35,9 +35,9 @@ def segment_moments(
         `[0, num_segments)`, such as padding of -1, read as absent and may hold NaN.
       num_segments: number of segments, static.
       weights: real number for each row, of shape `x.shape[:1]`: how often it counts; None is once.
+        Rows of weight 0, or less, read as absent.
       axis_name: name, or names, of a mapped axis over which the rows are sharded; an id means the
         same segment on every device.
-        Rows of weight 0, or less, read as absent.
 
     Returns:
       `Moments` of shape `(num_segments, *x.shape[1:])`; with weights the count is their sum.

@@ -225,7 +225,7 @@ MUTATIONS = [
     # The family.
     Mutation("renorm: no limit on r", "renorm.py", "1 / jnp.asarray(r_max), r_max)", "0, jnp.inf)", "test_family.py -k renorm"),
     Mutation("renorm: masked entries by d", "renorm.py", "y = jnp.where(there(mask), y, absent", "y = jnp.where(there(mask) | True, y, absent", "test_conditions.py -k renorm"),
-    Mutation("kalman: no distance of means", "kalman.py", " + p * (1 - p) * square(m.mean - mean)", "", "test_family.py -k kalman"),
+    Mutation("kalman: no distance of means", "kalman.py", " + p * (1 - p) * apart", "", "test_family.py -k kalman"),
     Mutation("kalman: absent channels drop the prior", "kalman.py", "seen = m.count > 0", "seen = m.count >= 0", "test_conditions.py -k channel"),
     Mutation("response: not in a unit", "response.py", "scaled = units.divide(x, unit)", "scaled, unit = x, 1", "test_conditions.py -k every_size"),
     Mutation("segment: ids wrap", "segment.py", "ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids", "ids", "test_conditions.py -k narrow"),

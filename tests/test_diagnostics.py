@@ -359,6 +359,19 @@ def test_the_spectrum_of_many_decades():
     np.testing.assert_allclose(found.values, values, rtol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e30])
+def test_losses_of_any_size_have_a_spectrum_and_a_smoothness(size):
+    bowl = lambda p: 0.5 * size * jnp.sum(jnp.arange(1.0, 5) * p**2)
+    found = diagnostics.hessian_spectrum(bowl, jnp.ones(4), key=jax.random.key(0), steps=4)
+    np.testing.assert_allclose(found.values / size, [1, 2, 3, 4], rtol=1e-4)
+    smooth = diagnostics.gradient_smoothness(bowl, jnp.full(4, 1e-3), jnp.array([0.1 / size]))
+    slopes = np.arange(1.0, 5)
+    expected = np.linalg.norm(slopes**2) / np.linalg.norm(slopes)
+    np.testing.assert_allclose(smooth.smoothness / size, expected, rtol=1e-4)
+    with pytest.raises(ValueError, match="hessian_spectrum: expected a parameter, got none"):
+        diagnostics.hessian_spectrum(lambda p: 0.0, {}, key=jax.random.key(0))
+
+
 def test_the_largest_learning_rate_and_smoothness():
     curvature = jnp.array([1.0, 4.0])
     bowl = lambda x: jnp.sum(curvature * x**2) / 2

@@ -173,3 +173,21 @@ def test_after_many_steps_inference_gives_what_training_gave(member):
         x, stats, *member.told, **parameters, **options, use_running_average=True
     )[0]
     np.testing.assert_allclose(again, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_kalman_norm_of_entries_without_a_variance_gives_numbers(weight):
+    x = 1e25 * jax.random.normal(jax.random.key(0), (16, 3))
+    stats, prior = normax.RunningStats.create(3), normax.moments(x[:8] / 1e25, 0)
+
+    def call(x):
+        options = {"use_running_average": False, "prior_weight": weight}
+        return normax.kalman_batch_norm(x, stats, prior, **options)[0]
+
+    y, pull = jax.vjp(call, x)
+    assert np.isfinite(y).all()
+    assert np.isfinite(pull(jnp.ones_like(y))[0]).all()
+    with pytest.raises(ValueError, match=r"prior_weight.shape == \(\), got \(3,\)"):
+        normax.kalman_batch_norm(
+            x, stats, prior, use_running_average=False, prior_weight=jnp.ones(3)
+        )

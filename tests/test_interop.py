@@ -295,7 +295,7 @@ def test_a_module_of_nnx_takes_what_linen_takes(torch):
 
 LAYERS = [
     ("BatchNorm2d(3, eps=1e-3, momentum=0.3)", "BatchNorm"),
-    ("BatchNorm1d(3, momentum=None, affine=False)", "BatchNorm"),
+    ("BatchNorm1d(3, momentum=1.0, affine=False)", "BatchNorm"),
     ("InstanceNorm2d(3, affine=True)", "InstanceNorm"),
     ("GroupNorm(3, 6, eps=1e-3)", "GroupNorm"),
     ("LayerNorm((4, 5), bias=False)", "LayerNorm"),
@@ -324,6 +324,18 @@ def test_options_of_layers_of_torch(torch, layer, name):
     if mode:
         np.testing.assert_allclose(new["batch_stats"]["mean"], theirs.running_mean, atol=1e-5)
         np.testing.assert_allclose(new["batch_stats"]["var"], theirs.running_var, rtol=1e-5)
+
+
+def test_options_that_normax_has_not_are_refused(torch, keras):
+    with pytest.raises(ValueError, match="expected a BatchNorm with a momentum, got None"):
+        interop.options_of(torch.nn.BatchNorm1d(3, momentum=None))
+    with pytest.warns(UserWarning, match="deprecated"):
+        scaled = keras.layers.LayerNormalization(rms_scaling=True)
+    with pytest.raises(ValueError, match="LayerNormalization without rms_scaling, got one with"):
+        interop.options_of(scaled)
+    frozen = keras.layers.BatchNormalization(trainable=False)
+    assert interop.options_of(frozen)["freeze_stats"]
+    assert "freeze_stats" not in interop.options_of(keras.layers.BatchNormalization())
 
 
 def keras_residual(keras):

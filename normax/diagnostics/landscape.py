@@ -128,11 +128,11 @@ def gradient_smoothness(function: Objective, params: Any, rates: ArrayLike) -> S
     rates = ax.to_float_array("gradient_smoothness", rates, "rates")
     ax.check_shape("gradient_smoothness", "rates", rates.shape, (rates.size,))
     grad = jax.grad(function)(params)
-    length = optax.tree.norm(grad)
+    length = _length(grad)
 
     def at(rate):
         value, there = jax.value_and_grad(function)(_step(params, grad, rate))
-        change = optax.tree.norm(optax.tree.sub(there, grad))
+        change = _length(optax.tree.sub(there, grad))
         return Smoothness(
             rate, value, change / length, change / (rate.astype(length.dtype) * length)
         )
@@ -235,17 +235,22 @@ def hessian_spectrum(
     steps = ax.to_positive_int("hessian_spectrum", "steps", steps)
     own, back = ravel_pytree(params)
     start = own.astype(ax.promote(jnp.float32, own))
+    ax.check_found("hessian_spectrum", "a parameter", start.size > 0)
     steps = min(steps, start.size)
 
     def slope(flat):
         grad, _ = ravel_pytree(jax.grad(function)(back(flat.astype(own.dtype))))
         return grad.astype(start.dtype)
 
-    product = lambda v: jax.jvp(slope, (start,), (v,))[1]  # noqa: E731
+    curve = lambda v: jax.jvp(slope, (start,), (v,))[1]  # noqa: E731
     keys = jax.random.split(key, steps + 1)
     noise = lambda key: jax.random.normal(key, start.shape, start.dtype)  # noqa: E731
     first = noise(keys[0])
     first /= jnp.linalg.norm(first)
+    # Curvatures near 1, whose squares are in range, whatever they are.
+    size = jnp.max(jnp.abs(curve(first)))
+    unit = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+    product = lambda v: curve(v) / unit  # noqa: E731
 
     def step(carry, inputs):
         basis, v, v_before, beta = carry
@@ -272,7 +277,7 @@ def hessian_spectrum(
     values, vectors = jnp.linalg.eigh(
         jnp.diag(alpha) + jnp.diag(beta[:-1], 1) + jnp.diag(beta[:-1], -1)
     )
-    return Spectrum(values, vectors[0] ** 2, beta[-1] * jnp.abs(vectors[-1]))
+    return Spectrum(values * unit, vectors[0] ** 2, beta[-1] * jnp.abs(vectors[-1]) * unit)
 
 
 def _orthogonal(w, basis):
@@ -280,6 +285,15 @@ def _orthogonal(w, basis):
     for _ in range(2):  # what rounding leaves goes the second time
         w = w - basis.T @ (basis @ w)
     return w
+
+
+def _length(tree):
+    """Returns the length of all leaves together, however far from 1."""
+    size = jax.tree.reduce(
+        jnp.maximum, jax.tree.map(lambda v: jnp.max(jnp.abs(v), initial=0), tree)
+    )
+    unit = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+    return unit * optax.tree.norm(jax.tree.map(lambda v: v / unit.astype(v.dtype), tree))
 
 
 def _step(params, grad, rate):

@@ -9,7 +9,9 @@ def options_of(layer: Any) -> dict[str, Any]:
     """Returns the options that make a module of normax do what a layer of PyTorch or Keras does.
 
     PyTorch's momentum is the weight of the new, and its running variance the unbiased one; Keras's
-    are as here. Axes are those of `normax`, features last, for PyTorch; for Keras they stay.
+    are as here. Axes are those of `normax`, features last, for PyTorch; for Keras they stay. Those
+    of PyTorch's LayerNorm and RMSNorm are the last, as there: where several are normalized and
+    channels are moved last, its weights are of another layout, in `from_torch` too.
 
     Args:
       layer: of PyTorch a BatchNorm, SyncBatchNorm, InstanceNorm, GroupNorm, LayerNorm or RMSNorm;
@@ -20,8 +22,9 @@ def options_of(layer: Any) -> dict[str, Any]:
 
     Raises:
       TypeError: another layer.
-      ValueError: a layer that keeps no running statistics, or keeps them where normax does not:
-        `track_running_stats`.
+      ValueError: a layer that keeps no running statistics, or keeps them where normax does not,
+        `track_running_stats`; or averages batches, `momentum=None` of PyTorch; a LayerNormalization
+        with `rms_scaling`, which is neither a layer norm nor an RMS norm.
 
     Example:
       >>> import types, normax.interop
@@ -48,8 +51,12 @@ def _torch_batch(layer):
             "options_of: expected a BatchNorm with track_running_stats, got one without: it uses "
             "the batch always; give use_running_average=False"
         )
-    momentum = None if layer.momentum is None else 1 - layer.momentum
-    return {"momentum": momentum, "unbiased": True, **_torch(layer)}
+    if layer.momentum is None:
+        raise ValueError(
+            "options_of: expected a BatchNorm with a momentum, got None: PyTorch averages batches "
+            "then, each alike; momentum=None of normax has the statistics of all entries"
+        )
+    return {"momentum": 1 - layer.momentum, "unbiased": True, **_torch(layer)}
 
 
 def _torch_instance(layer):
@@ -82,7 +89,8 @@ def _torch_rms(layer):
 
 
 def _keras_batch(layer):
-    return {"momentum": layer.momentum, "axis": layer.axis, **_keras(layer)}
+    frozen = {} if layer.trainable else {"freeze_stats": True}
+    return {"momentum": layer.momentum, "axis": layer.axis, **frozen, **_keras(layer)}
 
 
 def _keras_group(layer):
@@ -93,6 +101,11 @@ def _keras_group(layer):
 
 
 def _keras_layer(layer):
+    if getattr(layer, "rms_scaling", False):
+        raise ValueError(
+            "options_of: expected a LayerNormalization without rms_scaling, got one with: it "
+            "divides by the deviation and does not centre"
+        )
     return {**_keras(layer), **_keras_axes(layer)}
 
 
