@@ -231,6 +231,10 @@ MUTATIONS = [
     Mutation("segment: ids wrap", "segment.py", "ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids", "ids", "test_conditions.py -k narrow"),
     Mutation("segment: ids are cut", "segment.py", "ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids", "ids.astype(jnp.int32)", "test_conditions.py -k ids_of_a_wide"),
     Mutation("adaptive: masked entries in the sum", "adaptive.py", "there = present(x, ax.to_weights(name, mask, x))", "there = present(x, None)", "test_conditions.py -k adaptive_block"),
+    Mutation("recalibrate: nnx as it is", "recalibrate.py", "working.train()", "pass", "test_population.py -k sees_what"),
+    Mutation("recalibrate: weights are rounded", "recalibrate.py", "dtype = jnp.float32 if path in weighing else jnp.int32", "dtype = jnp.int32", "test_population.py -k counts_weights"),
+    Mutation("folding: into 16 bits", "interop/marking.py", "digits >= 32 and _pads_nothing(module)", "_pads_nothing(module)", "test_folding.py -k digits_would"),
+    Mutation("folding: weights are rounded", "interop/marking.py", "jnp.finfo(value.dtype).bits < digits", "False", "test_folding.py -k digits_would"),
     Mutation("recalibrate: frozen layers too", "recalibrate.py", "isinstance(module, RunningNormalizer) and not module.freeze_stats", "isinstance(module, RunningNormalizer)", "test_population.py -k frozen"),
     # In and out.
     Mutation("fold: nn.jit remembers the listener", "intercept.py", "with _listener(interceptor), linen", "with linen", "test_folding.py -k jit"),

@@ -66,7 +66,8 @@ class Folded(NamedTuple):
       variables: of linen, what the function takes; of nnx, None.
       folded: pairs of the path of a batch norm, or of a wrapper that normalizes weights, and that
         of the layer that took it.
-      left: paths of batch norms and wrappers that are left, each with the reason.
+      left: paths of batch norms and wrappers that are left, each with the reason. Of the rarer
+        normalizers, such as `BatchRenorm`, nothing is said: they stay.
     """
 
     model: Any
