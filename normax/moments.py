@@ -295,7 +295,7 @@ def _update(unbiased, nonfinite, stats, m, momentum):
     new = RunningStats(
         mean.astype(stats.mean.dtype),
         var.astype(stats.var.dtype),
-        _add_counts(stats.count, _like(m.count, stats.count)),
+        _add_counts(stats.count, count_like(m.count, stats.count)),
     )
     moves = jnp.asarray(m.count) > (0 if momentum is None else 1)
     if nonfinite == "skip":
@@ -339,7 +339,7 @@ def _add_counts(a, b):
     return jnp.where(a > me.MAX_COUNT - b, me.MAX_COUNT, a + b)
 
 
-def _like(count, kept):
+def count_like(count: Any, kept: Any) -> jax.Array:
     """Returns a count in the dtype of the one that is kept: a sum of weights rounded to an int."""
     dtype = jnp.result_type(kept)
     if jnp.issubdtype(jnp.result_type(count), jnp.floating) and jnp.issubdtype(dtype, jnp.integer):

@@ -11,6 +11,7 @@ from flax.core import FrozenDict, freeze
 from normax import axes as ax
 from normax.intercept import as_if, intercepted
 from normax.merging import noting, weighs
+from normax.moments import count_like
 from normax.nnx.activations import Running
 from normax.options.running import Remembering, RunningNormalizer
 
@@ -135,20 +136,22 @@ def recalibrate_nnx(
     def measure(model, batch):
         call(model, batch)
 
-    fresh = False
+    begun = False
     for batch in _shown(batches, progress):
-        if not fresh:
+        if not begun:
             _restart(layers, _weighing(working, call, batch))
         measure(working, batch)
-        fresh = True
-    ax.check_found("recalibrate_nnx", "a batch", fresh)
+        begun = True
+    ax.check_found("recalibrate_nnx", "a batch", begun)
     copy = nnx.clone(model)
     modules: dict[Any, Any] = dict(nnx.iter_modules(copy))
     for path, new in layers.items():
         own, seen = modules[path], new.count[...] > 0
-        for kept, found in ((own.mean, new.mean), (own.var, new.var), (own.count, new.count)):
-            if kept is not None:
-                kept[...] = jnp.where(seen, _as(found[...], kept[...]), kept[...])
+        own.mean[...] = jnp.where(seen, new.mean[...], own.mean[...])
+        own.var[...] = jnp.where(seen, new.var[...], own.var[...])
+        if own.count is not None:
+            count = count_like(new.count[...], own.count[...])
+            own.count[...] = jnp.where(seen, count, own.count[...])
     return copy
 
 
@@ -230,18 +233,15 @@ def _like(new, old):
         return old
     if {"mean", "var"} <= set(old):
         seen = new["count"] > 0 if "count" in new else False
+        if "count" in old:
+            new = {**new, "count": count_like(new["count"], old["count"])}
         kept = {
-            name: jnp.where(seen, _as(new[name], old[name]), old[name])
+            name: jnp.where(seen, new[name], old[name])
             for name in ("mean", "var", "count")
             if name in old
         }
         return {name: kept.get(name, part) for name, part in old.items()}
     return {name: _like(new[name], part) for name, part in old.items()}
-
-
-def _as(new, old):
-    """Returns a sum of weights rounded where what was kept is a number of entries."""
-    return new if new.dtype == old.dtype else jnp.round(new).astype(old.dtype)
 
 
 def _counts(stats):

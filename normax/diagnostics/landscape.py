@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from normax import axes as ax
+from normax.diagnostics.length import length
 from normax.train import TrainState, value_and_metrics
 
 Objective = Callable[[Any], jax.Array]
@@ -128,14 +129,12 @@ def gradient_smoothness(function: Objective, params: Any, rates: ArrayLike) -> S
     rates = ax.to_float_array("gradient_smoothness", rates, "rates")
     ax.check_shape("gradient_smoothness", "rates", rates.shape, (rates.size,))
     grad = jax.grad(function)(params)
-    length = _length(grad)
+    size = length(grad)
 
     def at(rate):
         value, there = jax.value_and_grad(function)(_step(params, grad, rate))
-        change = _length(optax.tree.sub(there, grad))
-        return Smoothness(
-            rate, value, change / length, change / (rate.astype(length.dtype) * length)
-        )
+        change = length(optax.tree.sub(there, grad))
+        return Smoothness(rate, value, change / size, change / (rate.astype(size.dtype) * size))
 
     return jax.lax.map(at, rates)
 
@@ -285,15 +284,6 @@ def _orthogonal(w, basis):
     for _ in range(2):  # what rounding leaves goes the second time
         w = w - basis.T @ (basis @ w)
     return w
-
-
-def _length(tree):
-    """Returns the length of all leaves together, however far from 1."""
-    size = jax.tree.reduce(
-        jnp.maximum, jax.tree.map(lambda v: jnp.max(jnp.abs(v), initial=0), tree)
-    )
-    unit = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
-    return unit * optax.tree.norm(jax.tree.map(lambda v: v / unit.astype(v.dtype), tree))
 
 
 def _step(params, grad, rate):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from normax import axes as ax
+from normax.diagnostics.length import length
 from normax.diagnostics.watch import watched
 from normax.moments import Moments, merge, moments
 from normax.regularize import names_of
@@ -156,8 +157,7 @@ def gradient_norms(
             own[max(holders, key=len)].append(leaf)
     zero = jnp.zeros((), jnp.float32)
     return {
-        path: GradientNorms(_length(leaves), lengths.get(path, zero))
-        for path, leaves in own.items()
+        path: GradientNorms(_size(leaves), lengths.get(path, zero)) for path, leaves in own.items()
     }
 
 
@@ -223,15 +223,8 @@ def _merged(calls):
     return first
 
 
-def _length(leaves):
-    """Returns the length of all leaves together, which may be far from 1 in a deep network."""
-    dtype = ax.promote(jnp.float32, *leaves)
-    leaves, zero = [leaf.astype(dtype) for leaf in leaves], jnp.zeros((), dtype)
-    largest = jnp.max(jnp.stack([zero, *(jnp.abs(leaf).max() for leaf in leaves)]))
-    unit = jnp.where(largest > 0, largest, 1)
-    squares = [jnp.sum(jnp.square(leaf / unit)) for leaf in leaves]
-    length = unit * jnp.sqrt(sum(squares, start=zero))
-    return jnp.where(jnp.isinf(largest), largest, length).astype(jnp.float32)
+def _size(leaves):
+    return length(leaves).astype(jnp.float32)
 
 
 @jax.custom_vjp
@@ -245,7 +238,7 @@ def _tap_forward(x, sink):
 
 
 def _tap_backward(_, cotangent):
-    return cotangent, _length([cotangent])
+    return cotangent, _size([cotangent])
 
 
 _tapped.defvjp(_tap_forward, _tap_backward)
