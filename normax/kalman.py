@@ -67,8 +67,8 @@ def kalman_batch_norm(
       prior of the layer above. At inference the mixture is that of the running statistics.
 
     Raises:
-      ValueError: as `batch_norm`; a `prior` of another shape; a Python `prior_weight` outside
-        [0, 1].
+      ValueError: as `batch_norm`; a `prior` of another shape; a `prior_weight` that is no scalar,
+        or a Python one outside [0, 1].
       TypeError: as `batch_norm`; a `prior` that is no `Moments`; complex `x`.
 
     Where others differ: the paper carries matrices for the transition; as in its authors' code,
@@ -130,14 +130,16 @@ def _mixture(prior, m, weight, largest_ratio):
     seen = m.count > 0
     ratio = jnp.sum(jnp.where(seen, ratios, 0)) / jnp.maximum(jnp.sum(seen, dtype=var.dtype), 1)
     p = jnp.where(ratio < largest_ratio, weight.astype(m.var.dtype), 0)
-    # What is left out must not bring its inf or NaN.
-    mean, var = jnp.where(p > 0, mean, 0), jnp.where(p > 0, var, 0)
-    here = jnp.where(p < 1, m.mean, mean), jnp.where(p < 1, m.var, 0)
-    apart = square(jnp.where(p > 0, here[0] - mean, 0))
+    # What is left out must not bring its inf or NaN; what is finite has a derivative by p.
+    unknown = (p == 0) & ~(jnp.isfinite(mean) & jnp.isfinite(var))
+    mean, var = jnp.where(unknown, 0, mean), jnp.where(unknown, 0, var)
+    here = jnp.where((p == 1) & ~jnp.isfinite(m.var), 0, m.var)
+    apart = m.mean - mean
+    apart = jnp.where(((p == 0) | (p == 1)) & ~jnp.isfinite(square(apart)), 0, apart)
     return Moments(
         m.count,
-        p * mean + (1 - p) * here[0],
-        p * var + (1 - p) * here[1] + p * (1 - p) * apart,
+        p * mean + (1 - p) * m.mean,
+        p * var + (1 - p) * here + p * (1 - p) * square(apart),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.core import FrozenDict, freeze
+from flax.core import FrozenDict
 
 from normax import axes as ax
 from normax.intercept import as_if, intercepted
@@ -77,15 +77,17 @@ def recalibrate(
         ax.check_collections("recalibrate", "what apply returns", updates)
         return updates["batch_stats"]
 
-    fresh = None
+    fresh, kinds = None, set()
     for batch in _shown(batches, progress):
-        fresh = _restarted(stats, _moving(apply, variables, batch)) if fresh is None else fresh
+        if _kind(batch) not in kinds:
+            called = _moving(apply, variables, batch)
+            fresh = _restarted(stats if fresh is None else fresh, called, fresh is None)
+            kinds.add(_kind(batch))
         fresh = measure(fresh, batch)
     ax.check_found("recalibrate", "a batch", fresh is not None)
     trained = any(count.any() for count in _counts(fresh))
     ax.check_found("recalibrate", "an entry, by a model applied in training", trained)
-    new = {**variables, "batch_stats": _like(fresh, stats)}
-    return freeze(new) if isinstance(variables, FrozenDict) else new
+    return _in_kind({**variables, "batch_stats": _like(fresh, stats)}, variables)
 
 
 def recalibrate_nnx(
@@ -97,7 +99,9 @@ def recalibrate_nnx(
 ) -> nnx.Module:
     """Returns an nnx model with the running statistics of all the data of a stream.
 
-    `recalibrate` for nnx: a copy of the model is called in training, batch by batch.
+    `recalibrate` for nnx: a copy of the model is called batch by batch, in training, as
+    `model.train()` puts it: all of it, so what is to stay in inference there needs `freeze_stats`,
+    or its mode in `call`.
 
     Args:
       model: the model; it stays as it is.
@@ -106,7 +110,7 @@ def recalibrate_nnx(
       progress: show a progress bar; needs rich.
 
     Returns:
-      A copy of the model, in the mode and with the momenta of the original.
+      A copy of the model as it was, other variables too, with new running statistics.
 
     Raises:
       ValueError: a stream without a batch; a model without running statistics.
@@ -125,7 +129,7 @@ def recalibrate_nnx(
     Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, https://arxiv.org/abs/2105.07576.
     """
     working = nnx.clone(model)
-    working.train()
+    nnx.Module.train(working)  # a model may call something else so
     moving: dict[Any, Any] = {p: m for p, m in nnx.iter_modules(working) if _moves(m)}
     layers: dict[Any, Any] = {p: m for p, m in moving.items() if isinstance(m, RunningNormalizer)}
     ax.check_found("recalibrate_nnx", "a model with running statistics that move", bool(layers))
@@ -136,13 +140,16 @@ def recalibrate_nnx(
     def measure(model, batch):
         call(model, batch)
 
-    begun = False
+    kinds = set()
     for batch in _shown(batches, progress):
-        if not begun:
-            _restart(layers, _weighing(working, call, batch))
+        if not kinds:
+            _restart(layers)
+        if _kind(batch) not in kinds:
+            for path in _weighing(working, call, batch):
+                layers[path].count = nnx.BatchStat(layers[path].count[...].astype(jnp.float32))
+            kinds.add(_kind(batch))
         measure(working, batch)
-        begun = True
-    ax.check_found("recalibrate_nnx", "a batch", begun)
+    ax.check_found("recalibrate_nnx", "a batch", bool(kinds))
     copy = nnx.clone(model)
     modules: dict[Any, Any] = dict(nnx.iter_modules(copy))
     for path, new in layers.items():
@@ -150,8 +157,7 @@ def recalibrate_nnx(
         own.mean[...] = jnp.where(seen, new.mean[...], own.mean[...])
         own.var[...] = jnp.where(seen, new.var[...], own.var[...])
         if own.count is not None:
-            count = count_like(new.count[...], own.count[...])
-            own.count[...] = jnp.where(seen, count, own.count[...])
+            own.count[...] = _kept_count(new.count[...], own.count[...])
     return copy
 
 
@@ -177,14 +183,19 @@ def _weighing(model, call, batch):
     return {path for path, calls in seen.items() if any(weighed for _, weighed in calls)}
 
 
-def _restart(layers, weighing):
+def _restart(layers):
     """Lets normalizers of nnx merge what they see, from nothing on."""
-    for path, layer in layers.items():
+    for layer in layers.values():
         layer.momentum = None
         layer.mean[...] = jnp.zeros_like(layer.mean[...])
         layer.var[...] = jnp.ones_like(layer.var[...])
-        dtype = jnp.float32 if path in weighing else jnp.int32
-        layer.count = nnx.BatchStat(jnp.zeros(layer.mean[...].shape, dtype))
+        layer.count = nnx.BatchStat(jnp.zeros(layer.mean[...].shape, jnp.int32))
+
+
+def _kept_count(new, old):
+    """Returns a new count in the dtype of the old one, which stays where nothing was seen."""
+    # An int of weights that add up to little: 0 would be nothing seen.
+    return jnp.where(new > 0, jnp.maximum(count_like(new, old), jnp.ones((), old.dtype)), old)
 
 
 def _merging(module) -> dict[str, Any]:
@@ -195,6 +206,12 @@ def _merging(module) -> dict[str, Any]:
     if not isinstance(module, Remembering) or module.freeze_stats:
         return {}
     return {"momentum": None} if isinstance(module, RunningNormalizer) else {"freeze_stats": True}
+
+
+def _kind(batch):
+    """Returns what two batches have in common that a model is compiled once for."""
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, tuple(map(jax.typeof, leaves))
 
 
 def _moving(apply, variables, batch):
@@ -216,15 +233,21 @@ def _moving(apply, variables, batch):
     return paths
 
 
-def _restarted(stats, paths, path=()):
-    """Returns statistics before any data, each with a count, at the paths."""
+def _restarted(stats, paths, anew, path=()):
+    """Returns statistics before any data, each with a count, at the paths.
+
+    Those that are not to begin anew have a real count where entries weigh.
+    """
     if not isinstance(stats, Mapping):
         return stats
-    if path in paths:
+    if path in paths and anew:
         zero, one = jnp.zeros_like(stats["mean"]), jnp.ones_like(stats["var"])
-        count = jnp.zeros(zero.shape, jnp.float32 if paths[path] else jnp.int32)
-        return {**stats, "mean": zero, "var": one, "count": count}
-    return {name: _restarted(part, paths, (*path, name)) for name, part in stats.items()}
+        stats = {**stats, "mean": zero, "var": one, "count": jnp.zeros(zero.shape, jnp.int32)}
+    if paths.get(path) and "count" in stats:
+        return {**stats, "count": stats["count"].astype(jnp.float32)}
+    if path in paths:
+        return stats
+    return {name: _restarted(part, paths, anew, (*path, name)) for name, part in stats.items()}
 
 
 def _like(new, old):
@@ -233,15 +256,16 @@ def _like(new, old):
         return old
     if {"mean", "var"} <= set(old):
         seen = new["count"] > 0 if "count" in new else False
+        kept = {name: jnp.where(seen, new[name], old[name]) for name in ("mean", "var")}
         if "count" in old:
-            new = {**new, "count": count_like(new["count"], old["count"])}
-        kept = {
-            name: jnp.where(seen, new[name], old[name])
-            for name in ("mean", "var", "count")
-            if name in old
-        }
-        return {name: kept.get(name, part) for name, part in old.items()}
-    return {name: _like(new[name], part) for name, part in old.items()}
+            kept["count"] = _kept_count(new["count"], old["count"])
+        return _in_kind({name: kept.get(name, part) for name, part in old.items()}, old)
+    return _in_kind({name: _like(new[name], part) for name, part in old.items()}, old)
+
+
+def _in_kind(new, old):
+    """Returns a dict as a `FrozenDict` where the old one is."""
+    return FrozenDict(new) if isinstance(old, FrozenDict) else new
 
 
 def _counts(stats):

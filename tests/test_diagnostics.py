@@ -372,6 +372,18 @@ def test_losses_of_any_size_have_a_spectrum_and_a_smoothness(size):
         diagnostics.hessian_spectrum(lambda p: 0.0, {}, key=jax.random.key(0))
 
 
+def test_the_length_of_complex_gradients():
+    z = jnp.array([1 + 1j, 2 - 1j], jnp.complex64)
+    quartic = lambda w: jnp.sum(jnp.abs(w) ** 4)
+    found = diagnostics.gradient_smoothness(quartic, z, jnp.array([1e-2]))
+    slope = lambda w: 4 * np.abs(w) ** 2 * np.conj(w)  # JAX's gradient is the conjugate
+    before = np.asarray(z, np.complex128)
+    change = slope(before - 1e-2 * slope(before)) - slope(before)
+    expected = np.linalg.norm(change) / np.linalg.norm(slope(before))
+    assert found.gradient_change.dtype == jnp.float32
+    np.testing.assert_allclose(found.gradient_change[0], expected, rtol=1e-4)
+
+
 def test_the_largest_learning_rate_and_smoothness():
     curvature = jnp.array([1.0, 4.0])
     bowl = lambda x: jnp.sum(curvature * x**2) / 2

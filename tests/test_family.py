@@ -191,3 +191,21 @@ def test_kalman_norm_of_entries_without_a_variance_gives_numbers(weight):
         normax.kalman_batch_norm(
             x, stats, prior, use_running_average=False, prior_weight=jnp.ones(3)
         )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_the_weight_of_kalman_norm_s_prior_has_a_derivative_at_its_ends_too(weight):
+    x = np.random.default_rng(0).normal(1, 1, (16, 2))
+    stats, prior = normax.RunningStats.create(2, jnp.float64), normax.Moments(9, 0.5, 2.0)
+    prior = jax.tree.map(lambda v: jnp.full(2, v), prior)
+
+    def mixture(p):
+        options = {"use_running_average": False, "prior_weight": p}
+        return normax.kalman_batch_norm(x, stats, prior, **options)[2]
+
+    slopes = jax.jacobian(lambda p: mixture(p)[1:])(jnp.asarray(weight))
+    mean, var = x.mean(0), x.var(0)
+    apart = (mean - 0.5) ** 2
+    np.testing.assert_allclose(slopes[0], 0.5 - mean, rtol=1e-9)
+    np.testing.assert_allclose(slopes[1], 2 - var + (1 - 2 * weight) * apart, rtol=1e-9)

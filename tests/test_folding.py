@@ -500,3 +500,18 @@ def test_a_norm_stays_where_digits_would_be_lost(library, layer, norm_first, fol
     assert (len(folded), len(left)) == ((1, 0) if folds else (0, 1))
     y, expected = (np.asarray(v, np.float32) for v in (y, expected))
     np.testing.assert_allclose(y, expected, atol=0.05 if rounds else 2e-3)
+
+
+def test_a_layer_may_have_what_is_no_float():
+    class Keyed(nnx.Linear):
+        def __init__(self, *sizes, rngs):
+            super().__init__(*sizes, rngs=rngs)
+            self.keys = rngs.fork()
+
+    rngs = nnx.Rngs(0)
+    norm = normax.nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), norm, Keyed(4, 4, rngs=rngs))
+    x = jax.random.normal(KEY, (6, 3))
+    new, _, folded, left = interop.fold_nnx(model, x)
+    assert (len(folded), len(left)) == (1, 0)
+    np.testing.assert_allclose(new(x), model(x), atol=1e-5)

@@ -237,28 +237,50 @@ def test_recalibration_of_nnx_sees_what_training_does(training):
     chex.assert_trees_all_equal(new.flax.mean[...], model.flax.mean[...])
 
 
+def test_a_model_may_call_something_else_train_and_keep_a_layer_in_inference():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.train = "data"
+            self.norm = normax.nnx.BatchNorm(3, freeze_stats=True, rngs=nnx.Rngs(0))
+            self.second = normax.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.second(self.norm(x))
+
+    x = np.random.default_rng(0).normal(3, 1, (64, 3)).astype(np.float32)
+    new = recalibrate_nnx(Net(), [x])
+    np.testing.assert_allclose(new.second.mean[...], x.mean(0), rtol=1e-4)
+
+
 @pytest.mark.parametrize("library", ["linen", "nnx"])
-@pytest.mark.parametrize("size", [0.6, 0.1, 0.003])
-def test_recalibration_counts_weights_as_they_are(library, size):
+@pytest.mark.parametrize("momentum", [0.9, None])
+@pytest.mark.parametrize("size", [0.1, 0.003])
+@pytest.mark.parametrize("first", ["weighed", "plain"])
+def test_recalibration_counts_weights_as_they_are(library, momentum, size, first):
     x = np.random.default_rng(0).normal(size=(4, 1)).astype(np.float32)
     w = np.full((4, 1), size, np.float32)
-    rows = [(x + 5, w), (x - 5, 2 * w), (x, w)]
+    plain = [(x, np.ones((4, 1), bool))] if first == "plain" else []
+    rows = [*plain, (x + 5, w), (x - 5, 2 * w), (x, w)]
     if library == "nnx":
-        model = normax.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+        model = normax.nnx.BatchNorm(1, momentum=momentum, rngs=nnx.Rngs(0))
         new = recalibrate_nnx(model, rows, call=lambda model, b: model(b[0], mask=b[1]))
-        mean, var = new.mean[...], new.var[...]
+        mean, var, count = new.mean[...], new.var[...], new.count
     else:
-        model = normax.linen.BatchNorm(False)
-        variables = flax.core.freeze(model.init(KEY, x))
+        model = normax.linen.BatchNorm(False, momentum=momentum)
+        variables = model.init(KEY, x)
+        variables = {**variables, "batch_stats": flax.core.freeze(variables["batch_stats"])}
         apply = lambda v, b: model.apply(v, b[0], mask=b[1], mutable=["batch_stats"])[1]
         new = recalibrate(apply, variables, rows)
         assert jax.tree.structure(new) == jax.tree.structure(variables)
         mean, var = new["batch_stats"]["mean"], new["batch_stats"]["var"]
+        count = new["batch_stats"].get("count")
     entries, weights = (np.concatenate([row[i] for row in rows])[:, 0] for i in range(2))
     expected = np.average(entries, weights=weights)
     np.testing.assert_allclose(mean[0], expected, rtol=1e-5)
     spread = np.average((entries - expected) ** 2, weights=weights)
     np.testing.assert_allclose(var[0], spread, rtol=1e-5)
+    if momentum is None:
+        assert count[0] == max(round(float(weights.sum())), 1)
 
 
 def test_recalibration_refuses_what_it_cannot_do():

@@ -203,8 +203,9 @@ def hessian_spectrum(
     .. math:: H v = \frac{d}{dt} \nabla L(\theta + t v)
 
     The extremes of the spectrum are found first; with as many steps as there are parameters all of
-    it. Every vector is made orthogonal to all before it, twice. Each step costs two to three
-    gradients, and memory that of the parameters.
+    it. Every vector is made orthogonal to all before it, twice. Each step, and one before
+    them for the size of what is measured, costs two to three gradients, and memory that of the
+    parameters.
 
     Args:
       function: of the parameters, such as `objective` gives.
@@ -216,7 +217,7 @@ def hessian_spectrum(
       `Spectrum`, which has a `condition_number` and a `stable_rate`.
 
     Raises:
-      ValueError: fewer steps than 1.
+      ValueError: fewer steps than 1; no parameters.
       TypeError: steps that are no int.
 
     Lanczos, "An iteration method for the solution of the eigenvalue problem of linear differential

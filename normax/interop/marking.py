@@ -99,9 +99,14 @@ def marked_call(
     # and so has one beside weights that would be rounded to fewer than the layer computes with.
     digits = jnp.finfo(out.dtype).bits
     each.takes_any_input = digits >= 32 and _pads_nothing(module)
-    if any(jnp.finfo(value.dtype).bits < digits for value in own):
-        each.why_not = "its weights have fewer digits than its output"
+    if any(_digits(value) < digits for value in own):
+        each.why_not = each.why_not or "its weights have fewer digits than its output"
     return marked("leave", path, out)
+
+
+def _digits(value):
+    """Returns the bits of a float; of what is none, such as a key or a counter, more than any."""
+    return jnp.finfo(value.dtype).bits if jnp.issubdtype(value.dtype, jnp.inexact) else 128
 
 
 def _why_not(norm, x, args, kwargs) -> str:
