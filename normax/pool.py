@@ -73,9 +73,7 @@ def placed_like(value, like):
     )
     # What came from outside of a mesh is brought onto it.
     mesh = theirs.mesh if ours.mesh.empty else ours.mesh
-    if not mesh.explicit_axes or (ours.mesh, ours.spec) == (mesh, spec):
-        return value
-    return jax.sharding.reshard(value, jax.sharding.NamedSharding(mesh, spec))
+    return value if (ours.mesh, ours.spec) == (mesh, spec) else place(value, mesh, spec)
 
 
 def examples_together(value, count):
@@ -86,8 +84,7 @@ def examples_together(value, count):
     sharding = jax.typeof(value).sharding
     if count % dealt_out(sharding, 0) == 0:
         return value
-    spec = jax.sharding.PartitionSpec(None, *sharding.spec[1:])
-    return jax.sharding.reshard(value, jax.sharding.NamedSharding(sharding.mesh, spec))
+    return place(value, sharding.mesh, (None, *sharding.spec[1:]))
 
 
 def whole(value, *kept):
@@ -95,25 +92,20 @@ def whole(value, *kept):
 
     For what is no sum over an axis, such as the order of its entries.
     """
-    sharding = jax.typeof(value).sharding
+    mesh, spec = jax.typeof(value).sharding.mesh, jax.typeof(value).sharding.spec
     kept = {axis % value.ndim for axis in kept}
-    return place(value, sharding, [n if i in kept else None for i, n in enumerate(sharding.spec)])
+    return place(value, mesh, [name if i in kept else None for i, name in enumerate(spec)])
 
 
-def place(value, sharding, spec):
-    """Returns `value` dealt out by `spec` on the mesh of a sharding, where layouts are types."""
-    if not sharding.mesh.explicit_axes:
-        return value
-    spec = jax.sharding.PartitionSpec(*spec)
-    return jax.sharding.reshard(value, jax.sharding.NamedSharding(sharding.mesh, spec))
+def place(value, mesh, spec):
+    """Returns `value` dealt out by `spec` on a mesh, where layouts are types."""
+    layout = _layout(mesh, spec)
+    return value if layout is None else jax.sharding.reshard(value, layout)
 
 
-def matmul(a, b, sharding, spec):
-    """Returns a @ b, to all digits, laid out by `spec` on the mesh of a sharding, likewise."""
-    placed = None
-    if sharding.mesh.explicit_axes:
-        placed = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
-    return jnp.matmul(a, b, precision="highest", out_sharding=placed)
+def matmul(a, b, mesh, spec):
+    """Returns a @ b, to all digits, laid out by `spec` on a mesh, likewise."""
+    return jnp.matmul(a, b, precision="highest", out_sharding=_layout(mesh, spec))
 
 
 def dealt_out(sharding, axis):
@@ -130,11 +122,17 @@ def names_of(entry):
 
 def reshape(value, shape, spec):
     """Returns `value` reshaped; `spec` is its new layout, where layouts are part of types."""
-    mesh = jax.typeof(value).sharding.mesh
+    layout = _layout(jax.typeof(value).sharding.mesh, spec)
+    return (
+        value.reshape(shape) if layout is None else lax.reshape(value, shape, out_sharding=layout)
+    )
+
+
+def _layout(mesh, spec):
+    """Returns a spec on a mesh whose axes are parts of types; None of any other."""
     if mesh.empty or not mesh.explicit_axes:
-        return value.reshape(shape)
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-    return lax.reshape(value, shape, out_sharding=sharding)
+        return None
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
 
 def _group_of_device(groups):

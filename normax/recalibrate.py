@@ -79,10 +79,12 @@ def recalibrate(
 
     fresh, kinds = None, set()
     for batch in _shown(batches, progress):
-        if _kind(batch) not in kinds:
+        if (kind := _kind(batch)) not in kinds:
             called = _moving(apply, variables, batch)
-            fresh = _restarted(stats if fresh is None else fresh, called, fresh is None)
-            kinds.add(_kind(batch))
+            fresh = _edited(stats, called, _restarted) if fresh is None else fresh
+            weighed = {path for path, weighs in called.items() if weighs}
+            fresh = _edited(fresh, weighed, _with_a_real_count)
+            kinds.add(kind)
         fresh = measure(fresh, batch)
     ax.check_found("recalibrate", "a batch", fresh is not None)
     trained = any(count.any() for count in _counts(fresh))
@@ -140,14 +142,13 @@ def recalibrate_nnx(
     def measure(model, batch):
         call(model, batch)
 
+    _restart(layers)
     kinds = set()
     for batch in _shown(batches, progress):
-        if not kinds:
-            _restart(layers)
-        if _kind(batch) not in kinds:
+        if (kind := _kind(batch)) not in kinds:
             for path in _weighing(working, call, batch):
                 layers[path].count = nnx.BatchStat(layers[path].count[...].astype(jnp.float32))
-            kinds.add(_kind(batch))
+            kinds.add(kind)
         measure(working, batch)
     ax.check_found("recalibrate_nnx", "a batch", bool(kinds))
     copy = nnx.clone(model)
@@ -233,21 +234,24 @@ def _moving(apply, variables, batch):
     return paths
 
 
-def _restarted(stats, paths, anew, path=()):
-    """Returns statistics before any data, each with a count, at the paths.
-
-    Those that are not to begin anew have a real count where entries weigh.
-    """
+def _edited(stats, paths, edit, path=()):
+    """Returns statistics with those of the modules at the paths edited."""
     if not isinstance(stats, Mapping):
         return stats
-    if path in paths and anew:
-        zero, one = jnp.zeros_like(stats["mean"]), jnp.ones_like(stats["var"])
-        stats = {**stats, "mean": zero, "var": one, "count": jnp.zeros(zero.shape, jnp.int32)}
-    if paths.get(path) and "count" in stats:
-        return {**stats, "count": stats["count"].astype(jnp.float32)}
     if path in paths:
-        return stats
-    return {name: _restarted(part, paths, anew, (*path, name)) for name, part in stats.items()}
+        return edit(stats)
+    return {name: _edited(part, paths, edit, (*path, name)) for name, part in stats.items()}
+
+
+def _restarted(own):
+    """Returns a module's statistics before any data, with a count."""
+    zero, one = jnp.zeros_like(own["mean"]), jnp.ones_like(own["var"])
+    return {**own, "mean": zero, "var": one, "count": jnp.zeros(zero.shape, jnp.int32)}
+
+
+def _with_a_real_count(own):
+    """Returns the same for entries that weigh, if it was restarted."""
+    return {**own, "count": own["count"].astype(jnp.float32)} if "count" in own else own
 
 
 def _like(new, old):

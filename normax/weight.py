@@ -163,13 +163,12 @@ def spectral_norm(
     epsilon = ax.to_epsilon(name, epsilon)
     matrix = _as_matrix(w)
     fixed, old = lax.stop_gradient((matrix, jnp.asarray(state.u)))
-    layout = jax.typeof(matrix).sharding
-    rows, columns = layout.spec
-    start = pool.place(old.astype(matrix.dtype), layout, (None, columns))
+    mesh, (rows, columns) = jax.typeof(matrix).sharding.mesh, jax.typeof(matrix).sharding.spec
+    start = pool.place(old.astype(matrix.dtype), mesh, (None, columns))
 
     def step(u):
-        v = _unit(pool.matmul(u, fixed.T, layout, (None, rows)), epsilon)
-        return v, _unit(pool.matmul(v, fixed, layout, (None, columns)), epsilon)
+        v = _unit(pool.matmul(u, fixed.T, mesh, (None, rows)), epsilon)
+        return v, _unit(pool.matmul(v, fixed, mesh, (None, columns)), epsilon)
 
     v, u = iterate(step, start, n_steps)
     sigma = jnp.sum(v.T * matrix * u)
