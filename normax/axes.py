@@ -48,6 +48,7 @@ from normax.checks import check_structure as check_structure
 from normax.checks import check_switch as check_switch
 from normax.checks import check_takes_mask as check_takes_mask
 from normax.checks import check_values as check_values
+from normax.checks import dtype_of as dtype_of
 from normax.checks import to_epsilon as to_epsilon
 from normax.checks import to_float as to_float
 from normax.checks import to_fraction as to_fraction
@@ -167,7 +168,7 @@ def to_parameter(name, label, value, x, feature_axes):
 
 def to_dtype(name: str, dtype: DTypeLike | None, like: jax.Array, **operands: Any) -> jnp.dtype:
     """Returns the dtype of the output, like's by default; refuses one that cannot hold it."""
-    result = jnp.dtype(like.dtype if dtype is None else dtype)
+    result = like.dtype if dtype is None else dtype_of(name, dtype)
     if not jnp.issubdtype(result, jnp.inexact):
         raise TypeError(f"{name}: expected dtype to be floating-point or complex, got {result}")
     for label, value in operands.items():
@@ -349,8 +350,8 @@ def promote(*operands: Any) -> jnp.dtype:
         return jnp.result_type(*operands)
 
 
-def result_dtype(dtype: DTypeLike | None, *operands: Any) -> jnp.dtype:
+def result_dtype(name: str, dtype: DTypeLike | None, *operands: Any) -> jnp.dtype:
     """Returns Flax's dtype for a result: `dtype`, or what the operands present promote to."""
     if dtype is not None:
-        return jnp.dtype(dtype)
+        return dtype_of(name, dtype)
     return promote(*(operand for operand in operands if operand is not None))

@@ -109,7 +109,8 @@ class NNXBinding:
     def __call__(self, params, model_state, key, *, train, dtype):
         """Returns the model with its variables, in training or inference."""
         model = self.merge(cast(params, dtype), model_state)
-        model.train() if train else model.eval()
+        # Of the class, for a model may have something else in an attribute called so.
+        (type(model).train if train else type(model).eval)(model)
         return BoundNNX(model, dtype)
 
 

@@ -100,7 +100,9 @@ def to_float(name: str, label: str, value: Any) -> float:
 def _number_within(name: str, label: str, value: Any, low: float, high: float) -> float:
     number = to_float(name, label, value)
     if not low <= number <= high or math.isinf(number):
-        raise ValueError(f"{name}: expected {label} in [{low:g}, {high:g}], got {value!r}")
+        any_finite = math.isinf(low) or low <= number
+        wanted = "to be finite" if any_finite and math.isinf(high) else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name}: expected {label} {wanted}, got {value!r}")
     return number
 
 
@@ -112,10 +114,20 @@ def check_real(name: str, label: str, value: jax.Array) -> None:
 
 def check_computing_dtype(name: str, dtype: DTypeLike | None) -> None:
     """Refuses a dtype for a model to compute in that is not real floating-point."""
-    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+    if dtype is None:
+        return
+    if not jnp.issubdtype(result := dtype_of(name, dtype), jnp.floating):
+        raise TypeError(f"{name}: expected dtype to be floating-point or None, got {result}")
+
+
+def dtype_of(name: str, dtype: DTypeLike) -> jnp.dtype:
+    """Returns the dtype that something names."""
+    try:
+        return jnp.dtype(dtype)
+    except TypeError:
         raise TypeError(
-            f"{name}: expected dtype to be floating-point or None, got {jnp.dtype(dtype)}"
-        )
+            f"{name}: expected dtype to be one, such as jnp.float32, got {dtype!r}"
+        ) from None
 
 
 def check_found(name: str, what: str, found: bool) -> None:

@@ -9,6 +9,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 from normax import axes as ax
+from normax.bind import NNXBinding
 from normax.intercept import as_if, intercepted
 from normax.merging import noting, weighs
 from normax.moments import count_like
@@ -71,7 +72,7 @@ def recalibrate(
     ax.check_found("recalibrate", "variables with running statistics", bool(stats))
 
     @jax.jit
-    def measure(stats, batch):
+    def measure(variables, stats, batch):  # what is closed over is copied into the program
         with intercepted(as_if(_merging)):
             updates = apply({**variables, "batch_stats": stats}, batch)
         ax.check_collections("recalibrate", "what apply returns", updates)
@@ -85,7 +86,7 @@ def recalibrate(
             weighed = {path for path, weighs in called.items() if weighs}
             fresh = _edited(fresh, weighed, _with_a_real_count)
             kinds.add(kind)
-        fresh = measure(fresh, batch)
+        fresh = measure(variables, fresh, batch)
     ax.check_found("recalibrate", "a batch", fresh is not None)
     trained = any(count.any() for count in _counts(fresh))
     ax.check_found("recalibrate", "an entry, by a model applied in training", trained)
@@ -131,25 +132,31 @@ def recalibrate_nnx(
     Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, https://arxiv.org/abs/2105.07576.
     """
     working = nnx.clone(model)
-    nnx.Module.train(working)  # a model may call something else so
     moving: dict[Any, Any] = {p: m for p, m in nnx.iter_modules(working) if _moves(m)}
     layers: dict[Any, Any] = {p: m for p, m in moving.items() if isinstance(m, RunningNormalizer)}
     ax.check_found("recalibrate_nnx", "a model with running statistics that move", bool(layers))
     for path, layer in moving.items():  # a power norm remembers no moments of its input
         layer.freeze_stats = path not in layers
 
-    @nnx.jit
-    def measure(model, batch):
-        call(model, batch)
-
     _restart(layers)
+    bind = NNXBinding(nnx.split(working, nnx.Param, ...)[0])
+
+    @jax.jit  # `nnx.jit` would return the parameters, too, as a copy
+    def measure(params, state, batch):
+        bound = bind(params, state, None, train=True, dtype=None)
+        call(bound.nnx_model, batch)
+        return bound.model_state
+
+    def variables():
+        return nnx.split(working, nnx.Param, ...)[1:]
+
     kinds = set()
     for batch in _shown(batches, progress):
         if (kind := _kind(batch)) not in kinds:
-            for path in _weighing(working, call, batch):
+            for path in _weighing(bind, call, batch, *variables()):
                 layers[path].count = nnx.BatchStat(layers[path].count[...].astype(jnp.float32))
             kinds.add(kind)
-        measure(working, batch)
+        nnx.update(working, measure(*variables(), batch))
     ax.check_found("recalibrate_nnx", "a batch", bool(kinds))
     copy = nnx.clone(model)
     modules: dict[Any, Any] = dict(nnx.iter_modules(copy))
@@ -167,20 +174,19 @@ def _moves(layer):
     return isinstance(layer, Running) and not layer.freeze_stats
 
 
-def _weighing(model, call, batch):
+def _weighing(bind, call, batch, params, state):
     """Returns the paths of the normalizers of an nnx model that are called with weights."""
-    graph, state = nnx.split(model)
     seen: dict[Any, list] = {}
 
-    def traced(state, batch):
-        model = nnx.merge(graph, state)
+    def traced(params, state, batch):
+        model = bind(params, state, None, train=True, dtype=None).nnx_model
         for path, layer in nnx.iter_modules(model):
             if isinstance(layer, RunningNormalizer):
                 noted = noting(layer._normalize_and_remember, seen.setdefault(path, []))
                 layer._normalize_and_remember = noted
         call(model, batch)
 
-    jax.eval_shape(traced, state, batch)
+    jax.eval_shape(traced, params, state, batch)
     return {path for path, calls in seen.items() if any(weighed for _, weighed in calls)}
 
 

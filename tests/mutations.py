@@ -231,7 +231,7 @@ MUTATIONS = [
     Mutation("segment: ids wrap", "segment.py", "ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids", "ids", "test_conditions.py -k narrow"),
     Mutation("segment: ids are cut", "segment.py", "ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids", "ids.astype(jnp.int32)", "test_conditions.py -k ids_of_a_wide"),
     Mutation("adaptive: masked entries in the sum", "adaptive.py", "there = present(x, ax.to_weights(name, mask, x))", "there = present(x, None)", "test_conditions.py -k adaptive_block"),
-    Mutation("recalibrate: nnx as it is", "recalibrate.py", "nnx.Module.train(working)", "pass", "test_population.py -k sees_what"),
+    Mutation("recalibrate: nnx as it is", "recalibrate.py", "bound = bind(params, state, None, train=True", "bound = bind(params, state, None, train=False", "test_population.py -k sees_what"),
     Mutation("recalibrate: weights are rounded", "recalibrate.py", "layers[path].count[...].astype(jnp.float32)", "layers[path].count[...]", "test_population.py -k counts_weights"),
     Mutation("folding: into 16 bits", "interop/marking.py", "digits >= 32 and _pads_nothing(module)", "_pads_nothing(module)", "test_folding.py -k digits_would"),
     Mutation("folding: weights are rounded", "interop/marking.py", "_digits(value) < digits", "False", "test_folding.py -k digits_would"),

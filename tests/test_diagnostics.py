@@ -616,10 +616,10 @@ def test_frozen_norms_have_no_noise():
     np.testing.assert_array_equal(ours.batch_stats["frozen"]["mean"], 0)
 
 
-@pytest.mark.parametrize("zeta", [0.25, "tree"])
+@pytest.mark.parametrize("zeta", [0.25, np.float32(0.25), jnp.array(0.25), "tree"])
 def test_gamma_decay_is_the_gradient_of_its_penalty(zeta):
     params = {"norm": {"scale": jnp.array([1.0, -2.0]), "bias": jnp.ones(2)}, "kernel": jnp.ones(3)}
-    if zeta == "tree":
+    if isinstance(zeta, str):
         zeta = {"norm": {"scale": jnp.array([0.5, 2.0]), "bias": 9.0}, "kernel": 9.0}
     at_scale = zeta["norm"]["scale"] if isinstance(zeta, dict) else zeta
     slope = jax.grad(lambda p: jnp.sum(at_scale * p["norm"]["scale"] ** 2) + p["kernel"].sum())(
@@ -780,6 +780,7 @@ def test_population_training_needs_statistics_that_move():
         (lambda: theory.gamma_decay("0.1"), TypeError, "gamma_decay: expected zeta"),
         (lambda: theory.gamma_decay(None), TypeError, "gamma_decay: expected a zeta"),
         (lambda: theory.gamma_decay([0.1]).init({"scale": jnp.ones(2)}), TypeError, "gamma_decay: expected zeta of the structure"),
+        (lambda: theory.gamma_decay({"scale": jnp.ones(3)}).init({"scale": jnp.ones(2)}), ValueError, r"gamma_decay: expected zeta.shape == \(2,\), got \(3,\)"),
         (lambda: theory.gamma_decay(0.1).update({}, theory.gamma_decay(0.1).init({})), ValueError, "gamma_decay: expected params"),
         (lambda: diagnostics.decay_coefficients(loss, states()["linen"], data(8), batch_size=1, key=KEY), ValueError, "expected batch_size in"),
         (lambda: diagnostics.decay_coefficients(loss, states()["linen"], data(8), batch_size=8, key=KEY, form="new"), ValueError, "expected form to be one of"),

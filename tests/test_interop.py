@@ -219,7 +219,7 @@ def test_a_transposed_convolution_by_its_definition():
         expected[:, place : place + 4] += np.einsum("bi,iow->bwo", x[:, place], kernel)
     model = nn.ConvTranspose(3, (4,), padding="VALID", use_bias=False)
     like = model.init(KEY, x)
-    variables, _ = interop.from_torch({"weight": kernel}, like, transposed=[""])
+    variables, _ = interop.from_torch({"weight": kernel}, like, transposed=iter([""]))
     np.testing.assert_allclose(model.apply(variables, x), expected, rtol=1e-5, atol=1e-5)
     back, _ = interop.to_torch(variables, {"weight": kernel}, transposed=[""])
     np.testing.assert_array_equal(back["weight"], kernel)
@@ -549,9 +549,44 @@ def test_what_is_no_state_dict_or_variables_says_so(torch):
 
 def test_paths_that_are_none_are_refused():
     entries = {"fc.weight": np.ones((2, 3)), "fc.bias": np.ones(2)}
-    for options in ({"transposed": "fc"}, {"transposed": ["up"]}, {"flattened": {"f": (1, 1, 3)}}):
+    unknown = {"transposed": "fc"}, {"transposed": ["up"]}, {"transposed": 3}
+    for options in (*unknown, {"flattened": {"f": (1, 1, 3)}}):
         with pytest.raises(ValueError, match=r"from_torch: expected .* paths of modules, .*'fc'"):
             interop.from_torch(entries, LIKE, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"flattened": ["fc"]}, r"expected flattened to be a dict of shapes, got \['fc'\]"),
+        ({"flattened": {"fc": 3}}, r"expected flattened\['fc'\] to be several ints, got 3"),
+        ({"flattened": {"fc": ("3",)}}, r"expected flattened\['fc'\] to be an int, got '3'"),
+        ({"names": {"fc": 3}}, r"expected names to be a dict of strings, a function or None, got"),
+        ({"names": "fc"}, r"expected names to be a dict of strings, a function or None, got 'fc'"),
+    ],
+)
+def test_what_says_nothing_of_a_model_is_refused(options, words):
+    entries = {"fc.weight": np.ones((2, 3)), "fc.bias": np.ones(2)}
+    with pytest.raises(TypeError, match=f"from_torch: {words}"):
+        interop.from_torch(entries, LIKE, **options)
+    if "names" in options:
+        with pytest.raises(TypeError, match=f"from_keras: {words}"):
+            interop.from_keras({}, LIKE, **options)
+        with pytest.raises(TypeError, match=f"from_flax: {words}"):
+            interop.from_flax(LIKE, LIKE, **options)
+
+
+def test_what_is_no_file_and_no_model_of_the_other_library_is_refused(tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"no safetensors")
+    with pytest.raises(
+        ValueError, match=r"from_torch: .* safetensors file, .*model.pt.*torch.load"
+    ):
+        interop.from_torch(path, LIKE)
+    with pytest.raises(
+        TypeError, match=r"from_keras: expected a Keras model, .* got 'model.keras'"
+    ):
+        interop.from_keras("model.keras", LIKE)
 
 
 def test_two_variables_of_one_entry_must_be_one():

@@ -237,6 +237,21 @@ def test_recalibration_of_nnx_sees_what_training_does(training):
     chex.assert_trees_all_equal(new.flax.mean[...], model.flax.mean[...])
 
 
+def test_recalibration_of_nnx_holds_no_second_copy_of_the_parameters():
+    model = nnx.Sequential(
+        nnx.Linear(4, 4321, rngs=nnx.Rngs(0)), normax.nnx.BatchNorm(4321, rngs=nnx.Rngs(0))
+    )
+    held = []
+
+    def stream():
+        for _ in range(3):
+            yield X
+            held.append(sum(leaf.shape == (4, 4321) for leaf in jax.live_arrays()))
+
+    recalibrate_nnx(model, stream())
+    assert held == [1, 1, 1]
+
+
 def test_a_model_may_call_something_else_train_and_keep_a_layer_in_inference():
     class Net(nnx.Module):
         def __init__(self):

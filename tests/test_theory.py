@@ -468,10 +468,11 @@ def test_the_backward_pass_is_the_printed_one(dtype, room, x64):
         (lambda: theory.first_order_gap(jnp.ones(3), jnp.ones(4), 1.0, 8), ValueError, "first_order_gap: expected slope.shape"),
         (lambda: theory.loss_derivatives(jnp.square, jnp.ones(3, int)), TypeError, "loss_derivatives: expected h"),
         (lambda: theory.resolvent_trace(0.0, 1.0), ValueError, "resolvent_trace: expected alpha in"),
-        (lambda: theory.ridge_error(1.0, -1.0, 1.0), ValueError, "expected z in"),
+        (lambda: theory.resolvent_trace(1.0, float("inf")), ValueError, "resolvent_trace: expected z to be finite, got inf"),
+        (lambda: theory.ridge_error(1.0, -1.0, 1.0), ValueError, "ridge_error: expected z in"),
         (lambda: theory.least_squares_error(1.0, None), TypeError, "least_squares_error: expected noise"),
         (lambda: theory.ridge_of_decay(-1.0, 1.0), ValueError, "ridge_of_decay: expected decay in"),
-        (lambda: theory.batch_norm_error(0.5, 0.25, 1), ValueError, "expected batch_size in"),
+        (lambda: theory.batch_norm_error(0.5, 0.25, 1), ValueError, "batch_norm_error: expected batch_size in"),
     ],
 )  # fmt: skip
 def test_bad_calls_are_refused(call, error, words):

@@ -2,7 +2,17 @@
 
 from typing import Any
 
-from normax.interop.pairing import Leaf, Pair, Renaming, Report, fill_flax, join, leaves_of, renamed
+from normax.interop.pairing import (
+    Leaf,
+    Pair,
+    Renaming,
+    Report,
+    check_names,
+    fill_flax,
+    join,
+    leaves_of,
+    renamed,
+)
 
 
 def from_flax(
@@ -39,6 +49,7 @@ def from_flax(
       >>> print(report)
       4 matched
     """
+    check_names("from_flax", names)
     leaves = leaves_of(variables)
     source = {leaf.name: value for leaf, value in leaves}
     if len(source) < len(leaves):

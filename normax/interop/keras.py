@@ -10,11 +10,12 @@ from normax.interop.pairing import (
     Pair,
     Renaming,
     Report,
-    check_paths,
+    check_names,
     fill_entries,
     fill_flax,
     join,
     renamed,
+    to_paths,
 )
 
 _NAMES = {"kernel": ("kernel",), "bias": ("bias", "beta"), "scale": ("gamma", "scale")}
@@ -61,7 +62,8 @@ def from_keras(
       2 matched [2. 2. 2.]
     """
     source = _read("from_keras", weights)
-    check_paths("from_keras", like, transposed=transposed)
+    check_names("from_keras", names)
+    transposed = to_paths("from_keras", "transposed", transposed, like)
     pairing = _pairing(source, names, transposed)
     return fill_flax("from_keras", source, like, pairing, strict)
 
@@ -101,7 +103,8 @@ def to_keras(
       [2. 2. 2.]
     """
     entries = _read("to_keras", like)
-    check_paths("to_keras", variables, transposed=transposed)
+    check_names("to_keras", names)
+    transposed = to_paths("to_keras", "transposed", transposed, variables)
     pairing = _pairing(entries, names, transposed)
     return fill_entries("to_keras", variables, entries, pairing, strict)
 
@@ -110,6 +113,10 @@ def _read(name, weights):
     """Returns weights by their paths."""
     if isinstance(weights, Mapping):
         return weights
+    if not hasattr(weights, "weights"):
+        raise TypeError(
+            f"{name}: expected a Keras model, or arrays by their paths, got {weights!r}"
+        )
     entries = {weight.path: np.asarray(weight.value) for weight in weights.weights}
     if len(entries) < len(weights.weights):
         raise ValueError(
@@ -121,7 +128,6 @@ def _read(name, weights):
 
 def _pairing(entries, names, transposed):
     """Returns the function from a variable to its entry."""
-    transposed = set(transposed)
 
     def pairing(leaf: Leaf) -> Pair | None:
         modules = [renamed(leaf.module, names, "/")]

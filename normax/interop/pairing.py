@@ -166,16 +166,28 @@ def fill_entries(
     return new, report
 
 
-def check_paths(name: str, variables: Any, **options: Iterable[str]) -> None:
-    """Refuses paths of modules that the model has not."""
+def check_names(name: str, names: Renaming) -> None:
+    """Refuses what says no names of modules."""
+    if names is None or callable(names):
+        return
+    if not isinstance(names, Mapping) or not all(isinstance(new, str) for new in names.values()):
+        raise TypeError(
+            f"{name}: expected names to be a dict of strings, a function or None, got {names!r}"
+        )
+
+
+def to_paths(name: str, label: str, paths: Iterable[str], variables: Any) -> tuple[str, ...]:
+    """Returns the paths of several modules that the model has."""
     modules = {leaf.module for leaf, _ in leaves_of(variables)}
-    for label, paths in options.items():
-        unknown = [paths] if isinstance(paths, str) else [p for p in paths if p not in modules]
-        if unknown:
-            raise ValueError(
-                f"{name}: expected {label} to be paths of modules, such as {sorted(modules)[:3]}, "
-                f"got {unknown}"
-            )
+    several = isinstance(paths, Iterable) and not isinstance(paths, str)
+    found: tuple[Any, ...] = tuple(paths) if several else (paths,)
+    unknown = [path for path in found if not (several and path in modules)]
+    if unknown:
+        raise ValueError(
+            f"{name}: expected {label} to be paths of modules, such as {sorted(modules)[:3]}, "
+            f"got {unknown}"
+        )
+    return found
 
 
 def to_numpy(value: Any) -> Array:

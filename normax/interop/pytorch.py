@@ -6,16 +6,18 @@ from typing import Any
 
 import numpy as np
 
+from normax import axes as ax
 from normax.interop.pairing import (
     Leaf,
     Pair,
     Renaming,
     Report,
-    check_paths,
+    check_names,
     fill_entries,
     fill_flax,
     join,
     renamed,
+    to_paths,
 )
 
 _NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -70,8 +72,7 @@ def from_torch(
       [[3. 3.]]
     """
     source = {k: v for k, v in _read("from_torch", state_dict).items() if not _is_step_counter(k)}
-    check_paths("from_torch", like, transposed=transposed, flattened=flattened or ())
-    pairing = _pairing(source, names, transposed, flattened)
+    pairing = _pairing("from_torch", source, like, names, transposed, flattened)
     return fill_flax("from_torch", source, like, pairing, strict)
 
 
@@ -114,8 +115,7 @@ def to_torch(
       (2, 3)
     """
     entries = _read("to_torch", like)
-    check_paths("to_torch", variables, transposed=transposed, flattened=flattened or ())
-    pairing = _pairing(entries, names, transposed, flattened)
+    pairing = _pairing("to_torch", entries, variables, names, transposed, flattened)
     kept = filter(_is_step_counter, entries)
     return fill_entries("to_torch", variables, entries, pairing, strict, kept)
 
@@ -129,9 +129,25 @@ def _read(name, state_dict):
             f"{name}: expected a state dict or the path of a safetensors file, got "
             f"{type(state_dict).__name__}; a module's is module.state_dict()"
         )
-    from safetensors.numpy import load_file  # an optional dependency
+    import safetensors.numpy  # an optional dependency
 
-    return load_file(state_dict)
+    try:
+        return safetensors.numpy.load_file(state_dict)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{name}: expected the path of a safetensors file, got {os.fspath(state_dict)!r} "
+            f"({error}); of PyTorch's own give torch.load(path, weights_only=True)"
+        ) from None
+
+
+def _to_images(name, flattened, variables):
+    """Returns the shapes of images by the paths of the layers that they are flattened for."""
+    if flattened is None:
+        return {}
+    if not isinstance(flattened, Mapping):
+        raise TypeError(f"{name}: expected flattened to be a dict of shapes, got {flattened!r}")
+    paths = to_paths(name, "flattened", flattened, variables)
+    return {p: ax.to_positive_ints(name, f"flattened[{p!r}]", flattened[p]) for p in paths}
 
 
 def _is_step_counter(key):
@@ -139,9 +155,11 @@ def _is_step_counter(key):
     return key.rsplit(".", 1)[-1] == "num_batches_tracked"
 
 
-def _pairing(entries, names, transposed, flattened):
+def _pairing(name, entries, variables, names, transposed, flattened):
     """Returns the function from a variable to its entry."""
-    transposed, flattened = set(transposed), flattened or {}
+    check_names(name, names)
+    transposed = to_paths(name, "transposed", transposed, variables)
+    images = _to_images(name, flattened, variables)
 
     def pairing(leaf: Leaf) -> Pair | None:
         if leaf.role not in _NAMES:
@@ -149,12 +167,12 @@ def _pairing(entries, names, transposed, flattened):
         key, part = _key(leaf, names, entries)
         if key not in entries:
             return None
-        rank = len(entries[key].shape)
+        rank = np.ndim(entries[key])
         if leaf.role != "kernel":
             return Pair(key, *_vector(leaf.shape, rank), part)
         if rank == 2:
-            rows = entries[key].shape[0] // part[1], entries[key].shape[1]
-            return Pair(key, *_matrix(leaf.shape, rows, flattened.get(leaf.module)), part)
+            rows = np.shape(entries[key])[0] // part[1], np.shape(entries[key])[1]
+            return Pair(key, *_matrix(leaf.shape, rows, images.get(leaf.module)), part)
         return Pair(key, *_convolution(rank, leaf.module in transposed), part)
 
     return pairing

@@ -57,7 +57,7 @@ class Output:
 
     def _output_dtype(self, x, *params):
         """Returns the dtype of the output, by Flax's rule."""
-        return ax.result_dtype(self.dtype, x, *params)
+        return ax.result_dtype(type(self).__name__, self.dtype, x, *params)
 
 
 @options

@@ -36,7 +36,7 @@ class Remembering(Normalizer, Running):
         """Returns the dtype of the running mean: float32 at least, whatever the input."""
         if not getattr(self, "force_float32_reductions", True):
             return self.param_dtype
-        return ax.result_dtype(None, *(d for d in (jnp.float32, x, self.dtype) if d is not None))
+        return ax.promote(*(d for d in (jnp.float32, x, self.dtype) if d is not None))
 
     def _state_names(self, training=True) -> tuple[str, ...]:
         """Returns what is kept; inference needs no steps."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from normax import axes as ax
@@ -67,7 +68,7 @@ def gamma_decay(
     every = ax.to_positive_int(name, "every", every)
 
     measure = zeta if callable(zeta) else None
-    is_one = isinstance(zeta, int | float)
+    is_one = isinstance(zeta, int | float | np.number | jax.Array) and jnp.ndim(zeta) == 0
     if measure is None and jax.tree.structure(zeta) == jax.tree.structure(None):
         ax.check_given(name, "zeta", None)
     if is_one or isinstance(zeta, str):
@@ -109,6 +110,8 @@ def _at_scales(labels, zeta, params):
     def leaf(label, value, like):
         shape = jnp.shape(like) if label == "scale" else ()
         value = value if label == "scale" else 0.0
+        if jnp.ndim(value):
+            ax.check_shape("gamma_decay", "zeta", jnp.shape(value), shape)
         return jnp.broadcast_to(jnp.asarray(value, jnp.float32), shape)
 
     return jax.tree.map(leaf, labels, zeta, params)

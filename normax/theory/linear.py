@@ -10,7 +10,7 @@ over the examples, :math:`\lambda = P \zeta`.
 import math
 
 from normax import axes as ax
-from normax.theory.noise import expected_deviation
+from normax.theory.noise import expected_deviation, to_batch_size
 
 
 def ridge_of_decay(decay: float, alpha: float) -> float:
@@ -96,7 +96,9 @@ def ridge_error(alpha: float, z: float, noise: float) -> float:
       >>> print(f"{theory.ridge_error(1.0, 0.25, 0.25):.5f}")
       0.39039
     """
-    noise = _above("ridge_error", "noise", noise, least=0.0)
+    name = "ridge_error"
+    alpha, z = _above(name, "alpha", alpha), _above(name, "z", z)
+    noise = _above(name, "noise", noise, least=0.0)
     trace, _ = resolvent_trace(alpha, z)
     # By the equation of G, G + z G' is (1 - z G) / root and -z^2 G' is z G (z G + z) / root, where
     # nothing of the size of G is subtracted.
@@ -169,7 +171,8 @@ def batch_norm_error(
     """
     name = "batch_norm_error"
     alpha, noise = _above(name, "alpha", alpha), _above(name, "noise", noise, least=0.0)
-    return _least_squares(name, expected_deviation(batch_size), alpha, noise, dimensions)
+    size = to_batch_size(name, batch_size)
+    return _least_squares(name, expected_deviation(size), alpha, noise, dimensions)
 
 
 def _root(alpha, z):

@@ -128,7 +128,7 @@ def approximate_noise(
     """
     name = "approximate_noise"
     ax.check_choice(name, "statistics", statistics, STATISTICS)
-    size = _to_batch_size(name, batch_size)
+    size = to_batch_size(name, batch_size)
     ax.check_number(name, "excess_kurtosis", excess_kurtosis)
     mean, deviation = 1 / size, (excess_kurtosis + 2) / (4 * size)
     return {"both": mean + deviation, "mean": mean, "variance": deviation}[statistics]
@@ -167,7 +167,7 @@ def deviation_law(
       0.390625
     """
     name = "deviation_law"
-    size = _to_batch_size(name, batch_size)
+    size = to_batch_size(name, batch_size)
     given = {"deviation": deviation, "excess_kurtosis": excess_kurtosis, "skewness": skewness}
     for label, value in given.items():
         ax.check_number(name, label, value)
@@ -209,19 +209,20 @@ def finite_population(batch_size: int, population: int) -> float:
     """
     name = "finite_population"
     size = ax.to_positive_int(name, "batch_size", batch_size)
-    population = _to_batch_size(name, population, "population")
+    population = to_batch_size(name, population, "population")
     ax.check_limit(name, "population", population, size)
     return (population - size) / (population - 1)
 
 
-def _to_batch_size(name, value, label="batch_size"):
+def to_batch_size(name: str, value: int, label: str = "batch_size") -> int:
+    """Returns how many examples a batch has, two at least."""
     ax.check_limit(name, label, ax.to_positive_int(name, label, value), 2)
     return value
 
 
 def _missing_deviation(name, batch_size, ddof):
     """Returns 1 - E[s_M], without the digits that the difference would lose."""
-    size = _to_batch_size(name, batch_size)
+    size = to_batch_size(name, batch_size)
     ax.check_choice(name, "ddof", ddof, (0, 1))
     missing = _missing_length(size - 1)
     if ddof:
