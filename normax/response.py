@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
-from normax import units
+from normax import pool, units
 from normax.measure import present, square
 from normax.moments import moments_over
 from normax.parts import spread
@@ -325,4 +325,8 @@ def _window_sum(x, lengths):
     dimensions = [lengths.get(axis, 1) for axis in range(x.ndim)]
     padding = [(length // 2, (length - 1) // 2) for length in dimensions]
     zero = np.zeros((), x.dtype)  # a traced zero would hide that this is a sum, with a transpose
-    return lax.reduce_window(x, zero, lax.add, dimensions, [1] * x.ndim, padding)
+    layout = jax.typeof(x).sharding
+    # JAX knows no transpose of uneven padding along what is dealt out.
+    x = pool.whole(x, *(axis for axis, length in enumerate(dimensions) if length % 2))
+    total = lax.reduce_window(x, zero, lax.add, dimensions, [1] * x.ndim, padding)
+    return pool.place(total, layout.mesh, layout.spec)

@@ -624,3 +624,26 @@ def test_segments_on_explicit_axes_are_refused():
         ValueError, match=r"segment_norm: expected x .* not dealt out along explicit"
     ):
         normax.segment_norm(x, jnp.zeros(16, int), num_segments=2)
+
+
+@pytest.mark.parametrize("spec", [P("data"), P(None, "model"), P("data", None, "model")], ids=str)
+@pytest.mark.parametrize("length", [3, 4])
+@pytest.mark.parametrize("name", ["divisive_norm", "local_response_norm"])
+def test_windows_over_what_is_dealt_out_on_explicit_axes(name, length, spec):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Explicit,) * 2)
+    function = {
+        "divisive_norm": functools.partial(normax.divisive_norm, window=(length, length)),
+        "local_response_norm": functools.partial(normax.local_response_norm, size=length, alpha=1),
+    }[name]
+    x, ct = (jax.random.normal(jax.random.key(i), (4, 6, 8)) for i in range(2))
+
+    @jax.jit
+    def both(x, ct):
+        y, vjp = jax.vjp(function, x)
+        return y, *vjp(ct)
+
+    expected = both(x, ct)
+    dealt_out = [jax.device_put(value, NamedSharding(mesh, spec)) for value in (x, ct)]
+    for ours, theirs in zip(both(*dealt_out), expected, strict=True):
+        assert jax.typeof(ours).sharding == jax.typeof(dealt_out[0]).sharding
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
