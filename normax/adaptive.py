@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
+from normax import units
 from normax.measure import present
 from normax.moments import moments_over
 from normax.standardize import root, standardize
@@ -69,11 +71,16 @@ def adaptive_instance_norm(
     )
     ax.check_shape(name, "style", _outer(style, spatial), _outer(x, spatial))
     epsilon = ax.to_epsilon(name, epsilon)
-    m = moments_over(name, style, spatial, mask=ax.to_weights(name, style_mask, style))
+    style_mask = ax.to_weights(name, style_mask, style)
+    entries = present(style, style_mask)
+    # In a unit of each group, for a deviation may be in range where its square is not.
+    unit = lax.stop_gradient(units.choose(entries, spatial, units.least(epsilon)))
+    m = moments_over(name, units.divide(entries, unit), spatial, mask=style_mask)
+    unit = jnp.squeeze(unit, spatial)
     y, _ = standardize(
         x,
-        root(m.var + epsilon),
-        m.mean,
+        root(m.var + epsilon / unit / unit) * unit,
+        m.mean * unit,
         reduction_axes=spatial,
         feature_axes=(0, *features),
         epsilon=epsilon,
@@ -141,7 +148,8 @@ def film(
         for label, value in (("scale", scale), ("bias", bias))
     )
     if scale is not None:
-        wide = scale.astype(ax.compute_dtype(scale.dtype)) + scale_offset
+        wide = scale.astype(ax.compute_dtype(scale.dtype))
+        wide = wide + jnp.asarray(scale_offset, wide.dtype)
         y = y.astype(ax.promote(y.dtype, wide.dtype)) * wide.astype(ax.promote(y.dtype, wide.dtype))
     if bias is not None:
         wide = ax.promote(y.dtype, bias.dtype)
@@ -211,6 +219,7 @@ def adaln_zero(
     )
     out = jnp.asarray(block(modulated))
     ax.check_shape(name, "block(x)", out.shape, x.shape)
+    ax.check_real(name, "block(x)", out)
     gated = film(out, gate, dtype=ax.promote(jnp.float32, x.dtype, out.dtype))
     there = present(x, ax.to_weights(name, mask, x)).astype(gated.dtype)
     return (there + gated).astype(ax.to_dtype(name, dtype, x, x=x))

@@ -12,6 +12,7 @@ from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import core
 from jax.typing import ArrayLike, DTypeLike
 
@@ -61,7 +62,10 @@ Axes = int | Iterable[int]
 
 def to_float_array(name: str, x: ArrayLike, label: str = "x") -> jax.Array:
     """Returns `x` as an array; refuses anything but floats of 16 bits or more, real or complex."""
-    x = jnp.asarray(x)
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError):  # text, lists of several lengths, None
+        raise TypeError(f"{name}: expected {label} to be an array, got {x!r}") from None
     if not jnp.issubdtype(x.dtype, jnp.inexact) or jnp.finfo(x.dtype).bits < 16:
         raise TypeError(
             f"{name}: expected {label} of a floating-point or complex dtype of at least 16 bits, "
@@ -221,6 +225,11 @@ def check_not_dealt_out(name: str, label: str, value: jax.Array) -> None:
 
 def to_ids(name: str, label: str, ids: ArrayLike) -> jax.Array:
     """Returns the number of the segment, or domain, that each row belongs to."""
+    if not isinstance(ids, jax.Array):
+        # JAX would keep the lower digits of larger ones alone.
+        wide = np.asarray(ids)
+        is_wide = np.issubdtype(wide.dtype, np.integer) and wide.itemsize > 4
+        ids = wide.clip(-1, np.iinfo(np.int32).max).astype(np.int32) if is_wide else wide
     ids = jnp.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"{name}: expected {label} to be ints, got {ids.dtype}")

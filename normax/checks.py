@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 
 def to_epsilon(name: str, epsilon: float) -> float:
@@ -28,14 +28,16 @@ def to_number(name: str, label: str, value: Any) -> float:
 
 
 def check_number(name: str, label: str, value: Any) -> None:
-    """Refuses what is no Python number; a traced one is taken as it is."""
-    if not isinstance(value, jax.Array):
+    """Refuses what is no Python number; a traced one is taken, if it is real and a scalar."""
+    if not _is_scalar_array(name, label, value):
         _number_within(name, label, value, -math.inf, math.inf)
 
 
 def check_fraction(name: str, label: str, value: Any) -> None:
-    """Refuses a Python number outside [0, 1]; a traced one is taken as it is."""
-    if not isinstance(value, jax.Array):
+    """Refuses a Python number outside [0, 1]; an array is taken, if it is real."""
+    if isinstance(value, jax.Array):
+        check_real(name, label, value)
+    else:
         _number_within(name, label, value, 0.0, 1.0)
 
 
@@ -51,8 +53,8 @@ def check_momentum(name: str, momentum: Any) -> None:
 
 
 def check_limit(name: str, label: str, value: Any, low: float) -> None:
-    """Refuses a Python number below a limit, which may be inf; a traced one is taken as it is."""
-    if not isinstance(value, jax.Array) and value != math.inf:
+    """Refuses a Python number below a limit, which may be inf; a traced one is taken likewise."""
+    if not _is_scalar_array(name, label, value) and value != math.inf:
         _number_within(name, label, value, low, math.inf)
 
 
@@ -68,8 +70,8 @@ def check_loss_scale(name: str, loss_scale: Any) -> None:
 
 
 def check_positive(name: str, label: str, value: Any) -> None:
-    """Refuses a Python number that is not above zero; a traced one is taken as it is."""
-    if not isinstance(value, jax.Array):
+    """Refuses a Python number that is not above zero; a traced one is taken likewise."""
+    if not _is_scalar_array(name, label, value):
         _number_within(name, label, value, float(np.finfo(np.float32).tiny), math.inf)
 
 
@@ -97,6 +99,16 @@ def to_float(name: str, label: str, value: Any) -> float:
     raise TypeError(f"{name}: expected {label} to be a Python number, got {value!r}")
 
 
+def _is_scalar_array(name: str, label: str, value: Any) -> bool:
+    """Returns whether it is an array of JAX, traced or not; refuses one that is no real scalar."""
+    if not isinstance(value, jax.Array):
+        return False
+    check_real(name, label, value)
+    if value.ndim:
+        raise ValueError(f"{name}: expected {label} to be one number, got shape {value.shape}")
+    return True
+
+
 def _number_within(name: str, label: str, value: Any, low: float, high: float) -> float:
     number = to_float(name, label, value)
     if not low <= number <= high or math.isinf(number):
@@ -106,10 +118,10 @@ def _number_within(name: str, label: str, value: Any, low: float, high: float) -
     return number
 
 
-def check_real(name: str, label: str, value: jax.Array) -> None:
+def check_real(name: str, label: str, value: ArrayLike | None) -> None:
     """Refuses complex numbers, where there is no formula for them."""
     if jnp.iscomplexobj(value):
-        raise TypeError(f"{name}: expected {label} of a real dtype, got {value.dtype}")
+        raise TypeError(f"{name}: expected {label} of a real dtype, got {jnp.result_type(value)}")
 
 
 def check_computing_dtype(name: str, dtype: DTypeLike | None) -> None:

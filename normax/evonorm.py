@@ -14,7 +14,8 @@ from normax.batch import check_trainable, prepare
 from normax.group import split_features
 from normax.measure import present
 from normax.moments import RunningStats, moments_over, update
-from normax.standardize import reciprocal_deviation, root
+from normax.quotient import quotient
+from normax.rescale import alike, reciprocal_deviation, root
 
 
 def evonorm_s0(
@@ -155,6 +156,7 @@ def evonorm_b0(
     name = "evonorm_b0"
     x, features = prepare(name, x, stats, use_running_average, momentum, feature_axes)
     ax.check_real(name, "x", x)
+    ax.check_real(name, "stats", stats.mean)
     spatial = ax.reduced_axes(
         name, "the axes between batch and features", ax.spatial_axes(name, features, x.ndim), x.ndim
     )
@@ -180,13 +182,12 @@ def evonorm_b0(
 
 @functools.partial(jax.checkpoint, static_argnums=(0, 1, 2))
 def _larger(spatial, epsilon, dtype, x, var, slope, scale, bias, mask):
-    x = present(x, mask)
+    x, var = alike(present(x, mask), var)
     instance = jnp.expand_dims(moments_over("", x, spatial, mask=mask).var, spatial)
     sloped = x if slope is None else x * _spread(slope, x)
-    var = var.astype(ax.promote(x.dtype, var.dtype))
     divisor = jnp.maximum(parts.spread(root(var + epsilon), x), sloped + root(instance + epsilon))
     # Only without an epsilon is it zero, of equal entries.
-    ratio = jnp.where(divisor == 0, 0, x / jnp.where(divisor == 0, 1, divisor))
+    ratio = jnp.where(divisor == 0, 0, quotient(x, jnp.where(divisor == 0, 1, divisor)))
     return _rescale(ratio, scale, bias, dtype)
 
 

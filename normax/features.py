@@ -13,6 +13,7 @@ from normax import measure as me
 from normax import order, units
 from normax.moments import Moments, bessel, to_moments
 from normax.order import Extremes
+from normax.quotient import quotient
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -254,7 +255,7 @@ def transform_features(
     x, mask, (entries, offset, factor) = _alike(name, "x", x, scaling, feature_axes, mask)
     unit = _unit(factor)
     entries, offset, factor = (units.divide(v, unit) for v in (entries, offset, factor))
-    return (me.subtract(entries, offset, None, mask) / factor).astype(x.dtype)
+    return quotient(me.subtract(entries, offset, None, mask), factor).astype(x.dtype)
 
 
 def inverse_features(

@@ -91,6 +91,7 @@ def kalman_batch_norm(
     x, features = prepare(name, x, stats, use_running_average, momentum, feature_axes)
     ax.check_real(name, "x", x)
     ax.check_statistics(name, "prior", prior, Moments)
+    ax.check_real(name, "prior", prior.mean)
     ax.check_feature_shape(name, "prior.mean", jnp.shape(prior.mean), x, features)
     ax.check_fraction(name, "prior_weight", prior_weight)
     ax.check_shape(name, "prior_weight", jnp.shape(prior_weight), ())
@@ -180,6 +181,7 @@ def kalman_prior(
     """
     name = "kalman_prior"
     ax.check_statistics(name, "posterior", posterior, Moments)
+    ax.check_real(name, "posterior", ax.to_float_array(name, posterior.mean, "posterior.mean"))
     posterior = jax.tree.map(jnp.asarray, posterior)
     drawn = jax.random.normal(key, shape, posterior.mean.dtype)
     features = ax.sorted_axes(name, "feature_axes", feature_axes, drawn.ndim)

@@ -123,6 +123,7 @@ def dynamic_tanh(
     features = ax.sorted_axes(name, "feature_axes", feature_axes, x.ndim)
     alpha = ax.to_float_array(name, alpha, "alpha")
     ax.check_shape(name, "alpha", alpha.shape, ())
+    ax.check_real(name, "alpha", alpha)
     wide = ax.promote(jnp.float32, x.dtype, alpha.dtype)
     y = jnp.tanh(x.astype(wide) * spread(alpha.astype(wide), x))
     for label, value, join in (("scale", scale, jnp.multiply), ("bias", bias, jnp.add)):

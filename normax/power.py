@@ -120,7 +120,8 @@ def power_norm(
     drift_momentum = ax.to_fraction(name, "drift_momentum", drift_momentum)
     ax.check_statistics(name, "state", state, PowerState)
     x = ax.to_float_array(name, x)
-    ax.check_real(name, "x", x)
+    for label, value in {"x": x, "state": state.drift}.items():
+        ax.check_real(name, label, value)
     features = ax.sorted_axes(name, "feature_axes", feature_axes, x.ndim)
     ax.check_feature_shape(name, "state.square", jnp.shape(state.square), x, features)
     reduced = ax.other_axes(features, x.ndim)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from normax import axes as ax
 from normax import measure as me
 from normax import parts, units
+from normax.quotient import quotient, reciprocal_root
 
 
 class Plan(NamedTuple):
@@ -60,10 +61,11 @@ def reciprocal_deviation(var, epsilon, floor=0.0, on_deviation=False):
     if on_deviation:
         deviation = root(var) + epsilon
         below = deviation == 0
-        return jnp.where(below, 0, 1 / jnp.where(below, 1, deviation))
+        one = jnp.ones_like(deviation)
+        return jnp.where(below, 0, quotient(one, jnp.where(below, one, deviation)))
     squared = var + epsilon
     below = (squared <= floor) & (squared >= 0)
-    return jnp.where(below, 0, jax.lax.rsqrt(jnp.where(below, 1, squared)))
+    return jnp.where(below, 0, reciprocal_root(jnp.where(below, 1, squared)))
 
 
 def root(squared):

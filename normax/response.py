@@ -14,6 +14,7 @@ from normax import pool, units
 from normax.measure import present, square
 from normax.moments import moments_over
 from normax.parts import spread
+from normax.quotient import power
 from normax.standardize import normalize, root, standardize
 
 
@@ -80,6 +81,8 @@ def filter_response_norm(
     features = ax.sorted_axes(name, "feature_axes", feature_axes, x.ndim)
     spatial = ax.spatial_axes(name, features, x.ndim)
     dtype = ax.to_dtype(name, dtype, x, x=x, scale=scale, bias=bias)
+    ax.check_real(name, "threshold", threshold)
+    ax.check_real(name, "learned_epsilon", learned_epsilon)
     devices = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
     wide = ax.promote(jnp.float32, dtype) if threshold is not None else dtype
     if learned_epsilon is None:
@@ -248,8 +251,8 @@ def local_response_norm(
     ax.check_limit(name, "alpha", alpha, 0.0)
     ax.check_number(name, "beta", beta)
     wide = x.astype(ax.compute_dtype(x.dtype))
-    total = _window_sum(square(wide), {axis: size})
-    y = wide * (k + (alpha / size) * total) ** -beta
+    start, share, exponent = (jnp.asarray(v, wide.dtype) for v in (k, alpha / size, -beta))
+    y = wide * power(start + share * _window_sum(square(wide), {axis: size}), exponent)
     return y.astype(ax.to_dtype(name, dtype, x, x=x))
 
 

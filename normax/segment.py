@@ -127,6 +127,7 @@ def segment_norm(
     mean, var = _by_row(name, x, ids, num_segments, weights, num_groups, feature_axes, pooled)
     if not centered:
         mean, var = jnp.zeros_like(mean), var + square(mean)
+    ax.check_real(name, "mean_scale", mean_scale)
     if mean_scale is not None:
         ax.check_not_both(name, "mean_scale", "num_groups", num_groups is not None)
         ax.check_not_both(name, "mean_scale", "centered=False", not centered)

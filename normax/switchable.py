@@ -12,6 +12,7 @@ from normax.batch import check_trainable, prepare
 from normax.measure import times
 from normax.moments import RunningStats, moments_over, update
 from normax.parts import spread
+from normax.rescale import alike
 from normax.standardize import normalize
 
 
@@ -120,9 +121,10 @@ def _mixture(name, label, logits, values, number):
     """Returns the values weighted by the softmax of their logits."""
     logits = ax.to_float_array(name, logits, label)
     ax.check_shape(name, label, logits.shape, (number,))
+    ax.check_real(name, label, logits)
     weights = jax.nn.softmax(logits.astype(ax.compute_dtype(logits.dtype)))
     total = 0.0
-    for weight, value in zip(weights, values, strict=True):
+    for weight, value in zip(weights, alike(*values), strict=True):
         weight = jnp.reshape(weight, [1] * value.ndim)
         total = total + times(value, spread(weight, value))
     return total

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normax import axes as ax
 from normax import pool, units
+from normax.quotient import quotient
 from normax.standardize import standardize
 
 
@@ -261,8 +262,8 @@ def _bounded(matrix, sigma, bound, per_unit: Any = 1):
     Both may be in a unit; what comes out is in none.
     """
     if bound is None:
-        return matrix / jnp.where(sigma == 0, 1, sigma)
-    return matrix / jnp.maximum(sigma / jnp.asarray(bound, sigma.dtype), per_unit)
+        return quotient(matrix, jnp.where(sigma == 0, 1, sigma))
+    return quotient(matrix, jnp.maximum(sigma / jnp.asarray(bound, sigma.dtype), per_unit))
 
 
 def _unit(row, epsilon):

@@ -355,6 +355,30 @@ def test_ids_of_a_wide_dtype_are_not_cut(dtype, far, x64):
     np.testing.assert_array_equal(stats.mean.ravel(), [2, 0])
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+def test_wide_ids_of_numpy_keep_their_digits_where_jax_has_none_of_them(dtype):
+    x, far = jnp.array([[1.0], [3], [1e6]]), np.array([0, 0, 2**32], dtype)
+    m = normax.segment_moments(x, far, 1)
+    assert (int(m.count[0, 0]), float(m.mean[0, 0])) == (2, 2)
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_the_mixture_at_inference_has_the_count_of_all_data(library):
+    x, prior = jnp.ones((8, 3)), normax.Moments(*jnp.array([[8.0] * 3, [0.0] * 3, [1.0] * 3]))
+    if library == "nnx":
+        norm = normax.nnx.KalmanBatchNorm(3, momentum=None, rngs=nnx.Rngs(0))
+        norm(x, prior)
+        norm.eval()
+        _, mixture = norm(x, prior)
+    else:
+        norm = normax.linen.KalmanBatchNorm(use_running_average=False, momentum=None)
+        variables = norm.init(KEY, x, prior)
+        _, new = norm.apply(variables, x, prior, mutable=["batch_stats"])
+        norm = normax.linen.KalmanBatchNorm(use_running_average=True, momentum=None)
+        _, mixture = norm.apply({**variables, **new}, x, prior)
+    np.testing.assert_array_equal(mixture.count, [8, 8, 8])
+
+
 def test_rows_without_features_stay_without():
     stats = normax.RunningStats.create((2, 0))
     ids = jnp.array([0, 1, 0])

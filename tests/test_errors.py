@@ -33,6 +33,7 @@ POWER = normax.PowerState.create(8)
 DRIFTS = normax.overwrite_drift(optax.sgd(1.0))
 BAD_STATS = STATS._replace(mean=jnp.full(8, jnp.nan))
 BAD_VAR = STATS._replace(var=jnp.full(8, -1.0))
+COMPLEX = jnp.ones(8, complex)
 MESH = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
 DEALT_OUT = jax.device_put(X, jax.NamedSharding(MESH, jax.P("rows")))
 
@@ -147,6 +148,22 @@ BAD = [
     (lambda: normax.validate(BAD_STATS, STATS), ValueError, r"validate: expected finite mean, got 8 values that are not"),
     (lambda: normax.validate(BAD_VAR, STATS), ValueError, r"validate: expected var of at least 0, got -1.0"),
     (lambda: normax.weight_norm(X, X[0].astype(complex)), TypeError, r"weight_norm: expected a complex dtype for the output, g being complex64, got float32"),
+    (lambda: normax.layer_norm("text"), TypeError, r"layer_norm: expected x to be an array, got 'text'"),
+    (lambda: normax.layer_norm([[1.0], [1.0, 2.0]]), TypeError, r"layer_norm: expected x to be an array, got \[\["),
+    (lambda: normax.rms_norm(X, scale_offset=jnp.ones(8)), ValueError, r"rms_norm: expected scale_offset to be one number, got shape \(8,\)"),
+    (lambda: normax.rms_norm(X, scale_offset=COMPLEX[0]), TypeError, r"rms_norm: expected scale_offset of a real dtype, got complex64"),
+    (lambda: normax.update(STATS, normax.moments(X, 0), COMPLEX[0]), TypeError, r"update: expected momentum of a real dtype"),
+    (lambda: normax.filter_response_norm(X, threshold=COMPLEX), TypeError, r"filter_response_norm: expected threshold of a real dtype"),
+    (lambda: normax.filter_response_norm(IMAGE, learned_epsilon=COMPLEX[:IMAGE.shape[-1]]), TypeError, r"filter_response_norm: expected learned_epsilon of a real dtype"),
+    (lambda: normax.segment_norm(X, jnp.zeros(4, int), 1, mean_scale=COMPLEX), TypeError, r"segment_norm: expected mean_scale of a real dtype"),
+    (lambda: normax.switchable_norm(X, STATS, COMPLEX[:2], COMPLEX[:2], use_running_average=False), TypeError, r"switchable_norm: expected mean_weights of a real dtype"),
+    (lambda: normax.dynamic_tanh(X, COMPLEX[0]), TypeError, r"dynamic_tanh: expected alpha of a real dtype"),
+    (lambda: normax.evonorm_b0(IMAGE, normax.RunningStats.create(IMAGE.shape[-1], complex), use_running_average=False), TypeError, r"evonorm_b0: expected stats of a real dtype"),
+    (lambda: normax.kalman_batch_norm(X, STATS, normax.Moments(STATS.count, COMPLEX, STATS.var), use_running_average=False), TypeError, r"kalman_batch_norm: expected prior of a real dtype"),
+    (lambda: normax.kalman_prior(normax.Moments(STATS.count, COMPLEX, STATS.var), lambda x: x, jax.random.key(0), shape=(4, 8)), TypeError, r"kalman_prior: expected posterior of a real dtype"),
+    (lambda: normax.kalman_prior(normax.Moments(STATS.count, STATS.count, STATS.count), lambda x: x, jax.random.key(0), shape=(4, 8)), TypeError, r"kalman_prior: expected posterior.mean of a fl"),
+    (lambda: normax.power_norm(X, normax.PowerState(STATS.var, COMPLEX), use_running_average=False), TypeError, r"power_norm: expected state of a real dtype"),
+    (lambda: normax.adaln_zero(X, lambda x: x.astype(complex), X, X, X), TypeError, r"adaln_zero: expected block\(x\) of a real dtype"),
     (lambda: normax.layer_norm(X, dtype="bf16"), TypeError, r"layer_norm: expected dtype to be one, such as jnp.float32, got 'bf16'"),
     (lambda: linen.LayerNorm(dtype="bf16").init(jax.random.key(0), X), TypeError, r"LayerNorm: expected dtype to be one, .* got 'bf16'"),
     (lambda: train_step(LOSS, dtype="foo"), TypeError, r"train_step: expected dtype to be one, .* got 'foo'"),

@@ -422,6 +422,25 @@ def test_statistics_of_another_precision_under_strict_promotion(dtypes, x64):
         assert {leaf.dtype for leaf in new[:2]} == {jnp.dtype(dtypes[1])}
 
 
+@pytest.mark.parametrize("dtypes", [("float64", "float32"), ("float32", "float64")])
+def test_inference_by_statistics_of_another_precision_under_strict_promotion(dtypes, x64):
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (6, 5, 3)), dtypes[0])
+    stats = normax.RunningStats.create(3, dtypes[1])
+    logits = jnp.zeros(3, dtypes[1])
+    for call in (
+        lambda: normax.evonorm_b0(x, stats, use_running_average=True),
+        lambda: normax.switchable_norm(x, stats, logits, logits, use_running_average=True),
+        lambda: (normax.film(x, x[:, 0], scale_offset=np.dtype(dtypes[1]).type(1)), None),
+        lambda: (normax.local_response_norm(x, k=np.dtype(dtypes[1]).type(2)), None),
+    ):
+        with jax.numpy_dtype_promotion("strict"):
+            y, _ = call()
+        with jax.numpy_dtype_promotion("standard"):
+            expected, _ = call()
+        np.testing.assert_array_equal(y, expected)
+        assert y.dtype == x.dtype
+
+
 def test_statistics_without_weight_may_be_no_numbers():
     x = jnp.array([[1.0], [3.0]])
     bad = jnp.array([jnp.nan])

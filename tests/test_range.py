@@ -273,3 +273,122 @@ def test_division_by_a_unit_is_exact(unit):
     fits = (np.abs(exact) >= TINY) & (np.abs(exact) < 3.4e38)
     assert fits.sum() > 1500
     np.testing.assert_array_equal(ours[fits], exact[fits])
+
+
+FEATURES = 3
+STATS = normax.RunningStats.create(FEATURES)
+BATCH, INSTANCE, LAYER = ({"axis": axis, "keepdims": True} for axis in ((0, 1), 1, (1, 2)))
+
+
+def instance(x, epsilon):
+    root = lambda over: jnp.sqrt(x.var(**over) + epsilon)
+    return x / jnp.maximum(root(BATCH), x + root(INSTANCE))
+
+
+def mixture(x, epsilon):
+    mean, var = ((f(**INSTANCE) + f(**LAYER) + f(**BATCH)) / 3 for f in (x.mean, x.var))
+    return (x - mean) / jnp.sqrt(var + epsilon)
+
+
+def by_variance(x, epsilon):
+    return x / jnp.sqrt(x.var(**BATCH) + epsilon)
+
+
+# A function of x and epsilon, and the formula of its paper.
+THROUGH_STATISTICS = {
+    "variance_only": (
+        lambda x, e: normax.variance_only_batch_norm(
+            x, STATS, use_running_average=False, epsilon=e
+        )[0],
+        by_variance,
+    ),
+    "switchable": (
+        lambda x, e: normax.switchable_norm(
+            x, STATS, jnp.zeros(3), jnp.zeros(3), use_running_average=False, epsilon=e
+        )[0],
+        mixture,
+    ),
+    "evonorm_b0": (
+        lambda x, e: normax.evonorm_b0(x, STATS, use_running_average=False, epsilon=e)[0],
+        instance,
+    ),
+    "domain": (
+        lambda x, e: normax.domain_batch_norm(
+            x,
+            normax.RunningStats.create((1, FEATURES)),
+            jnp.zeros(len(x), jnp.int32),
+            use_running_average=False,
+            epsilon=e,
+        )[0],
+        lambda x, e: (x - x.mean(**BATCH)) / jnp.sqrt(x.var(**BATCH) + e),
+    ),
+    "features": (
+        lambda x, e: normax.transform_features(x, normax.standardize_features(x)),
+        lambda x, e: (x - x.mean(**BATCH)) / x.std(**BATCH),
+    ),
+    "local_response": (
+        lambda x, e: normax.local_response_norm(x, size=3, alpha=3.0, k=1.0),
+        lambda x, e: (
+            x
+            * (
+                1 + x**2 + jnp.pad(x[..., 1:] ** 2, ((0, 0), (0, 0), (0, 1)))
+                + jnp.pad(x[..., :-1] ** 2, ((0, 0), (0, 0), (1, 0)))
+            )
+            ** -0.75
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1e-16, 1e-13, 1e-9, 1e9, 1e13, 1e16])
+@pytest.mark.parametrize("name", THROUGH_STATISTICS)
+def test_gradients_through_statistics(name, size, x64):
+    """Whose cubes are not in range: a deviation of 1e13 has one of 1e39."""
+    if name == "local_response":
+        size = min(size, 1e13)  # the power of a larger square leaves the range by itself
+    ours, formula = THROUGH_STATISTICS[name]
+    epsilon = 0.0 if size < 1 else 1e-5
+    x, ct = np.random.default_rng(0).normal(size=(2, 4, 6, FEATURES))
+    x = (x * size).astype(np.float32)
+    _, vjp = jax.vjp(lambda x: ours(x, epsilon), jnp.asarray(x))
+    _, right = jax.vjp(lambda x: formula(x, epsilon), jnp.asarray(x, jnp.float64))
+    (dx,), (expected,) = vjp(jnp.asarray(ct, jnp.float32)), right(jnp.asarray(ct))
+    assert dx.dtype == jnp.float32
+    largest = float(abs(expected).max())
+    np.testing.assert_allclose(dx, expected, rtol=1e-4, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("size", [1e-11, 1.0, 1e13, 1e19, 1e30, 1e36])
+@pytest.mark.parametrize("bound", [None, 1.5])
+def test_gradients_of_kernels_over_their_largest_singular_value(bound, size, x64):
+    w, ct = np.array([[3.0, 1], [1, 2], [0, 1]]), np.arange(1.0, 7).reshape(3, 2)
+    state = normax.SpectralState(jnp.ones((1, 2), jnp.float32), jnp.ones((), jnp.float32))
+
+    def ours(w):
+        return normax.spectral_norm(w, state, n_steps=30, bound=bound)[0]
+
+    def formula(w):
+        largest = jnp.linalg.norm(w, 2)
+        return w / (largest if bound is None else jnp.maximum(largest / bound, 1))
+
+    large = (w * size).astype(np.float32)
+    (found,) = jax.vjp(ours, jnp.asarray(large))[1](jnp.asarray(ct, jnp.float32))
+    (expected,) = jax.vjp(formula, jnp.asarray(large, jnp.float64))[1](jnp.asarray(ct))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * float(abs(expected).max()))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e18, 1e20, 1e37])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_style_of_any_size(masked, size):
+    rng = np.random.default_rng(0)
+    x, style = rng.normal(size=(2, 2, 5, 3)).astype(np.float32)
+    style = (style + 2) * np.float32(size)
+    mask = np.arange(5)[:, None] < (3 if masked else 5)
+    given = np.where(mask, style, np.nan)
+    y = normax.adaptive_instance_norm(x, given, style_mask=mask, epsilon=0.0)
+    valid = style[:, mask[:, 0]].astype(np.longdouble)
+    wide = x.astype(np.longdouble)
+    expected = valid.std(1, keepdims=True) * (wide - wide.mean(1, keepdims=True)) / wide.std(
+        1, keepdims=True
+    ) + valid.mean(1, keepdims=True)
+    np.testing.assert_allclose(y, expected.astype(np.float64), rtol=1e-5, atol=1e-5 * size)

@@ -119,6 +119,16 @@ def test_the_law_of_a_batch_s_statistics(law, batch_size):
     assert abs(5 - found - missing) <= 4 * error + 2 * room * missing
 
 
+def test_masked_entries_of_a_loss_move_no_gradient():
+    x, mask = jnp.array([1.0, -1.0, 0.5, jnp.nan]), jnp.array([True, True, True, False])
+    of_curvature = lambda h, x, **masked: theory.decay_coefficient(h, x, 8, **masked).zeta
+    of_slope = lambda h, x, **masked: theory.first_order_gap(h, x, 1.0, 8, **masked)
+    for f in (of_curvature, of_slope):
+        derivative = jax.grad(f)(jnp.array([1.0, 2.0, 3.0, 4.0]), x, mask=mask)
+        expected = jax.grad(f)(jnp.array([1.0, 2.0, 3.0]), x[:3])
+        np.testing.assert_allclose(derivative, [*expected, 0], rtol=1e-5)
+
+
 def test_kurtosis_and_skewness_are_scipy_s_and_the_laws():
     x = np.random.default_rng(0).gamma(2.0, size=(50, 3)).astype(np.float32) * 5 + 3
     np.testing.assert_allclose(theory.skewness(x, 0), stats.skew(x.astype(float)), rtol=1e-5)

@@ -156,6 +156,11 @@ class KalmanBatchNormOptions(RunningNormalizer, Devices, Affine):
     prior_weight: Any = 0.9
     largest_ratio: float = 100.0
 
+    def _state_names(self, training=True) -> tuple[str, ...]:
+        """Returns what is kept; of the mixture that inference gives the count is a part."""
+        names = super()._state_names(training)
+        return names if training or self.momentum is not None else (*names, "count")
+
 
 @options
 class DomainBatchNormOptions(RunningNormalizer, Affine):

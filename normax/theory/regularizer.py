@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from normax import axes as ax
+from normax.entries import present
 from normax.moments import moments
 from normax.theory.noise import STATISTICS
 from normax.theory.shape import excess_kurtosis as measure_kurtosis
@@ -224,5 +225,6 @@ def _alike(name, x, label, value, axes, mask):
     ax.check_real(name, "x", x)
     ax.check_real(name, label, value)
     ax.check_shape(name, label, value.shape, x.shape)
-    dtype = ax.promote(jnp.float32, x, value)
-    return x.astype(dtype), value.astype(dtype), lambda terms: moments(terms, axes, mask=mask).mean
+    dtype, weights = ax.promote(jnp.float32, x, value), ax.to_weights(name, mask, x)
+    x, value = (present(v.astype(dtype), weights) for v in (x, value))
+    return x, value, lambda terms: moments(terms, axes, mask=mask).mean
