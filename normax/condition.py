@@ -30,7 +30,8 @@ def condition_number(
 
     Returns:
       A real scalar, float32 at least, of 1 or more. It is inf, and has no gradient, where the
-      features are linearly dependent to the dtype's precision: :math:`\kappa` of 1 / eps**2.
+      features are linearly dependent to the dtype's precision: :math:`\kappa` of 1 / eps**2. Where
+      any two eigenvalues are equal the second derivative is NaN.
 
     Raises:
       ValueError: axes out of range or repeated; a mask that does not broadcast; no features.

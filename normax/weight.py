@@ -201,7 +201,8 @@ def exact_spectral_norm(
       dtype: dtype of the output, that of `w` by default; all is computed in float32 at least.
 
     Returns:
-      An array of the shape of `w`; a zero kernel comes out as zero.
+      An array of the shape of `w`; a zero kernel comes out as zero. JAX's second derivative of a
+      decomposition is NaN where any two singular values are equal; that of `spectral_norm` is not.
 
     Raises:
       ValueError: `w` of rank below 2; a `bound` that is not above 0.
