@@ -107,8 +107,20 @@ def measure(plan, x, mask):
     """Returns what a plan standardizes by: columns by the kernel of the plan, where it has one."""
     if plan.implementation in (None, XLA) or plan.layout != COLUMNS:
         return me.measure(plan.reduction, x, mask)
+    return _measure_by_kernel(plan, x)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _measure_by_kernel(plan, x):
     form = functools.partial(me.measure, plan.reduction, mask=None)
     return _named(plan, form, functools.partial(_measure_columns, plan))(x)
+
+
+@_measure_by_kernel.defjvp
+def _measure_by_kernel_jvp(plan, primals, tangents):
+    # In the unit that the kernel chose, which need not be that of the form.
+    measured = _measure_by_kernel(plan, *primals)
+    return measured, me.measure_tangents(plan.reduction, *primals, None, measured, *tangents, None)
 
 
 def forward(plan, form, forms, x, scale, bias, mask, measured, differentiated):

@@ -231,6 +231,8 @@ MUTATIONS = [
     Mutation("segment: ids wrap", "segment.py", "ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids", "ids", "test_conditions.py -k narrow"),
     Mutation("segment: ids are cut", "segment.py", "ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids", "ids.astype(jnp.int32)", "test_conditions.py -k ids_of_a_wide"),
     Mutation("adaptive: masked entries in the sum", "adaptive.py", "there = present(x, ax.to_weights(name, mask, x))", "there = present(x, None)", "test_conditions.py -k adaptive_block"),
+    Mutation("columns: derivatives in the unit of the form", "implementations.py", "return _measure_by_kernel(plan, x)", "return _measure_by_kernel.fun(plan, x)", "test_implementations_columns.py -k second_derivatives"),
+    Mutation("tpu: numbers of 64 bits", "kernels/mosaic_tpu_blocks.py", "@jax.enable_x64(False)", "@jax.enable_x64(True)", "test_kernels_tpu.py -k wide_numbers"),
     Mutation("quotient: by the square", "quotient.py", "quotient(dx - out * dy, primals[1])", "dx / primals[1] - primals[0] * dy / primals[1] ** 2", "test_range.py -k kernels_over"),
     Mutation("quotient: by the cube", "quotient.py", "-0.5 * tangents[0] * out * out * out", "-0.5 * tangents[0] * (out * out * out)", "test_range.py -k through_statistics"),
     Mutation("quotient: by the next power", "quotient.py", "out * (exponent * quotient(dx, x))", "exponent * x ** (exponent - 1) * dx", "test_range.py -k through_statistics"),

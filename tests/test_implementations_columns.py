@@ -200,6 +200,48 @@ def test_the_kernels_are_in_the_program_of_their_platform(monkeypatch):
         jax.jit(f).trace(x).lower(lowering_platforms=("cpu",))
 
 
+@pytest.mark.parametrize("by", [BY, NATIVE])
+def test_second_derivatives_where_a_mesh_is_manual_in_part(by):
+    x, ct = (jax.random.normal(jax.random.key(i), (32, 8)) + 2 for i in range(2))
+    mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2)
+
+    def along(f):
+        curved = jax.grad(lambda x: jnp.sum(jnp.sin(f(x)) * ct))
+        return jax.jit(lambda x: jax.jvp(curved, (x,), (ct,))[1])(x)
+
+    def formula(x):
+        d = x - x.mean(0, keepdims=True)
+        return d / jnp.sqrt(jnp.square(d).mean(0, keepdims=True) + 1e-5)
+
+    def ours(x):
+        return normax.normalize_batch(x, epsilon=1e-5, implementation=by)[0]
+
+    with jax.set_mesh(mesh):
+        # Each half of the batch has statistics of its own.
+        partly = {"mesh": mesh, "in_specs": P("data"), "out_specs": P("data")}
+        found = along(jax.shard_map(ours, axis_names={"data"}, **partly))
+    expected = along(lambda x: jax.vmap(formula)(x.reshape(2, 16, 8)).reshape(x.shape))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("by", [BY, NATIVE])
+@pytest.mark.parametrize("size", [1e13, 1e20])
+def test_second_derivatives_of_large_entries(by, size):
+    x, ct = (np.random.default_rng(i).normal(size=(32, 8)).astype(np.float32) for i in range(2))
+
+    def along(f, size):
+        curved = jax.grad(lambda x: jnp.sum(jnp.sin(f(x)) * ct))
+        return jax.jvp(curved, (x * np.float32(size),), (ct * np.float32(size),))[1]
+
+    def formula(x):
+        d = x - x.mean(0, keepdims=True)
+        return d / jnp.sqrt(jnp.square(d).mean(0, keepdims=True))
+
+    found = along(lambda x: normax.normalize_batch(x, epsilon=1e-5, implementation=by)[0], size)
+    # Of x over a size the derivatives are those of x times the size.
+    np.testing.assert_allclose(found * size, along(formula, 1), rtol=1e-3, atol=1e-4)
+
+
 def test_at_inference_a_name_is_all_that_is_asked():
     x, stats = jnp.ones((8, 16)), normax.RunningStats.create(16)
     y, _ = normax.batch_norm(x, stats, use_running_average=True, implementation="mosaic_gpu")

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 from test_accuracy import LIMITS, SCALES, stress, units
 
+import normax
 from normax.kernels import mosaic_tpu as kernels
 from normax.kernels import mosaic_tpu_rows
 
@@ -492,3 +493,19 @@ def test_compiled_for_a_tpu_nothing_is_read_or_written_twice():
         # of each row into their order is to move 16 bytes.
         row_bytes = row["shape"][-1] * jnp.dtype(row["dtype"]).itemsize
         assert row["beside"] <= max(0.1, 16.01 / row_bytes), row
+
+
+@pytest.mark.parametrize("shape", [(32, 1024), (32, 65536), (32, 64)], ids=str)
+@pytest.mark.parametrize("name", ["layer_norm", "batch_norm"])
+def test_kernels_where_python_has_wide_numbers(name, shape, x64):
+    by = {"implementation": "mosaic_tpu"}
+
+    def norm(x):
+        if name == "layer_norm":
+            return normax.layer_norm(x, **by)
+        return normax.normalize_batch(x, **by)[0]
+
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    for f in (norm, jax.grad(lambda x: jnp.sum(norm(x) ** 2))):
+        lowered = jax.jit(f).trace(x).lower(lowering_platforms=("tpu",))
+        assert "@tpu_custom_call" in lowered.as_text()

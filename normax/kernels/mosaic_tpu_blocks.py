@@ -158,6 +158,8 @@ def alike(*arrays: jax.Array) -> list[jax.Array]:
     ]
 
 
+# Else the numbers of blocks, which are of 32 bits, would meet integers of 64.
+@jax.enable_x64(False)
 def call(
     kernel: Callable,
     outputs: Sequence[tuple[tuple[Any, ...], Any]],
