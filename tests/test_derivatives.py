@@ -1,5 +1,7 @@
 """Forwards, backwards and twice: every transformation agrees with the naive float64 formula."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 import reference
 from cases import CASES, MEASURED
 from differences import check_derivatives
+from test_implementations import NATIVE
+from test_range import NORMS, entries
 
 import normax
 
@@ -185,3 +189,26 @@ def test_the_inference_gradient_is_linear_in_the_cotangent_alone():
     x = jax.random.normal(jax.random.key(0), (4, 3))
     f = lambda x: normax.batch_norm(x, stats, use_running_average=True, epsilon=0.0)[0]
     agree(jax.vjp(f, x)[1](jnp.ones_like(x))[0], jnp.full_like(x, 0.5))
+
+
+@pytest.mark.parametrize("size", [1e13, 1e16, 1e20])
+@pytest.mark.parametrize("by", ["xla", NATIVE])
+@pytest.mark.parametrize("name", ["layer", "batch", "group"])
+def test_second_derivatives_of_entries_of_any_size(name, by, size):
+    norm, case = NORMS[name]
+    x, ct, t = (entries(case.shape, 1, offset) for offset in (0.5, 0.1, 0.2))
+    x, t = (jnp.asarray(np.float32(size) * np.asarray(v)) for v in (x, t))
+
+    def formula(x):
+        split = (*x.shape[:-1], case.groups, -1) if case.groups else x.shape
+        grouped = x.reshape(split)
+        d = grouped - grouped.mean(case.reduced, keepdims=True)
+        return (d / jnp.sqrt(jnp.square(d).mean(case.reduced, keepdims=True))).reshape(x.shape)
+
+    def along(f, x, t):
+        curved = jax.grad(lambda x: jnp.sum(jnp.sin(f(x)) * ct.astype(x.dtype)))
+        return jax.jvp(curved, (x,), (t,))[1]
+
+    found = along(functools.partial(norm, epsilon=1e-5, implementation=by), x, t)
+    expected = along(formula, x.astype(jnp.float64), t.astype(jnp.float64))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-6 * float(abs(expected).max()))
