@@ -19,6 +19,8 @@ import normax
 ROWS = ((8192, 4096), (65536, 64), (8192, 768), (8192, 5120), (2048, 16384))
 IMAGES = ((64, 56, 56, 64), (64, 28, 28, 256))
 SLABS = ((16, 64, 64, 320), (8, 32, 32, 256))
+# Of arrays that a GPU's cache holds XLA thinks otherwise about what it writes down.
+FEW_ROWS, FEW_IMAGES = ((128, 4096), (33, 4096), (100, 1024)), ((1024, 1024), (16, 16, 16, 128))
 GROUPS = 32
 FORWARD, BOTH, BETWEEN = CONTEXTS = "forward", "forward + backward", "between products"
 LIBRARIES = "normax", "flax"
@@ -45,6 +47,7 @@ class Norm(NamedTuple):
       activated: whether normax's function does what comes after by itself. That is for GPUs: on
         TPU, XLA fuses into the products what stands alone.
       target: the only one it is counted for, if not all.
+      contexts: those it is counted in.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -55,6 +58,7 @@ class Norm(NamedTuple):
     residual: bool = False
     activated: bool = False
     target: str = ""
+    contexts: tuple[str, ...] = CONTEXTS
 
 
 class Case(NamedTuple):
@@ -145,8 +149,7 @@ def cases(name: str) -> Iterator[Case]:
     for norm, about in NORMS.items():
         if about.target not in ("", name):
             continue
-        # A kernel that is asked for cannot be fused into a product, as XLA's form can.
-        for context in CONTEXTS[:2] if " by " in norm else CONTEXTS:
+        for context in about.contexts:
             for dtype in ("bfloat16", "float32"):
                 for shape in about.shapes:
                     case = Case(norm, context, dtype, shape)
@@ -237,10 +240,19 @@ NORMS = {
     ),
 }
 
+# XLA splits products of few rows, and moves more for that than a norm does.
+for norm in ("layer_norm", "rms_norm", "batch_norm"):
+    NORMS[f"{norm} of little"] = NORMS[norm]._replace(
+        shapes=FEW_IMAGES if norm == "batch_norm" else FEW_ROWS,
+        target="h200",
+        contexts=CONTEXTS[:2],
+    )
+
+# A kernel that is asked for cannot be fused into a product, as XLA's form can.
 for name, kernel in (("h200", "mosaic_gpu"), ("v5e", "mosaic_tpu")):
     for norm, function in (("layer_norm", normax.layer_norm), ("rms_norm", _rms)):
         NORMS[f"{norm} by {kernel}"] = NORMS[norm]._replace(
-            normax=_by_kernel(function, kernel), target=name
+            normax=_by_kernel(function, kernel), target=name, contexts=CONTEXTS[:2]
         )
 
 # Slabs that a processor of an H200 holds, which are then read once.
@@ -253,12 +265,14 @@ for norm in ("group_norm", "group_norm + silu"):
             "mosaic_gpu",
         ),
         target="h200",
+        contexts=CONTEXTS[:2],
     )
 # Images would be laid out anew for it, which costs more than it saves.
 NORMS["batch_norm by mosaic_tpu"] = _BATCH._replace(
     shapes=((2**18, 512),),
     normax=functools.partial(_batch, implementation="mosaic_tpu"),
     target="v5e",
+    contexts=CONTEXTS[:2],
 )
 
 QUICK = {
@@ -273,6 +287,8 @@ QUICK = {
         "group_norm + silu": CONTEXTS,
         "group_norm, then silu": (FORWARD, BOTH),
         "instance_norm": (BOTH,),
+        "layer_norm of little": (BOTH,),
+        "batch_norm of little": (BOTH,),
         "layer_norm by mosaic_gpu": (FORWARD, BOTH),
         "group_norm + silu by mosaic_gpu": (FORWARD, BOTH),
     },

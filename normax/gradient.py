@@ -19,6 +19,9 @@ from normax.entries import are_short_rows
 from normax.kernels.linear import linear
 from normax.rescale import alike, reciprocal_per_unit, rescaled, rescaled_tangent, standardized
 
+# Fewer rows than these, or more than the others, XLA sums two at a time, in one read.
+FEW, MANY = 36, sums.COLUMN
+
 
 def by_hand(plan, x, scale, bias, mask):
     """Returns whether the backward pass here is that of the plan."""
@@ -182,11 +185,25 @@ def _rows(plan, shape, known, dy):
         return dx, None, None
     if _have_much_in_common(plan):
         known, dy = _apart(plan, apart, through)
-    if plan.activation is None:
-        return dx, *_whole(plan, shape, sums.total, known, dy)[1:]
-    xhat, alone = _standardized(plan, known, dy)
-    ones, along = sums.totals_in_one_read(alone, alone * xhat, _shared(shape))
+    *others, measured = known
+    unit, rstd = units.found_once(measured.unit, reciprocal_per_unit(plan, measured))
+    known = *others, measured._replace(unit=unit)
+    xhat, alone = _standardized(plan, known, dy, rstd)
+    ones, along = _over_rows(plan, alone, alone * xhat, _shared(shape))
     return dx, along, ones
+
+
+def _over_rows(plan, a, b, axes):
+    """Returns the sums of two arrays over the axes along which the parameters do not differ.
+
+    In one read; as one sum only where two would not be: what was summed so has to be taken apart.
+    """
+    sizes = [a.shape[axis] for axis in axes]
+    known = plan.activation is None and all(isinstance(size, int) for size in sizes)
+    if known and not FEW < math.prod(sizes) < MANY:
+        return [parts.total(sums.total, v, axes) for v in (a, b)]
+    total = functools.partial(sums.total_in_one_read, cut_columns=False)
+    return sums.totals_in_one_read(a, b, axes, functools.partial(parts.total, total))
 
 
 def _in_two_reads(plan, known, dy, again, dy_again):
@@ -277,20 +294,20 @@ def _means(plan, shape, total, x, scale, ones, along):
     return of_parameters, *(total(v, rest) / n for v in (ones, along))
 
 
-def _standardized(plan, known, dy):
+def _standardized(plan, known, dy, rstd=None):
     """Returns the standardized entries, and the cotangent of `y` before activation."""
-    d, dy = _factors(plan, known, dy)
+    d, dy = _factors(plan, known, dy, rstd)
     rest = known[-1].rest
-    xhat = (d if rest is None else d - rest) * reciprocal_per_unit(plan, known[-1])
-    return xhat, dy
+    rstd = reciprocal_per_unit(plan, known[-1]) if rstd is None else rstd
+    return (d if rest is None else d - rest) * rstd, dy
 
 
-def _factors(plan, known, dy):
+def _factors(plan, known, dy, rstd=None):
     """Returns the entries less their rounded mean, and the cotangent of `y` before activation."""
     x, scale, bias, measured = known
     d = me.deviation(x, None, measured._replace(rest=None))
     dy = dy.astype(d.dtype)
     if plan.activation is not None:
-        before = rescaled(plan, d, measured, scale, bias)
+        before = rescaled(plan, d, measured, scale, bias, rstd)
         (dy,) = jax.vjp(plan.activation, before)[1](dy.astype(before.dtype))
     return d, dy

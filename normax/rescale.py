@@ -33,12 +33,12 @@ def standardized(plan, x, measured, mask, divide=units.divide):
     return rstd, me.times(d, rstd)
 
 
-def rescaled(plan, d, measured, scale, bias):
+def rescaled(plan, d, measured, scale, bias, rstd=None):
     """Returns what goes into the activation, of entries less their rounded mean.
 
     The fewer arrays there are to spread out, the less does XLA think of writing it down.
     """
-    slope = reciprocal_per_unit(plan, measured)
+    slope = reciprocal_per_unit(plan, measured) if rstd is None else rstd
     slope = slope if scale is None else jnp.multiply(*alike(slope, scale))
     rest = None if measured.rest is None else -measured.rest * slope
     offset = [jnp.add(*alike(rest, bias))] if None not in (rest, bias) else [rest, bias]

@@ -17,6 +17,8 @@ from normax import units
 
 SAMPLES = 5
 FEW, MANY = 4, 64
+# Columns shorter than this XLA on a GPU reads just once if they are cut into parts of such lengths.
+COLUMN, LEAST, MOST = 8192, 32, 128
 # What is added one by one may lose digits in proportion to the root of their number.
 LONG, PART = 32768, 256
 # A sum of squares may hold this many times the variance before digits of it are missed.
@@ -63,20 +65,19 @@ def _total_in_parts(x, run):
     return found
 
 
-def total_in_one_read(x, axes):
+def total_in_one_read(x, axes, cut_columns=True):
     """Returns the sum over axes, which are kept, in an order in which a GPU reads `x` just once.
 
     Where axes on both sides are kept, XLA would write down what is to be summed first, unless it
-    has more sums to do than results: a few parts of each.
+    has more sums to do than results: a few parts of each. So it may with short columns, the more is
+    done to an entry before; but what sums of parts of those are weighs beside them.
     """
     length = 1
     for run in _runs(axes):
         size = math.prod(x.shape[axis] for axis in run)
-        if run[0] > 0 and run[-1] < x.ndim - 1:
-            x = _total_of_parts(x, run)
-        else:
-            x = jnp.sum(x, run, keepdims=True)
-        x, length = _over(x, max(size, 1)), length * size
+        axis, part = _part(x, run, size, cut_columns)
+        x = _total_of_parts(x, run, axis, part) if part else jnp.sum(x, run, keepdims=True)
+        x, length = _over(x, _near(size)), length * _near(size)
     return _times(x, length)
 
 
@@ -89,18 +90,39 @@ def totals_in_one_read(a, b, axes, total=total_in_one_read):
     return both.real, both.imag
 
 
-def _total_of_parts(x, run):
-    """Returns the sum over neighbouring axes, the first of them in parts."""
-    axis = run[0]
-    size = x.shape[axis]
-    parts = 1
-    if isinstance(size, int):  # not a symbol of a program to export
-        parts = next((parts for parts in range(FEW, MANY) if size % parts == 0), 1)
-    x = x.reshape(*x.shape[:axis], parts, size // parts, *x.shape[axis + 1 :])
-    within = [other + 1 for other in run]
-    size = math.prod(x.shape[other] for other in within)
-    x = _over(jnp.sum(x, within, keepdims=True), max(size, 1))
-    return _times(jnp.squeeze(jnp.sum(x, axis, keepdims=True), axis), size)
+def _part(x, run, size, cut_columns):
+    """Returns which of neighbouring axes to cut, into parts of which length; 0 is not at all."""
+    first, lengths = run[0], [x.shape[axis] for axis in run]
+    if run[-1] == x.ndim - 1:
+        return first, 0
+    if first > 0:
+        parts = 1
+        if isinstance(lengths[0], int):  # not a symbol of a program to export
+            parts = next((parts for parts in range(FEW, MANY) if lengths[0] % parts == 0), 1)
+        return first, lengths[0] // parts
+    dealt_out = any(jax.typeof(x).sharding.spec[axis] is not None for axis in run)
+    if dealt_out or not cut_columns or not isinstance(size, int) or size >= COLUMN:
+        return first, 0
+    cuts = (
+        (part * math.prod(lengths[axis + 1 :]), axis, part)
+        for axis, length in enumerate(lengths)
+        for part in range(1, MOST + 1)
+        if length % part == 0
+    )
+    _, axis, part = max(
+        (c for c in cuts if LEAST <= c[0] <= min(MOST, size - 1)), default=(0, 0, 0)
+    )
+    return axis, part
+
+
+def _total_of_parts(x, run, axis, length):
+    """Returns the sum over neighbouring axes: of parts of one of them and all behind it, first."""
+    x = x.reshape(*x.shape[:axis], x.shape[axis] // length, length, *x.shape[axis + 1 :])
+    within = [other + 1 for other in run if other >= axis]
+    size = _near(math.prod(x.shape[other] for other in within))
+    x = _over(jnp.sum(x, within, keepdims=True), size)
+    x = jnp.sum(x, [other for other in run if other <= axis], keepdims=True)
+    return _times(jnp.squeeze(x, axis), size)
 
 
 def _runs(axes):
@@ -118,7 +140,7 @@ def _one_after_the_other(x, runs):
     length = 1
     for run in runs[:-1]:
         size = math.prod(x.shape[axis] for axis in run)
-        x, length = _over(jnp.sum(x, run, keepdims=True), max(size, 1)), length * size
+        x, length = _over(jnp.sum(x, run, keepdims=True), _near(size)), length * _near(size)
     result = jnp.sum(x, runs[-1] if runs else (), keepdims=True)
     return _times(result, length) if len(runs) > 1 else result
 
@@ -126,6 +148,11 @@ def _one_after_the_other(x, runs):
 def _parts_of(function, x):
     """Returns a function of the two parts of complex numbers, as two sums may be one."""
     return lax.complex(function(x.real), function(x.imag)) if jnp.iscomplexobj(x) else function(x)
+
+
+def _near(size):
+    """Returns a power of two that is near a size: a quotient by it is not rounded."""
+    return 2 ** (size.bit_length() - 1) if isinstance(size, int) and size > 0 else max(size, 1)
 
 
 def _over(x, size):
@@ -149,10 +176,11 @@ def about_samples(x, axes, n, least, centered):
     if units.needed(x.dtype):
         peak = functools.reduce(jnp.maximum, map(jnp.abs, samples))
         unit = units.choose(peak, (), max(least, 1.0))
+    mean = units.divide(_median(samples), unit) if centered else None
+    unit, mean = units.found_once(unit, mean)
     entries = units.divide(x.astype(dtype), unit)
     if not centered:
         return unit, None, None, total_in_one_read(entries * entries, axes) / n
-    mean = units.divide(_median(samples), unit)
     d = entries - mean
     rest, squares = totals_in_one_read(d, d * d, axes)
     rest = rest / n

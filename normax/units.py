@@ -56,6 +56,17 @@ def divide_exactly(x, unit):
     return jnp.where(small, signed * (info.smallest_normal / unit), divide(x, unit))
 
 
+def found_once(unit, *others):
+    """Returns a unit, None for one, and what else is known of each group, behind a barrier.
+
+    Else XLA may find them anew for each entry and, where that takes as long as memory does, write
+    down what it makes of them. 1 / unit is kept: in `divide` XLA takes out both quotients.
+    """
+    per_unit = None if unit is None else 1 / unit
+    per_unit, *others = lax.optimization_barrier((per_unit, *others))
+    return None if per_unit is None else 1 / per_unit, *others
+
+
 def parts(x):
     """Returns the real numbers that `x` is made of."""
     return [jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x]
