@@ -105,10 +105,9 @@ def refusal(x, name):
     """Returns why a program of that name is refused for x, or None."""
     from normax.kernels import mosaic_gpu, mosaic_gpu_groups
 
-    backward = "back" in name or "both" in name
     if x.ndim == 4:
-        return mosaic_gpu_groups.supports_groups(x, backward=backward)
-    return mosaic_gpu.supports(x, residual="add" in name, backward=backward)
+        return mosaic_gpu_groups.supports_groups(x, backward="back" in name)
+    return mosaic_gpu.supports(x)
 
 
 def sizes(text):

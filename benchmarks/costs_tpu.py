@@ -62,7 +62,7 @@ OPERATIONS = {
     "backward": (lambda x, dy, s: kernels.backward(x, s, dy, **LAYER), 2, 1, 3),
     "add": (lambda x, r, s, b: kernels.add_forward(x, r, s, b, **LAYER), 2, 2, 4),
     "add backward": (lambda x, dy, ds, s: kernels.add_backward(x, s, dy, ds, **LAYER), 3, 1, 4),
-    "columns": (kernels.column_moments, 1, 0, 1),
+    "columns": (kernels.column_moments_in_units, 1, 0, 1),
     "column gradients": (
         lambda x, dy, *measured: kernels.column_gradients(x, dy, *measured, epsilon=1e-5),
         2,
@@ -149,7 +149,7 @@ def compile_for_tpu(function, *shapes, across=True):
 def walked(name, groups, moved):
     """Returns how an operation walks its rows, and how many entries of each at a time."""
     if name == "columns":
-        _, width, walk = plan_columns(groups, moved)
+        width, walk = plan_columns(groups, moved)
     elif name == "column gradients":
         width, walk = plan_gradients(groups, moved)
     elif name.startswith("long"):  # the second kernel; the first has fewer arrays

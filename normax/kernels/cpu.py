@@ -20,18 +20,13 @@ from normax.kernels import primitive as pr
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def supports(
-    x: Any, *, dtype: DTypeLike | None = None, residual: bool = False, backward: bool = True
-) -> str | None:
+def supports(x: Any, *, dtype: DTypeLike | None = None) -> str | None:
     """Returns why rows like those of `x` cannot be had, or None.
 
     Args:
       x: array, or shape and dtype, whose last axis is the row.
       dtype: dtype of the output or, going backward, of dy; that of `x` by default, or float32.
-      residual: whether there is a residual, or its cotangent; nothing depends on it.
-      backward: whether the backward pass is wanted too; nothing depends on it.
     """
-    del residual, backward
     reason = cpu_library.unavailable() or unsupported_dtypes(x, dtype)
     return reason or (None if x.ndim and x.shape[-1] else "there is no row")
 

@@ -21,7 +21,6 @@ DEFAULT = "default"
 def by_platform(
     default: Callable[..., Any],
     *,
-    tell_used: bool = False,
     tell_devices: bool = False,
     sharded: bool = False,
     **others: Callable[..., Any],
@@ -36,9 +35,6 @@ def by_platform(
       default: function of arrays, in pytrees, that any platform can run. It and the others must
         not close over traced arrays. Static arguments go in by `functools.partial`, and can be
         hashed; partials of the same function and arguments are compiled once.
-      tell_used: where some outputs are not used, call the other functions with a keyword `used`,
-        a bool for each array of the output, so that a kernel need not write them all. They may
-        return None for the rest.
       tell_devices: where a partitioner spreads the program over several devices, call the functions
         with a keyword `devices`, their number.
       sharded: whether one of the functions calls a kernel that is `sharded`. The program is then
@@ -67,18 +63,7 @@ def by_platform(
         outputs, out_tree = jax.tree.flatten(shapes)
         types = tuple((out.shape, out.dtype) for out in outputs)
         branches = tuple(
-            (
-                name,
-                Branch(
-                    name,
-                    function,
-                    tree,
-                    out_tree,
-                    types,
-                    tell_used and name != DEFAULT,
-                    tell_devices,
-                ),
-            )
+            (name, Branch(name, function, tree, out_tree, types, tell_devices))
             for name, function in functions.items()
         )
         used = (True,) * len(outputs)
@@ -107,18 +92,18 @@ class Branch:
     tree: Any
     out_tree: Any
     types: tuple[tuple[Any, Any], ...]
-    tell_used: bool
     tell_devices: bool
 
     def __call__(self, used, devices, *leaves):
         """Returns the outputs that are used."""
-        told: dict[str, Any] = {"used": used} if self.tell_used and not all(used) else {}
-        told |= {"devices": devices} if self.tell_devices and devices > 1 else {}
-        outputs = self.function(*self.tree.unflatten(leaves), **told)
-        kept = pr.leaves_as(self.out_tree, self.types, used, outputs, self._refusal)
-        if any(leaf is None for leaf in kept):
-            raise self._refusal("an array for each output that is used", outputs)
-        return kept
+        told = {"devices": devices} if self.tell_devices and devices > 1 else {}
+        outputs, tree = jax.tree.flatten(self.function(*self.tree.unflatten(leaves), **told))
+        if tree != self.out_tree:
+            raise self._refusal(self.out_tree, tree)
+        for out, type_ in zip(outputs, self.types, strict=True):
+            if pr.type_of(out) != type_:
+                raise self._refusal(type_, pr.type_of(out))
+        return [out for out, keep in zip(outputs, used, strict=True) if keep]
 
     def _refusal(self, expected, got):
         return TypeError(

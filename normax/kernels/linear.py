@@ -97,12 +97,21 @@ class Half:
     def __call__(self, known, leaves, wanted):
         """Returns the arrays that are wanted of the function's outputs."""
         outputs = self.whole(known, leaves)
-        kept = pr.leaves_as(self.out_tree, self.types, wanted, outputs, self._refusal)
-        types = [type_ for type_, keep in zip(self.types, wanted, strict=True) if keep]
-        return [
-            jnp.zeros(*type_) if leaf is None else leaf
-            for leaf, type_ in zip(kept, types, strict=True)
-        ]
+        try:
+            found = self.out_tree.flatten_up_to(outputs)
+        except ValueError as error:
+            raise self._refusal(self.out_tree, jax.tree.structure(outputs)) from error
+        kept = []
+        for leaf, type_, keep in zip(found, self.types, wanted, strict=True):
+            if not keep:
+                continue
+            leaf = jnp.zeros(*type_) if leaf is None else leaf
+            if not jax.tree_util.all_leaves([leaf]):
+                raise self._refusal(self.out_tree, jax.tree.structure(outputs))
+            if pr.type_of(leaf) != type_:
+                raise self._refusal(type_, pr.type_of(leaf))
+            kept.append(leaf)
+        return kept
 
     def _refusal(self, expected, got):
         return TypeError(f"linear: expected `{self.name}` to return {expected}, got {got}")
@@ -157,7 +166,7 @@ class Applied:
             leaves = _filled(self.present, args[self.count :])
             return self.half(args[: self.count], leaves, self.used)
 
-        # What is not used may be an output that a kernel need not write.
+        # What is not used is left out of the program.
         return (function if all(self.used) else pr.without_dead_code(function))(*args)
 
 

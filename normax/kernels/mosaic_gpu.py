@@ -23,18 +23,13 @@ ALIGNMENT = 16
 LONGEST = {"forward": 16384, "backward": 8192}
 
 
-def supports(
-    x: Any, *, dtype: DTypeLike | None = None, residual: bool = False, backward: bool = True
-) -> str | None:
+def supports(x: Any, *, dtype: DTypeLike | None = None) -> str | None:
     """Returns why rows like those of `x` cannot be had, or None.
 
     Args:
       x: array, or shape and dtype, whose last axis is the row.
       dtype: dtype of the output or, going backward, of dy; that of `x` by default.
-      residual: whether there is a residual, or its cotangent; nothing depends on it.
-      backward: whether the backward pass is wanted too; nothing depends on it.
     """
-    del residual, backward
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     for each in (jnp.dtype(x.dtype), dtype):
         if each.name not in DTYPES:

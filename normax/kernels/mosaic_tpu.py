@@ -15,25 +15,18 @@ from jax.typing import DTypeLike
 from normax.kernels import mosaic_tpu_blocks as bl
 from normax.kernels import mosaic_tpu_long as long
 from normax.kernels import mosaic_tpu_rows as rows
-from normax.kernels.mosaic_tpu_columns import column_moments as column_moments
 from normax.kernels.mosaic_tpu_columns import column_moments_in_units as column_moments_in_units
 from normax.kernels.mosaic_tpu_columns import supports_columns as supports_columns
 from normax.kernels.mosaic_tpu_gradients import column_gradients as column_gradients
 
 
-def supports(
-    x: Any, *, dtype: DTypeLike | None = None, residual: bool = False, gradient: bool = True
-) -> str | None:
+def supports(x: Any, *, dtype: DTypeLike | None = None) -> str | None:
     """Returns why the kernels over rows cannot take an array, or None.
 
     Args:
       x: the array, or anything with its shape and dtype.
       dtype: dtype of the output, or of its cotangent; that of `x` by default.
-      residual: whether `add_forward` is to take it.
-      gradient: whether `backward` is to take it, too. What fits on chip depends on both; what does
-        not is taken too, in chunks.
     """
-    del residual, gradient
     for each in (x.dtype, dtype):
         reason = None if each is None else bl.unsupported_dtype(each)
         if reason:

@@ -7,7 +7,7 @@ precision.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,62 +22,28 @@ WIDEST = 1024
 CHUNK = 2**15  # entries that are worked on together
 
 
-class Columns(NamedTuple):
-    """How columns are walked, known when it is traced."""
-
-    in_units: bool
-    width: int
-    walk: bl.Walk
-
-
 def supports_columns(x: Any) -> str | None:
     """Returns why the kernel over columns cannot take `x`, or None."""
     return bl.unsupported_dtype(x.dtype) or bl.unsupported_shape(x.shape)
 
 
-def column_moments(
+def column_moments_in_units(
     x: jax.Array, *, interpret: Any = False
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Measures every column over all rows.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Measures every column over all rows, in multiples of a power of two for each.
 
     Args:
       x: array of any leading shape, bfloat16 or float32.
       interpret: run it in Pallas' interpreter; True or `pltpu.InterpretParams`.
 
     Returns:
-      mean, rest and var, float32 of shape `x.shape[-1:]`; mean + rest is the mean to twice the
-      precision. A variance above the largest float32 is infinite, one below the smallest is zero;
-      `column_moments_in_units` keeps the former.
+      unit, mean, rest and var, float32 of shape `x.shape[-1:]`: the mean is (mean + rest) * unit,
+      to twice the precision, and the variance var * unit^2. The unit is one up to entries of 2^50,
+      so that an epsilon of 1e-24 or more can be added to var: where the unit is larger, var is too.
 
     Raises:
       ValueError: what `supports_columns` names.
     """
-    _, *moments = _measure(x, False, interpret)
-    return moments[0], moments[1], moments[2]
-
-
-def column_moments_in_units(
-    x: jax.Array, *, interpret: Any = False
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Measures as `column_moments`, in multiples of a power of two for each column.
-
-    Returns:
-      unit, mean, rest and var: the mean is (mean + rest) * unit, the variance var * unit^2. The
-      unit is one up to entries of 2^50, so that an epsilon of 1e-24 or more can be added to var:
-      where the unit is larger, var is too.
-    """
-    unit, mean, rest, var = _measure(x, True, interpret)
-    return unit, mean, rest, var
-
-
-def plan_columns(shape: tuple[Any, Any, int], itemsize: int, in_units: bool = False) -> Columns:
-    """Returns how to walk the columns of groups of rows."""
-    width = min(shape[-1], WIDEST)
-    walk = bl.Walk.over(shape, width, 2 * itemsize, CHUNK)
-    return Columns(in_units, width, walk)
-
-
-def _measure(x, in_units, interpret):
     reason = supports_columns(x)
     if reason:
         raise ValueError(reason)
@@ -86,12 +52,11 @@ def _measure(x, in_units, interpret):
         nothing = jnp.zeros(length, jnp.float32)
         return jnp.ones_like(nothing), nothing, nothing, nothing
     shape = bl.grouped(x.shape)
-    columns = plan_columns(shape, x.dtype.itemsize, in_units)
-    width, walk = columns.width, columns.walk
+    width, walk = plan_columns(shape, x.dtype.itemsize)
     block = pl.BlockSpec((walk.groups, walk.block, width), lambda c, i, j: (i, j, c))
     line = pl.BlockSpec((1, width), lambda c, i, j: (0, c))
-    lines = bl.call(
-        functools.partial(_kernel, columns),
+    unit, mean, rest, var = bl.call(
+        functools.partial(_kernel, width, walk),
         [((1, length), jnp.float32)] * 4,
         x.reshape(shape),
         bl.counts_of(shape),
@@ -104,23 +69,29 @@ def _measure(x, in_units, interpret):
         flops=12,
         interpret=interpret,
     )
-    return [each.reshape(length) for each in lines]
+    return unit.reshape(length), mean.reshape(length), rest.reshape(length), var.reshape(length)
 
 
-def _kernel(columns, x_ref, counts_ref, *refs):
+def plan_columns(shape: tuple[Any, Any, int], itemsize: int) -> tuple[int, bl.Walk]:
+    """Returns how many columns of groups of rows to take at a time, and how to walk them."""
+    width = min(shape[-1], WIDEST)
+    return width, bl.Walk.over(shape, width, 2 * itemsize, CHUNK)
+
+
+def _kernel(width, walk, x_ref, counts_ref, *refs):
     size = len(Moments._fields)
     outputs, kept, here = refs[:4], Moments(*refs[4 : 4 + size]), Moments(*refs[4 + size :])
-    walk, i, j = columns.walk, pl.program_id(1), pl.program_id(2)
+    i, j = pl.program_id(1), pl.program_id(2)
     begins = (i == 0) & (j == 0)
     present = walk.present(counts_ref, i, j)
     number = present[0] * present[1]
     before = i * walk.groups * counts_ref[1] + present[0] * j * walk.block
-    _keep(here, _measure_block(columns, x_ref, present, False))
+    _keep(here, _measure_block(width, walk, x_ref, present, False))
 
     # What has left the range is measured again, in a unit; so is what is no number.
     @pl.when(jnp.max(jnp.where(here.squares[...] < jnp.inf, 0.0, 1.0)) > 0)
     def _():
-        _keep(here, _measure_block(columns, x_ref, present, True))
+        _keep(here, _measure_block(width, walk, x_ref, present, True))
 
     @pl.when(begins)
     def _():
@@ -136,11 +107,8 @@ def _kernel(columns, x_ref, counts_ref, *refs):
     def _():
         sums = _read(kept)
         var = (sums.squares + sums.lost) / sm.as_float(counts_ref[0] * counts_ref[1], sums.mean)
-        unit = bl.unit_of(sums.inverse)
-        moments = unit, *sm.add_exactly(sums.mean, sums.rest), var
-        powers = [0, 0, 0, 0] if columns.in_units else [0, 1, 1, 2]
-        for ref, value, power in zip(outputs, moments, powers, strict=True):
-            ref[...] = functools.reduce(jnp.multiply, [unit] * power, value)
+        moments = bl.unit_of(sums.inverse), *sm.add_exactly(sums.mean, sums.rest), var
+        _keep(outputs, moments)
 
 
 def _read(refs):
@@ -152,20 +120,20 @@ def _keep(refs, sums):
         ref[...] = value
 
 
-def _measure_block(columns, x_ref, present, in_a_unit) -> Moments:
+def _measure_block(width, walk, x_ref, present, in_a_unit) -> Moments:
     """Measures a block about its mean, which is first taken about its first row.
 
     So equal entries leave exact zeros, and what the second pass finds left of the mean is too
     small for its square to cancel the sum of squares.
     """
-    zero = jnp.zeros((bl.SUBLANES, columns.width), jnp.float32)
+    zero = jnp.zeros((bl.SUBLANES, width), jnp.float32)
     number = sm.as_float(present[0] * present[1], zero[:1])
 
     def over(step: Callable, start: Any) -> Any:
         def each(group, here, mask, carry):
             return step(x_ref[group, here, :].astype(jnp.float32), mask, carry)
 
-        return columns.walk.each(present, each, start)
+        return walk.each(present, each, start)
 
     inverse = jnp.ones_like(number)
     if in_a_unit:

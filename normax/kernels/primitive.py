@@ -86,33 +86,6 @@ def traced(function: Callable[..., Any], *operands: Any) -> Any:
     return _call.trace(function, *operands)
 
 
-def leaves_as(
-    tree: Any, types: Any, wanted: Any, outputs: Any, refuse: Callable[[Any, Any], Exception]
-) -> list[Any]:
-    """Returns the leaves of the outputs that are wanted, None where a leaf is; checks their types.
-
-    Args:
-      tree: what the outputs should be.
-      types: shapes and dtypes, one for each leaf.
-      wanted: a bool for each leaf.
-      outputs: what a function returned.
-      refuse: makes an error of what was expected and what came.
-    """
-    try:
-        leaves = tree.flatten_up_to(outputs)
-    except ValueError as error:
-        raise refuse(tree, jax.tree.structure(outputs)) from error
-    kept = []
-    for leaf, type_, keep in zip(leaves, types, wanted, strict=True):
-        if keep:
-            if leaf is not None and not jax.tree_util.all_leaves([leaf]):
-                raise refuse(tree, jax.tree.structure(outputs))
-            if leaf is not None and type_of(leaf) != type_:
-                raise refuse(type_, type_of(leaf))
-            kept.append(leaf)
-    return kept
-
-
 def type_of(x: Any) -> tuple[Any, Any]:
     """Returns shape and dtype."""
     return jax.typeof(x).shape, jax.typeof(x).dtype
