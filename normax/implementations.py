@@ -63,6 +63,8 @@ def why_not(plan, x, scale, bias, mask, residual=False):
     if plan.implementation in (None, XLA):
         return None
     layout, kernels = plan.layout, NAMED[plan.implementation]
+    if 0 in x.shape:  # There is nothing to do; what could be is that of other sizes.
+        x = jax.ShapeDtypeStruct([size or 2 for size in x.shape], x.dtype)
     refused = {
         "a mask": mask is not None,
         f"axis_name={plan.reduction.axis_name!r}": plan.reduction.axis_name is not None,
@@ -77,7 +79,7 @@ def why_not(plan, x, scale, bias, mask, residual=False):
         if applies:
             return reason
     if layout == ROWS:
-        return _module(plan).supports(x, dtype=plan.dtype, residual=residual)
+        return _module(plan).supports(x, dtype=plan.dtype)
     where = f"groups over axes {plan.reduction.axes} of {x.ndim}"
     if residual:
         return f"a residual, with {where}"

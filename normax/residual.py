@@ -142,7 +142,7 @@ def _add(
         implementation=by,
         residual=True,
     )
-    if by in (None, implementations.XLA):
+    if plan.implementation in (None, implementations.XLA):
         return from_measured(plan, *arguments)[0], total
     kinds = f"x of {x.dtype} and a residual of {residual.dtype}"
     if x.dtype != total.dtype:  # a kernel gives the sum the dtype of what comes first

@@ -157,6 +157,8 @@ def planned(
     plan = plan._replace(layout=layout_of(plan, x, scale, bias))
     reason = implementations.why_not(plan, x, scale, bias, mask, residual)
     ax.check_available(caller, implementation, reason)
+    if 0 in x.shape:
+        plan = plan._replace(implementation=None)  # no kernel, for no entry
     return plan, x, scale, bias, mask
 
 

@@ -117,6 +117,18 @@ def gradients(f, ct):
     return lambda *args: jax.tree.leaves((f(*args), jax.vjp(f, *args)[1](ct)))
 
 
+@pytest.mark.parametrize("shape", [(0, 128), (3, 0), (0, 0)])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_arrays_of_no_entries(kind, shape, name):
+    args, ct = arguments(shape=shape)
+    y, dx, dscale, *dbias = jax.jit(gradients(norm_of(kind, name), ct))(*args)
+    assert y.shape == dx.shape == shape
+    for found in (dscale, *dbias):
+        np.testing.assert_array_equal(found, np.zeros(shape[-1:]))
+    add = functools.partial(normax.add_layer_norm, implementation=name)
+    assert [v.shape for v in add(args[0], args[0], *args[1:])] == [shape, shape]
+
+
 @pytest.mark.parametrize("transform", ["vmap", "scan", "remat"])
 def test_transformed(transform, name):
     args, ct = arguments(shape=(4, 8, 128))
