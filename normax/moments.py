@@ -54,10 +54,14 @@ class RunningStats(NamedTuple):
         Returns:
           A `RunningStats`; its leaves keep their dtypes for ever.
 
+        Raises:
+          TypeError: `dtype` names none.
+
         >>> mean, var, count = RunningStats.create(2)
         >>> print(mean, var, count)
         [0. 0.] [1. 1.] [0 0]
         """
+        ax.dtype_of("RunningStats.create", dtype)  # refuses what is none
         dtype = ax.compute_dtype(dtype)
         return cls(
             mean=jnp.zeros(feature_shape, dtype),

@@ -32,6 +32,7 @@ class PowerState(NamedTuple):
         >>> print(PowerState.create(2).square)
         [1. 1.]
         """
+        ax.dtype_of("PowerState.create", dtype)  # refuses what is none
         dtype = ax.compute_dtype(dtype)
         return cls(jnp.ones(feature_shape, dtype), jnp.zeros(feature_shape, dtype))
 

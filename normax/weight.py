@@ -102,6 +102,7 @@ class SpectralState(NamedTuple):
         >>> SpectralState.create(jax.random.key(0), 3).u.shape
         (1, 3)
         """
+        ax.dtype_of("SpectralState.create", dtype)  # refuses what is none
         return cls(jax.random.normal(key, (1, features), dtype), jnp.ones((), dtype))
 
 
