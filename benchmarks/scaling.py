@@ -9,6 +9,7 @@ device is needed, and nothing runs.
 """
 
 import argparse
+import itertools
 import math
 import os
 import pathlib
@@ -35,6 +36,8 @@ LINK, HOP, MEMORY = 4.5e10, 1e-6, 8.1e11
 NETWORK = 6.4e12 / 8 / 256
 WRAPPED = 16  # chips along an axis from which on the last is a neighbour of the first
 EXAMPLES, PIXELS, ITEMSIZE = 32, 56 * 56, 2  # of a chip, for the time that the norm itself takes
+# Examples of a chip, and their sides, of what is compiled: few entries GPUs sum in parts, if alone.
+IMAGES = {TPU: ((8, 32),), GPU: ((8, 32), (3, 8))}
 PASSES = 8  # arrays of the size of x that it reads or writes, forward and backward
 
 
@@ -117,7 +120,9 @@ def table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def compiled(route: str, devices: int, features: int, target: str = TPU) -> Step:
+def compiled(
+    route: str, devices: int, features: int, target: str = TPU, image: tuple[int, int] = (8, 32)
+) -> Step:
     """Returns what the program of a step sends, compiled for a slice of a TPU v5e, or for GPUs."""
     import jax
     import jax.numpy as jnp
@@ -160,7 +165,8 @@ def compiled(route: str, devices: int, features: int, target: str = TPU) -> Step
             in_specs=(data, data, whole, whole, whole),
             out_specs=(data, whole, (data, whole, whole)),
         )
-    x = given((8 * devices, 32, 32, features), data, jnp.bfloat16)
+    examples, side = image
+    x = given((examples * devices, side, side, features), data, jnp.bfloat16)
     line = given((features,), whole, jnp.float32)
     stats = jax.tree.map(
         lambda v: given(v.shape, whole, v.dtype), normax.RunningStats.create(features)
@@ -194,15 +200,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     os.environ.update(traffic.ENVIRONMENT)
     wrong = 0
-    for devices in options.devices or {TPU: [*SLICES], GPU: [8]}[options.target]:
-        for route in ROUTES:
-            for features in (64, 256):
-                found = compiled(route, devices, features, options.target)
-                wanted = step(route, devices, features, options.target)
-                same = [*map(sorted, found)] == [*map(sorted, wanted)]
-                wrong += not same
-                said = "as the model says" if same else f"expected {wanted}"
-                print(f"{devices} devices, {route}, {features} features: {found}: {said}")
+    counts = options.devices or {TPU: [*SLICES], GPU: [8]}[options.target]
+    for devices, route, features, image in itertools.product(
+        counts, ROUTES, (64, 256), IMAGES[options.target]
+    ):
+        found = compiled(route, devices, features, options.target, image)
+        wanted = step(route, devices, features, options.target)
+        same = [*map(sorted, found)] == [*map(sorted, wanted)]
+        wrong += not same
+        said = "as the model says" if same else f"expected {wanted}"
+        print(f"{devices} devices, {route}, {features} features, {image}: {found}: {said}")
     return int(wrong > 0)
 
 

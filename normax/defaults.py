@@ -27,10 +27,13 @@ def beat_xla_forward(plan, x, differentiated):
     return x.shape[-1] >= FASTER_FROM and not one_sum
 
 
-def kernel_or_form(why_not, kernel, form, *operands):
-    """Returns what a kernel makes, if it can be had: it is looked for where it is lowered alone."""
+def kernel_or_form(why_not, kernel, form, *operands, **told):
+    """Returns what a kernel makes, if it can be had: it is looked for where it is lowered alone.
+
+    What is `told` of the devices is for the form: a kernel has its own way with them.
+    """
     try:
         reason = why_not()
     except ImportError as error:
         reason = str(error)
-    return (kernel if reason is None else form)(*operands)
+    return kernel(*operands) if reason is None else form(*operands, **told)

@@ -108,21 +108,24 @@ def _by_sums(plan, shape, known, dy):
     return dx, *([None, None] if shape is None else found)
 
 
-def _columns(plan, shape, known, dy):
+def _columns(plan, shape, known, dy, devices=1):
     """Returns the cotangents of x, scale and bias, in two reads of what they are made of."""
+    # Parts that are not those of devices would have to be sent.
+    total = functools.partial(sums.total_in_one_read, cut_columns=devices == 1)
     again = known, dy
     if plan.activation is not None:
         # Else what goes through the activation, which both reads need, would be written down.
         again = lax.optimization_barrier(again)
-    return _whole(plan, shape, sums.total_in_one_read, known, dy, again)
+    return _whole(plan, shape, total, known, dy, again)
 
 
-def _in_few_arrays(plan, shape, known, dy):
+def _in_few_arrays(plan, shape, known, dy, devices=1):
     """Returns the cotangents of x, scale and bias, that of x by few operations of few arrays.
 
     The fewer there are, the sooner does XLA for TPU compute it in the products that need it, rather
     than write it down.
     """
+    del devices
     known = _measured(plan, known)
     x, scale, _, measured = known
     rstd = reciprocal_per_unit(plan, measured)
@@ -171,8 +174,9 @@ def _in_deviations(plan, measured):
     return measured._replace(unit=unit, mean=mean, rest=rest, var=measured.var / size / size)
 
 
-def _rows(plan, shape, known, dy):
+def _rows(plan, shape, known, dy, devices=1):
     """Returns the cotangents of x, scale and bias: rows on chip for x, then the columns."""
+    del devices
     apart, through = _apart(plan, known, dy)
     x, scale, *_ = apart
     if not rows.take_activation(plan, x):
@@ -245,12 +249,13 @@ def _shared(shape):
     return () if shape is None else tuple(i for i, size in enumerate(shape) if size == 1)
 
 
-def _whole(plan, shape, total, known, dy, summed=None, found=None):
+def _whole(plan, shape, total, known, dy, summed=None, found=None, devices=1):
     """Returns the cotangents of x, scale and bias, from what was measured.
 
     What is summed may be told apart from what the cotangent of x is made of, the same numbers; or
     the sums of dy xhat and dy over all that is shared are found already.
     """
+    del devices
     known = _measured(plan, known)
     x, scale, _, measured = known
     total = functools.partial(parts.total, total)
@@ -263,8 +268,7 @@ def _whole(plan, shape, total, known, dy, summed=None, found=None):
         ones, along = total(dy, common), total(dy * xhat, common)
     else:
         about_mean, alone = _factors(plan, *summed)
-        once = functools.partial(parts.total, sums.total_in_one_read)
-        ones, along = sums.totals_in_one_read(alone, alone * (about_mean * rstd), common, once)
+        ones, along = sums.totals_in_one_read(alone, alone * (about_mean * rstd), common, total)
         along = along if measured.rest is None else along - measured.rest * rstd * ones
     of_parameters, ones, along = _means(plan, shape, total, x, scale, ones, along)
     dy = dy if scale is None else jnp.multiply(*alike(dy, scale))

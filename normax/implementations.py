@@ -145,7 +145,7 @@ def backward(plan, shape, whole, forms, by_sums, known, dy):
     """Returns the cotangents of x, scale and bias, by the kernel or by the form of a platform."""
     if plan.implementation in (None, XLA):
         kernels = _by_default(plan, _backward, forms["cuda"], known[0], shape)
-        return by_platform(whole, **forms, **kernels)(known, dy)
+        return by_platform(whole, tell_devices=True, **forms, **kernels)(known, dy)
     if plan.layout == COLUMNS:
         return _named(plan, whole, by_sums)(known, dy)
     return _named(plan, whole, functools.partial(_backward, plan, shape))(known, dy)
