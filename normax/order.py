@@ -122,8 +122,10 @@ def quantiles(
         low, high = at(below), at(jnp.minimum(below + 1, last))
         part = place - below.astype(x.dtype)
         value = low + part * (high - low)
-        # A step from below zero to above it may be larger than any number.
-        value = jnp.where((low < 0) & (high > 0), low * (1 - part) + high * part, value)
+        # A step from below zero to above it may be larger than any number; one from or to inf is.
+        far = ((low < 0) & (high > 0)) | jnp.isinf(low)
+        value = jnp.where(far, low * (1 - part) + high * part, value)
+        value = jnp.where((part == 0) | (low == high), low, value)
         return jnp.where(unknown, jnp.nan, jnp.where(count > 0, value, 0))
 
     return [quantile(fraction) for fraction in fractions]

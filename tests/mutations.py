@@ -125,6 +125,7 @@ MUTATIONS = [
     Mutation("one read: one sample", "sums.py", "mean = units.divide(_median(samples), unit)", "mean = units.divide(samples[0], unit)", "test_forms.py -k cuda and like_nothing_else"),
     Mutation("one read: columns cut, and divided for good", "sums.py", "return _times(jnp.squeeze(x, axis), size)", "return jnp.squeeze(x, axis)", "test_forms.py -k sums_in_parts and cuda"),
     Mutation("what is found once: a unit for its reciprocal", "units.py", "return None if per_unit is None else 1 / per_unit", "return per_unit", "test_range.py -k cuda"),
+    Mutation("quantiles: a step to inf of no length", "order.py", "jnp.where((part == 0) | (low == high), low, value)", "value", "test_features.py -k infinite_entry"),
     Mutation("one read: lost digits are not missed", "sums.py", "LOST = 4.0", "LOST = 1e30", "test_forms.py -k tpu and grid"),
     Mutation("equal entries in a unit", "forms.py", "(var == 0) & (unit > 1)", "(var < 0) & (unit > 1)", "test_forms.py -k tpu and constant"),
     Mutation("few steps: the rest forgotten", "rescale.py", "-measured.rest * slope", "-0 * measured.rest * slope", "test_forms.py -k cuda and test_grid and float32 and 1000"),

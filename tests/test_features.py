@@ -125,6 +125,17 @@ def test_entries_further_apart_than_any_number():
     np.testing.assert_allclose(normax.transform_features(x, scaling), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_infinite_entry_beside_a_quantile(sign):
+    x = sign * np.float32([1.0, 2.0, 3.0, 4.0, np.inf])[:, None]
+    scaling = normax.robust_features(x)  # the quartiles are entries: the second and the fourth
+    np.testing.assert_array_equal(scaling, np.float32([[sign * 3.0], [2.0]]))
+    gradient = jax.grad(lambda x: normax.robust_features(x)[1][0])(jnp.asarray(x))
+    np.testing.assert_array_equal(gradient[:, 0], sign * np.float32([0, -1, 0, 1, 0]))
+    # Between an entry and inf is inf, and so is the range.
+    assert np.isposinf(normax.robust_features(x[1:], quantile_range=(10.0, 90.0))[1][0])
+
+
 def test_a_deviation_smaller_than_any_normal_number_is_none():
     x = np.float32([[1e-42], [-2e-42], [3e-40]])
     for measure, _ in SCALERS.values():
