@@ -220,7 +220,7 @@ MUTATIONS = [
     Mutation("feature: unbiased ignored", "features.py", "var = var * bessel(count, var.dtype) if unbiased else var", "var = var", FEATURES),
     Mutation("feature: large factors in no unit", "features.py", "> large, large, 1)", "> large, 1, 1)", FEATURES),
     Mutation("feature: a factor of zero", "features.py", "FeatureScaling(mean, _one_for_zero(factor))", "FeatureScaling(mean, factor)", FEATURES),
-    Mutation("feature: a step larger than any number", "order.py", "jnp.where((low < 0) & (high > 0),", "jnp.where((low < 0) & (high > 0) & False,", FEATURES),
+    Mutation("feature: a step larger than any number", "order.py", "far = ((low < 0) & (high > 0)) |", "far =", FEATURES),
     Mutation("feature: mask ignored by the inverse", "features.py", "(me.present(x, mask), offset, factor)", "(x, offset, factor)", FEATURES),
     Mutation("feature: the condition number of the data", "condition.py", "ratio * ratio", "ratio", FEATURES),
     Mutation("feature: absent entries are ranked", "order.py", "count = jnp.sum(valid, axes, dtype=jnp.int32)", "count = jnp.sum(valid | True, axes, dtype=jnp.int32)", FEATURES),
