@@ -121,9 +121,23 @@ def table() -> str:
 
 
 def compiled(
-    route: str, devices: int, features: int, target: str = TPU, image: tuple[int, int] = (8, 32)
+    route: str,
+    devices: int,
+    features: int,
+    target: str = TPU,
+    image: tuple[int, int] = (8, 32),
+    beside: int = 1,
 ) -> Step:
-    """Returns what the program of a step sends, compiled for a slice of a TPU v5e, or for GPUs."""
+    """Returns what the program of a step sends, compiled for a slice of a TPU v5e, or for GPUs.
+
+    Args:
+      route: how a batch is spread over the devices.
+      devices: how many there are.
+      features: of an image.
+      target: of which kind they are.
+      image: how many one device has, and their sides.
+      beside: how many devices have the same images, as those that share a model do.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -140,7 +154,8 @@ def compiled(
         described = topologies.get_topology_desc(target, "cuda", **options)
     else:
         described = topologies.get_topology_desc(f"{target}:{SLICES[devices]}", "tpu")
-    mesh = Mesh(np.array(described.devices), ("data",), axis_types=(AxisType.Auto,))
+    grid = np.array(described.devices).reshape(-1, beside)
+    mesh = Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
     def train(x, dy, scale, bias, stats):
         name = "data" if route == SHARD_MAP else None
@@ -166,7 +181,7 @@ def compiled(
             out_specs=(data, whole, (data, whole, whole)),
         )
     examples, side = image
-    x = given((examples * devices, side, side, features), data, jnp.bfloat16)
+    x = given((examples * len(grid), side, side, features), data, jnp.bfloat16)
     line = given((features,), whole, jnp.float32)
     stats = jax.tree.map(
         lambda v: given(v.shape, whole, v.dtype), normax.RunningStats.create(features)
@@ -210,6 +225,12 @@ def main(arguments: list[str] | None = None) -> int:
         wrong += not same
         said = "as the model says" if same else f"expected {wanted}"
         print(f"{devices} devices, {route}, {features} features, {image}: {found}: {said}")
+    if options.target == GPU:
+        # A batch that not all devices could share, in a mesh of two axes: parts are not theirs.
+        largest = max(compiled(JIT, 8, 256, GPU, (255, 1), beside=2).always)
+        whole = 255 * 256 * ITEMSIZE
+        wrong += largest > whole // 4
+        print(f"4 x 2 devices, 255 examples each: at most {largest} of {whole} bytes at once")
     return int(wrong > 0)
 
 

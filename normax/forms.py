@@ -64,10 +64,15 @@ def one_read_is_enough(reduction, x, mask):
     return plain and small_do_not_matter and x.size > 0
 
 
-@parts.shared
-def _about_samples(reduction, x, mask, n):
-    del mask
-    return sums.about_samples(x, reduction.axes, n, reduction.least, reduction.centered)
+def _about_samples(reduction, x, mask, devices=1):
+    @parts.shared
+    def measure(reduction, x, mask, n):
+        del mask
+        # Parts of columns that are not those of devices would have to be sent.
+        cut = devices == 1
+        return sums.about_samples(x, reduction.axes, n, reduction.least, reduction.centered, cut)
+
+    return measure(reduction, x, mask, devices)
 
 
 def _about_zero(reduction, x, mask, devices=1):

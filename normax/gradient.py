@@ -19,8 +19,8 @@ from normax.entries import are_short_rows
 from normax.kernels.linear import linear
 from normax.rescale import alike, reciprocal_per_unit, rescaled, rescaled_tangent, standardized
 
-# Fewer rows than these, or more than the others, XLA sums two at a time, in one read.
-FEW, MANY = 36, sums.COLUMN
+# Of no more rows than these, or as many as the others, XLA finds two sums in one read.
+FEW_ROWS, MANY_ROWS = 36, sums.COLUMN
 
 
 def by_hand(plan, x, scale, bias, mask):
@@ -204,7 +204,7 @@ def _over_rows(plan, a, b, axes):
     """
     sizes = [a.shape[axis] for axis in axes]
     known = plan.activation is None and all(isinstance(size, int) for size in sizes)
-    if known and not FEW < math.prod(sizes) < MANY:
+    if known and not FEW_ROWS < math.prod(sizes) < MANY_ROWS:
         return [parts.total(sums.total, v, axes) for v in (a, b)]
     total = functools.partial(sums.total_in_one_read, cut_columns=False)
     return sums.totals_in_one_read(a, b, axes, functools.partial(parts.total, total))

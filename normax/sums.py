@@ -69,8 +69,9 @@ def total_in_one_read(x, axes, cut_columns=True):
     """Returns the sum over axes, which are kept, in an order in which a GPU reads `x` just once.
 
     Where axes on both sides are kept, XLA would write down what is to be summed first, unless it
-    has more sums to do than results: a few parts of each. So it may with short columns, the more is
-    done to an entry before; but what sums of parts of those are weighs beside them.
+    has more sums to do than results: a few parts of each. So it may over leading axes, of short
+    columns, the more is done to an entry before: then those are cut too, unless told not to, for
+    what parts add up to weighs beside them.
     """
     length = 1
     for run in _runs(axes):
@@ -152,7 +153,7 @@ def _parts_of(function, x):
 
 def _near(size):
     """Returns a power of two that is near a size: a quotient by it is not rounded."""
-    return 2 ** (size.bit_length() - 1) if isinstance(size, int) and size > 0 else max(size, 1)
+    return 2.0 ** (size.bit_length() - 1) if isinstance(size, int) and size > 0 else max(size, 1)
 
 
 def _over(x, size):
@@ -163,7 +164,7 @@ def _times(x, size):
     return _parts_of(lambda part: part * size, x)
 
 
-def about_samples(x, axes, n, least, centered):
+def about_samples(x, axes, n, least, centered, cut_columns=True):
     """Returns unit, mean, rest and var of `x`, measured about the median of a few of its entries.
 
     The relative error of the variance is that of a sum, times one plus the squared distance of the
@@ -179,10 +180,11 @@ def about_samples(x, axes, n, least, centered):
     mean = units.divide(_median(samples), unit) if centered else None
     unit, mean = units.found_once(unit, mean)
     entries = units.divide(x.astype(dtype), unit)
+    total = functools.partial(total_in_one_read, cut_columns=cut_columns)
     if not centered:
-        return unit, None, None, total_in_one_read(entries * entries, axes) / n
+        return unit, None, None, total(entries * entries, axes) / n
     d = entries - mean
-    rest, squares = totals_in_one_read(d, d * d, axes)
+    rest, squares = totals_in_one_read(d, d * d, axes, total)
     rest = rest / n
     var = squares / n - rest * rest
     return unit, mean, rest, jnp.maximum(var, 0)

@@ -102,12 +102,15 @@ def test_sums_in_parts():
         np.testing.assert_allclose(sums.total_in_one_read(x, axes), exact, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(sums.total(x, axes), exact, rtol=1e-5, atol=1e-5)
     # Columns that are cut: along the first axis, along a later one, and where nothing divides them.
-    for shape in ((256, 3), (8, 16, 16, 3), (2, 2, 96, 3), (97, 3), (1, 40, 3), (31, 3), (8192, 3)):
+    for shape in ((256, 3), (8, 16, 16, 3), (2, 2, 96, 3), (97, 3), (1, 64, 3), (31, 3), (8192, 3)):
         x = 1 + jax.random.normal(jax.random.key(0), shape)
         axes = tuple(range(len(shape) - 1))
         exact = np.asarray(x, np.float64).sum(axes, keepdims=True)
         for cut in (True, False):
             found = sums.total_in_one_read(x, axes, cut)
+            text = str(jax.make_jaxpr(sums.total_in_one_read, static_argnums=(1, 2))(x, axes, cut))
+            few = shape[0] in (97, 31, 8192)
+            assert text.count("reduce_sum") == (1 if few or not cut else 2), shape
             np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
     for length in (sums.LONG, sums.LONG + 3):
         for shape, axes in (

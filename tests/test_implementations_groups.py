@@ -123,11 +123,13 @@ def test_entries_of_any_size(size, epsilon, by):
     np.testing.assert_allclose(y, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_an_empty_batch(by):
-    args = jnp.zeros((0, *SHAPE[1:])), jnp.ones(SHAPE[-1]), jnp.zeros(SHAPE[-1])
-    f = functools.partial(NORMS["group"], implementation=by)
-    y, dx, dscale, dbias = both(f, jnp.zeros(args[0].shape))(*args)
-    assert y.shape == dx.shape == args[0].shape
+@pytest.mark.parametrize("kind", ["group", "instance"])
+@pytest.mark.parametrize("shape", [(0, *SHAPE[1:]), (2, 0, SHAPE[-1])])
+def test_an_empty_batch(shape, kind, by):
+    args = jnp.zeros(shape), jnp.ones(SHAPE[-1]), jnp.zeros(SHAPE[-1])
+    f = functools.partial(NORMS[kind], implementation=by)
+    y, dx, dscale, dbias = both(f, jnp.zeros(shape))(*args)
+    assert y.shape == dx.shape == shape
     np.testing.assert_array_equal(dscale + dbias, jnp.zeros(SHAPE[-1]))
 
 

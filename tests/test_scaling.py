@@ -89,3 +89,4 @@ def test_programs_for_gpus_send_what_the_model_says():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("as the model says") == 8
+    assert "at once" in done.stdout
