@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from normax import axes as ax
 from normax import measure as me
 from normax import order, pool, units
+from normax.singular import singular_values
 
 
 def condition_number(
@@ -31,7 +32,7 @@ def condition_number(
     Returns:
       A real scalar, float32 at least, of 1 or more. It is inf, and has no gradient, where the
       features are linearly dependent to the dtype's precision: :math:`\kappa` of 1 / eps**2. Where
-      any two eigenvalues are equal the second derivative is NaN.
+      another eigenvalue is equal to the largest or the smallest the second derivative is NaN.
 
     Raises:
       ValueError: axes out of range or repeated; a mask that does not broadcast; no features.
@@ -67,8 +68,7 @@ def condition_number(
     matrix = matrix.reshape(-1, matrix.shape[-1])
     missing = max(matrix.shape[1] - matrix.shape[0], 0)
     matrix = jnp.pad(matrix, ((0, missing), (0, 0)))
-    sizes = jnp.linalg.svd(matrix, full_matrices=False, compute_uv=False)
-    largest, smallest = sizes[0], sizes[-1]
-    dependent = smallest <= jnp.finfo(sizes.dtype).eps * largest
+    largest, smallest = singular_values(matrix, (0, -1))
+    dependent = smallest <= jnp.finfo(largest.dtype).eps * largest
     ratio = jnp.where(dependent, 1, largest) / jnp.where(dependent, 1, smallest)
     return jnp.where(dependent, jnp.inf, ratio * ratio)

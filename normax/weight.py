@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normax import axes as ax
 from normax import pool, units
 from normax.quotient import quotient
+from normax.singular import singular_values
 from normax.standardize import standardize
 
 
@@ -202,8 +203,8 @@ def exact_spectral_norm(
       dtype: dtype of the output, that of `w` by default; all is computed in float32 at least.
 
     Returns:
-      An array of the shape of `w`; a zero kernel comes out as zero. JAX's second derivative of a
-      decomposition is NaN where any two singular values are equal; that of `spectral_norm` is not.
+      An array of the shape of `w`; a zero kernel comes out as zero. Its second derivative is NaN,
+      as is that of a kernel whose two largest singular values are equal.
 
     Raises:
       ValueError: `w` of rank below 2; a `bound` that is not above 0.
@@ -227,7 +228,9 @@ def exact_spectral_norm(
     # In a unit, a power of two: squares of large entries are not in range.
     unit = units.choose(matrix, (0, 1), 0.0)
     matrix = units.divide(matrix, unit)
-    sigma = jnp.linalg.norm(matrix, 2) if w.size else jnp.ones((), matrix.dtype)
+    sigma = jnp.ones((), matrix.dtype)
+    if w.size:
+        (sigma,) = singular_values(matrix, (0,))
     bar = _as_kernel(_bounded(matrix, sigma, bound, 1 / unit), w)
     return bar.astype(ax.to_dtype(name, dtype, w, w=w))
 

@@ -222,6 +222,8 @@ MUTATIONS = [
     Mutation("feature: a factor of zero", "features.py", "FeatureScaling(mean, _one_for_zero(factor))", "FeatureScaling(mean, factor)", FEATURES),
     Mutation("feature: a step larger than any number", "order.py", "far = ((low < 0) & (high > 0)) |", "far =", FEATURES),
     Mutation("feature: mask ignored by the inverse", "features.py", "(me.present(x, mask), offset, factor)", "(x, offset, factor)", FEATURES),
+    Mutation("a singular vector turned to its own side alone", "singular.py", "(value * along + values * against) / gap", "value * along / gap", "test_weights.py -k singular"),
+    Mutation("a singular vector stays in the span of the others", "singular.py", "lefts @ to_left + forth / value", "lefts @ to_left", "test_weights.py -k singular"),
     Mutation("feature: the condition number of the data", "condition.py", "ratio * ratio", "ratio", FEATURES),
     Mutation("feature: absent entries are ranked", "order.py", "count = jnp.sum(valid, axes, dtype=jnp.int32)", "count = jnp.sum(valid | True, axes, dtype=jnp.int32)", FEATURES),
     Mutation("feature: extremes merged the wrong way", "order.py", "jnp.maximum(high_a, high_b)", "jnp.minimum(high_a, high_b)", FEATURES),

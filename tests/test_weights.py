@@ -11,6 +11,7 @@ import pytest
 from differences import check_derivatives
 
 import normax
+from normax.singular import singular_values
 
 V = jax.random.normal(jax.random.key(0), (3, 4, 5))
 
@@ -197,3 +198,42 @@ def test_spectral_norms_of_no_outputs():
     assert normax.exact_spectral_norm(w).shape == (3, 0)
     state = normax.SpectralState.create(jax.random.key(0), 0)
     assert normax.spectral_norm(w, state)[0].shape == (3, 0)
+
+
+def second_difference(f, step=1e-4):
+    return (f(step) - 2 * f(0.0) + f(-step)) / step**2
+
+
+# Those in between are equal, and that which is asked for is not; of low rank most are zero.
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", [float, complex])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (4, 4)])
+@pytest.mark.parametrize(
+    ("sizes", "index"), [((3, 2, 2, 1), 0), ((3, 2, 2, 1), -1), ((3, 0, 0, 0), 0)]
+)
+def test_the_second_derivative_of_a_singular_value(sizes, index, shape, dtype):
+    rng = np.random.default_rng(0)
+    left, right, way = (
+        rng.normal(size=size) + (1j * rng.normal(size=size) if dtype is complex else 0)
+        for size in ((shape[0],) * 2, (shape[1],) * 2, shape)
+    )
+    (left, _), (right, _) = np.linalg.qr(left), np.linalg.qr(right)
+    start = left[:, :4] * np.float64(sizes) @ right[:4]
+    exact = second_difference(lambda t: np.linalg.svd(start + t * way, compute_uv=False)[index])
+    along = lambda t: singular_values(start + t * way, (index,))[0]
+    for twice in (jax.grad(jax.grad(along)), jax.jacfwd(jax.grad(along))):
+        np.testing.assert_allclose(twice(0.0), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_kernel_of_low_rank_has_second_derivatives():
+    rng = np.random.default_rng(0)
+    start = np.outer(rng.normal(size=6), rng.normal(size=5))
+    way = rng.normal(size=(6, 5))
+
+    def exact(t):
+        w = start + t * way
+        return np.sin(w / np.linalg.norm(w, 2)).sum()
+
+    ours = lambda t: jnp.sum(jnp.sin(normax.exact_spectral_norm(start + t * way)))
+    np.testing.assert_allclose(jax.grad(jax.grad(ours))(0.0), second_difference(exact), rtol=1e-5)
