@@ -203,8 +203,8 @@ def _over_rows(plan, a, b, axes):
     In one read; as one sum only where two would not be: what was summed so has to be taken apart.
     """
     sizes = [a.shape[axis] for axis in axes]
-    known = plan.activation is None and all(isinstance(size, int) for size in sizes)
-    if known and not FEW_ROWS < math.prod(sizes) < MANY_ROWS:
+    may_be_apart = plan.activation is None and all(isinstance(size, int) for size in sizes)
+    if may_be_apart and not FEW_ROWS < math.prod(sizes) < MANY_ROWS:
         return [parts.total(sums.total, v, axes) for v in (a, b)]
     total = functools.partial(sums.total_in_one_read, cut_columns=False)
     return sums.totals_in_one_read(a, b, axes, functools.partial(parts.total, total))

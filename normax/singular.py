@@ -29,15 +29,20 @@ def _values_jvp(indices, primals, tangents):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _with_vectors(matrix, indices):
     """Returns some singular values, and their left and right vectors."""
-    lefts, values, rights = _decomposed(matrix)
-    return [[v[..., index] for index in indices] for v in (values, lefts, rights)]
+    return _chosen(_decomposed(matrix), indices)
 
 
 @_with_vectors.defjvp
 def _with_vectors_jvp(indices, primals, tangents):
     (matrix,), (move,) = primals, tangents
-    moves = [_move(_decomposed(matrix), index, move) for index in indices]
-    return _with_vectors(matrix, indices), [list(each) for each in zip(*moves, strict=True)]
+    decomposed = _decomposed(matrix)
+    moves = [_move(decomposed, index, move) for index in indices]
+    return _chosen(decomposed, indices), [list(each) for each in zip(*moves, strict=True)]
+
+
+def _chosen(decomposed, indices):
+    lefts, values, rights = decomposed
+    return [[v[..., index] for index in indices] for v in (values, lefts, rights)]
 
 
 def _move(decomposed, index, move):
